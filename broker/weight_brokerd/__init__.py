@@ -1,0 +1,3 @@
+"""The weight broker daemon."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The gRPC services: validate, identify, decide (core), act, respond."""

@@ -1,0 +1,61 @@
+"""AdministrationService: what administrators change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from weight_broker.errors import DrainTimeout
+from weight_broker.v1 import administration_service_pb2 as pb
+from weight_broker.v1.administration_service_pb2_grpc import AdministrationServiceServicer
+from weight_brokerd.api import validation
+from weight_brokerd.api.identity import identify, require_administrator
+from weight_brokerd.api.inspection import host_message
+from weight_brokerd.api.messages import Messages
+from weight_brokerd.driver import Driver
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAXIMUM_DRAIN_SECONDS = 24 * 3600.0
+
+
+class AdministrationServicer(AdministrationServiceServicer):
+    """Lets administrators act."""
+
+    def __init__(self, driver: Driver, messages: Messages, *, admin_gid: int | None, drain_seconds: float) -> None:
+        self._driver = driver
+        self._messages = messages
+        self._admin_gid = admin_gid
+        self._drain_seconds = drain_seconds
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        """See the proto."""
+        self._authorise(context)
+        timeout_seconds = self._drain_seconds
+        if request.HasField("timeout"):
+            timeout_seconds = validation.seconds("timeout", request.timeout, limit=MAXIMUM_DRAIN_SECONDS)
+        if not await self._driver.drain(timeout_seconds):
+            running = len(self._driver.coordinator.transfers.running)
+            raise DrainTimeout(
+                f"{running} transfers still run after {timeout_seconds:g} s; the broker stays draining",
+                metadata={"running_transfers": str(running)},
+            )
+        return pb.DrainResponse(host=host_message(self._driver, self._messages))
+
+    async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
+        """See the proto."""
+        self._authorise(context)
+        publication = self._driver.evict(validation.text("publication_id", request.publication_id))
+        return pb.EvictResponse(publication=self._messages.publication(publication))
+
+    async def Quarantine(self, request: pb.QuarantineRequest, context: Context) -> pb.QuarantineResponse:
+        """See the proto."""
+        self._authorise(context)
+        publication_id = validation.text("publication_id", request.publication_id)
+        reason = validation.text("reason", request.reason, limit=validation.MAX_REASON_CHARACTERS)
+        publication = self._driver.quarantine(publication_id, reason)
+        return pb.QuarantineResponse(publication=self._messages.publication(publication))
+
+    def _authorise(self, context: Context) -> None:
+        require_administrator(identify(self._driver, context), self._admin_gid)

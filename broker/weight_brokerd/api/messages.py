@@ -1,0 +1,215 @@
+"""The domain's things as messages of the wire."""
+
+from __future__ import annotations
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from weight_broker.digest import DigestCoverage
+from weight_broker.v1 import inspection_service_pb2 as inspection
+from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
+from weight_broker.wire import coverage_to_wire, key_to_wire
+from weight_brokerd.core.explain import Explanation, Outcome
+from weight_brokerd.core.model import (
+    Arrival,
+    ColdLoadLease,
+    Instance,
+    InstanceState,
+    Publication,
+    PublicationState,
+    Transfer,
+    TransferPath,
+    TransferState,
+)
+from weight_brokerd.core.selection import Candidate, Refusal
+from weight_brokerd.core.weight_sets import WeightSetRecord
+from weight_brokerd.driver import Driver
+
+DEVICE_KINDS = {
+    "cpu": weight_set_pb2.DEVICE_KIND_CPU,
+    "npu": weight_set_pb2.DEVICE_KIND_NPU,
+    "cuda": weight_set_pb2.DEVICE_KIND_CUDA,
+}
+DEVICE_KIND_NAMES = {value: name for name, value in DEVICE_KINDS.items()}
+PATHS = {
+    TransferPath.COPY: pb.TRANSFER_PATH_COPY,
+    TransferPath.ZERO_COPY: pb.TRANSFER_PATH_ZERO_COPY,
+    TransferPath.STAGED: pb.TRANSFER_PATH_STAGED,
+}
+PHASES = {
+    name.removeprefix("PHASE_").lower(): value for name, value in pb.Phase.items() if value != pb.PHASE_UNSPECIFIED
+}
+PHASE_NAMES = {value: name for name, value in PHASES.items()}
+_INSTANCE_STATES = {
+    InstanceState.ATTACHED: pb.Instance.STATE_ATTACHED,
+    InstanceState.DISCONNECTED: pb.Instance.STATE_DISCONNECTED,
+}
+_PUBLICATION_STATES = {
+    PublicationState.REGISTERING: pb.Publication.STATE_REGISTERING,
+    PublicationState.RESIDENT: pb.Publication.STATE_RESIDENT,
+    PublicationState.RETRACTING: pb.Publication.STATE_RETRACTING,
+    PublicationState.GONE: pb.Publication.STATE_GONE,
+    PublicationState.QUARANTINED: pb.Publication.STATE_QUARANTINED,
+}
+_TRANSFER_STATES = {
+    TransferState.RUNNING: pb.Transfer.STATE_RUNNING,
+    TransferState.SUCCEEDED: pb.Transfer.STATE_SUCCEEDED,
+    TransferState.FAILED: pb.Transfer.STATE_FAILED,
+}
+_REFUSALS = {
+    Refusal.LAYOUT_DIFFERS: inspection.Candidate.REFUSAL_LAYOUT_DIFFERS,
+    Refusal.NOT_RESIDENT: inspection.Candidate.REFUSAL_NOT_RESIDENT,
+    Refusal.QUARANTINED: inspection.Candidate.REFUSAL_QUARANTINED,
+    Refusal.BUSY: inspection.Candidate.REFUSAL_BUSY,
+    Refusal.HOST_UNREACHABLE: inspection.Candidate.REFUSAL_HOST_UNREACHABLE,
+    Refusal.ALREADY_FAILED: inspection.Candidate.REFUSAL_ALREADY_FAILED,
+    Refusal.DEVICE_KIND: inspection.Candidate.REFUSAL_DEVICE_KIND,
+}
+_OUTCOMES = {
+    Outcome.TRANSFER: inspection.ExplainResponse.OUTCOME_TRANSFER,
+    Outcome.COLD_LOAD: inspection.ExplainResponse.OUTCOME_COLD_LOAD,
+    Outcome.WAIT_FOR_COLD_LOAD: inspection.ExplainResponse.OUTCOME_WAIT_FOR_COLD_LOAD,
+    Outcome.WAIT_FOR_SOURCE: inspection.ExplainResponse.OUTCOME_WAIT_FOR_SOURCE,
+    Outcome.LAYOUT_MISMATCH: inspection.ExplainResponse.OUTCOME_LAYOUT_MISMATCH,
+    Outcome.DRAINING: inspection.ExplainResponse.OUTCOME_DRAINING,
+}
+
+
+class Messages:
+    """Builds messages; knows how the broker's clock relates to the time of day."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def time(self, clock_time: float) -> Timestamp:
+        """The time of day of a time of the broker's clock."""
+        timestamp = Timestamp()
+        timestamp.FromNanoseconds(int((clock_time + self._driver.wall_offset) * 1e9))
+        return timestamp
+
+    def instance(self, instance: Instance) -> pb.Instance:
+        """An instance."""
+        return pb.Instance(
+            instance_id=instance.instance_id,
+            host_id=self._driver.coordinator.host_id,
+            name=instance.name,
+            pid=instance.pid,
+            uid=instance.uid,
+            gid=instance.gid,
+            state=_INSTANCE_STATES[instance.state],
+            attach_time=self.time(instance.attached_at),
+            publication_count=self._driver.coordinator.registry.count_of_instance(instance.instance_id),
+        )
+
+    def publication(self, publication: Publication) -> pb.Publication:
+        """A publication."""
+        return pb.Publication(
+            publication_id=publication.publication_id,
+            weight_set_id=publication.weight_set_id,
+            generation=publication.generation,
+            state=_PUBLICATION_STATES[publication.state],
+            instance_id=publication.instance_id,
+            instance_name=publication.instance_name,
+            host_id=publication.host_id,
+            device_kind=DEVICE_KINDS[publication.device_kind],
+            device_id=publication.device_id,
+            layout_fingerprint=publication.layout.fingerprint,
+            tensor_count=len(publication.layout),
+            size_bytes=publication.layout.content_bytes,
+            publish_time=self.time(publication.published_at),
+            reader_count=len(publication.readers),
+            reader_limit=publication.reader_limit,
+            served_count=publication.served_count,
+            quarantine_reason=publication.quarantine_reason,
+        )
+
+    def lease(self, lease: ColdLoadLease) -> pb.ColdLoadLease:
+        """A cold-load lease."""
+        return pb.ColdLoadLease(
+            weight_set_id=lease.weight_set_id,
+            fencing_token=lease.fencing_token,
+            instance_id=lease.instance_id,
+            instance_name=lease.instance_name,
+            host_id=lease.host_id,
+            acquire_time=self.time(lease.acquired_at),
+            expire_time=self.time(lease.expires_at),
+        )
+
+    def weight_set(self, record: WeightSetRecord) -> pb.WeightSet:
+        """A weight set with its publications."""
+        publications = self._driver.coordinator.registry.of_weight_set(record.key.id)
+        return pb.WeightSet(
+            weight_set_id=record.key.id,
+            key=key_to_wire(record.key),
+            publications=[self.publication(publication) for publication in publications],
+            cold_load_lease=self.lease(record.lease) if record.lease is not None else None,
+            waiting_count=len(record.waiting),
+        )
+
+    def transfer(self, transfer: Transfer) -> pb.Transfer:
+        """A transfer."""
+        source = transfer.publication
+        ended = transfer.state is not TransferState.RUNNING
+        return pb.Transfer(
+            transfer_id=transfer.transfer_id,
+            acquisition_id=transfer.acquisition_id,
+            weight_set_id=source.weight_set_id,
+            source_publication_id=source.publication_id,
+            source_generation=source.generation,
+            source_instance_id=source.instance_id,
+            receiver_instance_id=transfer.receiver_instance_id,
+            data_plane=pb.DATA_PLANE_LOCAL,
+            path=PATHS[transfer.path],
+            state=_TRANSFER_STATES[transfer.state],
+            size_bytes=source.layout.content_bytes,
+            start_time=self.time(transfer.started_at),
+            end_time=self.time(transfer.ended_at) if ended else None,
+            failure=transfer.failure,
+        )
+
+    def report(self, transfer: Transfer, arrival: Arrival) -> pb.TransferReport:
+        """What a transfer did, as its receiver measured it."""
+        source = transfer.publication
+        return pb.TransferReport(
+            transfer_id=transfer.transfer_id,
+            source=self.publication(source),
+            data_plane=pb.DATA_PLANE_LOCAL,
+            path=PATHS[transfer.path],
+            size_bytes=arrival.size_bytes,
+            tensor_count=len(source.layout),
+            phase_times=[
+                pb.PhaseTime(phase=PHASES[name], duration=_duration(seconds)) for name, seconds in arrival.phase_seconds
+            ],
+            verified=coverage_to_wire(DigestCoverage(arrival.verified)),
+        )
+
+    def explanation(self, explanation: Explanation) -> inspection.ExplainResponse:
+        """An explanation."""
+        return inspection.ExplainResponse(
+            weight_set_id=explanation.weight_set_id,
+            outcome=_OUTCOMES[explanation.outcome],
+            summary=explanation.summary,
+            candidates=[self._candidate(one, explanation) for one in explanation.selection.candidates],
+            cold_load_lease=self.lease(explanation.lease) if explanation.lease is not None else None,
+            waiting_count=explanation.waiting_count,
+            near_misses=[
+                inspection.NearMiss(weight_set_id=miss.weight_set_id, differing_fields=miss.differing_fields)
+                for miss in explanation.near_misses
+            ],
+        )
+
+    def _candidate(self, candidate: Candidate, explanation: Explanation) -> inspection.Candidate:
+        refusal = candidate.refusal
+        return inspection.Candidate(
+            publication=self.publication(candidate.publication),
+            refusal=_REFUSALS[refusal] if refusal is not None else inspection.Candidate.REFUSAL_UNSPECIFIED,
+            detail=candidate.detail,
+            chosen=candidate.publication is explanation.selection.chosen,
+        )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

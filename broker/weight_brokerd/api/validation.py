@@ -1,0 +1,229 @@
+"""Requests of the wire, checked as a whole before anything is decided.
+
+Every function raises `InvalidArgument` naming the field, the value and what was expected, or returns domain values that
+need no further checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from google.protobuf.duration_pb2 import Duration
+
+from weight_broker.errors import InvalidArgument, PublishRefused
+from weight_broker.layout import Layout
+from weight_broker.v1 import resources_pb2, weight_broker_service_pb2, weight_set_pb2
+from weight_broker.wire import coverage_from_wire, digests_from_wire, key_from_wire, layout_from_wire
+from weight_brokerd.api.messages import DEVICE_KIND_NAMES, PHASE_NAMES
+from weight_brokerd.core.model import Arrival, FailureCause, IfAbsent, Offer, TransferPath
+from weight_brokerd.driver import PublishedMemory
+
+MAX_ID_CHARACTERS = 64
+MAX_REASON_CHARACTERS = 512
+MAX_EXTENSION_SECONDS = 24 * 3600.0
+SERVED_DEVICE_KINDS = frozenset({"cpu"})
+"""Kinds of memory that a data plane of this broker can reach."""
+
+_IF_ABSENT = {
+    weight_broker_service_pb2.IF_ABSENT_FAIL: IfAbsent.FAIL,
+    weight_broker_service_pb2.IF_ABSENT_WAIT: IfAbsent.WAIT,
+    weight_broker_service_pb2.IF_ABSENT_LOAD: IfAbsent.LOAD,
+}
+_PATHS = {
+    resources_pb2.TRANSFER_PATH_COPY: TransferPath.COPY,
+    resources_pb2.TRANSFER_PATH_ZERO_COPY: TransferPath.ZERO_COPY,
+}
+_CAUSES = {
+    weight_broker_service_pb2.TransferFailed.CAUSE_SOURCE_UNREACHABLE: FailureCause.SOURCE_UNREACHABLE,
+    weight_broker_service_pb2.TransferFailed.CAUSE_DIGEST_MISMATCH: FailureCause.DIGEST_MISMATCH,
+    weight_broker_service_pb2.TransferFailed.CAUSE_RECEIVER: FailureCause.RECEIVER,
+}
+_WEIGHT_SET_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class LayoutCache:
+    """Layouts that were validated already, by the digest of their message: instances of one model send the same
+    bytes, and decoding 400 tensors takes longer than everything else the broker does for an acquisition."""
+
+    def __init__(self, size: int = 64) -> None:
+        self._size = size
+        self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
+
+    def layout(self, message: weight_set_pb2.Layout) -> Layout:
+        """The layout in the message."""
+        digest = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+        layout = self._layouts.get(digest)
+        if layout is None:
+            layout = layout_from_wire(message)
+            self._layouts[digest] = layout
+            if len(self._layouts) > self._size:
+                self._layouts.popitem(last=False)
+        else:
+            self._layouts.move_to_end(digest)
+        return layout
+
+
+def text(field: str, value: str, *, limit: int = MAX_ID_CHARACTERS, required: bool = True) -> str:
+    """A text of bounded length."""
+    if required and not value:
+        raise InvalidArgument(field, value, "a text that is not empty")
+    if len(value) > limit:
+        raise InvalidArgument(field, value, f"at most {limit} characters, got {len(value)}")
+    return value
+
+
+def weight_set_id(field: str, value: str) -> str:
+    """The id of a weight set."""
+    if not _WEIGHT_SET_ID.fullmatch(value):
+        raise InvalidArgument(field, value, "32 lower-case hex digits, as WeightSetKey.id gives them")
+    return value
+
+
+def seconds(field: str, value: Duration, *, limit: float) -> float:
+    """A duration that is positive and at most `limit` seconds."""
+    total = value.seconds + value.nanos * 1e-9
+    if not math.isfinite(total) or not 0 < total <= limit:
+        raise InvalidArgument(field, f"{total} s", f"more than 0 and at most {limit} s")
+    return total
+
+
+def if_absent(value: int) -> IfAbsent:
+    """What to do if nobody holds the weight set."""
+    found = _IF_ABSENT.get(value)  # type: ignore[call-overload]
+    if found is None:
+        raise InvalidArgument("if_absent", value, "IF_ABSENT_FAIL, IF_ABSENT_WAIT or IF_ABSENT_LOAD")
+    return found  # type: ignore[no-any-return]
+
+
+def path(value: int) -> TransferPath:
+    """How the bytes are to reach the receiver."""
+    found = _PATHS.get(value)  # type: ignore[call-overload]
+    if found is None:
+        raise InvalidArgument("path", value, "TRANSFER_PATH_COPY or TRANSFER_PATH_ZERO_COPY")
+    return found  # type: ignore[no-any-return]
+
+
+def cause(value: int) -> FailureCause:
+    """Why a transfer failed."""
+    found = _CAUSES.get(value)  # type: ignore[call-overload]
+    if found is None:
+        raise InvalidArgument("failed.cause", value, "a cause other than CAUSE_UNSPECIFIED")
+    return found  # type: ignore[no-any-return]
+
+
+def arrival(message: weight_broker_service_pb2.TransferSucceeded) -> Arrival:
+    """What a receiver reports of a transfer that succeeded."""
+    verified = coverage_from_wire(message.verified)
+    if verified is None:
+        raise InvalidArgument("succeeded.verified", message.verified, "DIGEST_COVERAGE_FULL or _SAMPLED")
+    phases: list[tuple[str, float]] = []
+    for index, phase in enumerate(message.phase_times):
+        field = f"succeeded.phase_times[{index}]"
+        name = PHASE_NAMES.get(phase.phase)
+        if name is None:
+            raise InvalidArgument(f"{field}.phase", phase.phase, "a phase other than PHASE_UNSPECIFIED")
+        duration = phase.duration.seconds + phase.duration.nanos * 1e-9
+        if not 0 <= duration <= MAX_EXTENSION_SECONDS:
+            raise InvalidArgument(f"{field}.duration", f"{duration} s", f"0 to {MAX_EXTENSION_SECONDS} s")
+        phases.append((name, duration))
+    return Arrival(message.size_bytes, tuple(phases), verified)
+
+
+def receiving_device(request: weight_broker_service_pb2.AcquireRequest) -> tuple[str, str]:
+    """Kind and physical identity of the memory that receives."""
+    kind = DEVICE_KIND_NAMES.get(request.device_kind)
+    if kind not in SERVED_DEVICE_KINDS:
+        raise InvalidArgument("device_kind", request.device_kind, f"a kind this broker serves: {_served()}")
+    if request.device_id:
+        raise InvalidArgument("device_id", request.device_id, "empty for host memory")
+    if request.regions or request.placements:
+        raise InvalidArgument(
+            "regions", len(request.regions), "none for host memory", hint="The instance copies itself."
+        )
+    return kind, ""
+
+
+def offer(
+    request: weight_broker_service_pb2.PublishRequest, instance_id: str, layouts: LayoutCache
+) -> tuple[Offer, PublishedMemory]:
+    """What an instance offers, and where it lies."""
+    request_id = text("request_id", request.request_id)
+    key = key_from_wire(request.key)
+    layout = layouts.layout(request.layout)
+    digests_from_wire(request.digests, len(layout))
+    kind, device_id = _regions(request.regions, layout)
+    _placements(request.placements, request.regions, layout)
+    memory = PublishedMemory(tuple(request.regions), tuple(request.placements), tuple(request.digests))
+    return (
+        Offer(
+            key=key,
+            layout=layout,
+            instance_id=instance_id,
+            device_kind=kind,
+            device_id=device_id,
+            fencing_token=request.fencing_token,
+            request_id=request_id,
+        ),
+        memory,
+    )
+
+
+def _regions(regions: Sequence[weight_set_pb2.Region], layout: Layout) -> tuple[str, str]:
+    if not regions:
+        if layout.content_bytes:
+            raise InvalidArgument("regions", "empty", f"the regions that hold {layout.content_bytes} bytes of content")
+        return "cpu", ""
+    seen: set[str] = set()
+    kinds: set[tuple[str, str]] = set()
+    for index, region in enumerate(regions):
+        field = f"regions[{index}]"
+        text(f"{field}.region_id", region.region_id)
+        if region.region_id in seen:
+            raise InvalidArgument(f"{field}.region_id", region.region_id, "an id that no other region has")
+        seen.add(region.region_id)
+        kind = DEVICE_KIND_NAMES.get(region.device_kind)
+        if kind is None:
+            raise InvalidArgument(f"{field}.device_kind", region.device_kind, "a known kind of memory")
+        if kind not in SERVED_DEVICE_KINDS:
+            raise PublishRefused(
+                f"{field} is in {kind} memory; this broker serves: {_served()}",
+                metadata={"field": f"{field}.device_kind", "value": kind},
+            )
+        if region.WhichOneof("handle") != "host_memory":
+            raise InvalidArgument(f"{field}.handle", region.WhichOneof("handle"), "host_memory for host memory")
+        if region.device_id:
+            raise InvalidArgument(f"{field}.device_id", region.device_id, "empty for host memory")
+        if not region.size_bytes:
+            raise InvalidArgument(f"{field}.size_bytes", 0, "more than 0")
+        kinds.add((kind, region.device_id))
+    return kinds.pop()
+
+
+def _placements(
+    placements: Sequence[weight_set_pb2.TensorPlacement], regions: Sequence[weight_set_pb2.Region], layout: Layout
+) -> None:
+    if len(placements) != len(layout):
+        raise InvalidArgument("placements", len(placements), f"{len(layout)}, one for each tensor")
+    sizes = [region.size_bytes for region in regions]
+    for spec, placement in zip(layout.tensors, placements, strict=True):
+        content_bytes = spec.content_bytes
+        if not content_bytes:
+            continue
+        field = f"placements[{spec.name}]"
+        if placement.region_index >= len(sizes):
+            raise InvalidArgument(f"{field}.region_index", placement.region_index, f"below {len(sizes)}")
+        end = placement.offset_bytes + content_bytes
+        if end > sizes[placement.region_index]:
+            raise InvalidArgument(
+                f"{field}.offset_bytes",
+                placement.offset_bytes,
+                f"{content_bytes} bytes within the region's {sizes[placement.region_index]}",
+            )
+
+
+def _served() -> str:
+    return ", ".join(sorted(SERVED_DEVICE_KINDS))

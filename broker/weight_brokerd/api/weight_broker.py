@@ -1,0 +1,178 @@
+"""WeightBrokerService: what attached instances call."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from weight_broker.errors import InvalidArgument
+from weight_broker.v1 import resources_pb2
+from weight_broker.v1 import weight_broker_service_pb2 as pb
+from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceServicer
+from weight_broker.wire import key_from_wire, layout_to_wire
+from weight_brokerd.api import validation
+from weight_brokerd.api.ending import on_end
+from weight_brokerd.api.identity import identify
+from weight_brokerd.api.messages import PATHS, Messages
+from weight_brokerd.core import decisions as decide
+from weight_brokerd.core.model import Acquisition, TransferPath, WaitReason
+from weight_brokerd.driver import Driver, Granted
+
+log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_WAIT_REASONS = {
+    WaitReason.COLD_LOAD: pb.Waiting.REASON_COLD_LOAD,
+    WaitReason.SOURCES_BUSY: pb.Waiting.REASON_SOURCES_BUSY,
+}
+
+
+class WeightBrokerServicer(WeightBrokerServiceServicer):
+    """Validates, identifies, asks the driver, answers."""
+
+    def __init__(
+        self, driver: Driver, messages: Messages, *, maximum_wait_seconds: float, lease_seconds: float
+    ) -> None:
+        self._driver = driver
+        self._messages = messages
+        self._maximum_wait_seconds = maximum_wait_seconds
+        self._lease_seconds = lease_seconds
+        self._layouts = validation.LayoutCache()
+        self._numbers = itertools.count(1)
+
+    async def Acquire(self, request: pb.AcquireRequest, context: Context) -> AsyncIterator[pb.AcquireResponse]:
+        """See the proto."""
+        session = identify(self._driver, context)
+        acquisition = self._acquisition(request, session.instance_id, context)
+        acquisition_id = acquisition.acquisition_id
+        logger = log.bind(
+            acquisition_id=acquisition_id,
+            request_id=request.request_id,
+            instance_id=session.instance_id,
+            weight_set_id=acquisition.key.id,
+        )
+        mailbox = self._driver.begin_acquisition(acquisition)
+        # However the call ends - done, cancelled, past its deadline - its reader slot is free then.
+        on_end(context, lambda: self._driver.end_acquisition(acquisition_id))
+        logger.info("acquire", model=acquisition.key.model, if_absent=str(acquisition.if_absent))
+        while True:
+            match await mailbox.get():
+                case decide.Wait(_, reason, lease):
+                    yield pb.AcquireResponse(
+                        waiting=pb.Waiting(
+                            reason=_WAIT_REASONS[reason],
+                            cold_load_lease=self._messages.lease(lease) if lease is not None else None,
+                        )
+                    )
+                case Granted() as granted:
+                    logger.info("granted", transfer_id=granted.transfer.transfer_id)
+                    yield pb.AcquireResponse(granted=self._granted(granted, acquisition))
+                case decide.TellColdLoad(_, lease):
+                    logger.info("cold_load", fencing_token=lease.fencing_token)
+                    yield pb.AcquireResponse(cold_load=pb.ColdLoad(cold_load_lease=self._messages.lease(lease)))
+                    return
+                case decide.Complete(_, transfer, arrival):
+                    logger.info("done", transfer_id=transfer.transfer_id, size_bytes=arrival.size_bytes)
+                    yield pb.AcquireResponse(done=pb.Done(report=self._messages.report(transfer, arrival)))
+                    return
+                case decide.Fail(_, error):
+                    logger.info("failed", reason=str(error.reason), error=error.message)
+                    raise error
+
+    async def ReportTransfer(self, request: pb.ReportTransferRequest, context: Context) -> pb.ReportTransferResponse:
+        """See the proto."""
+        session = identify(self._driver, context)
+        transfer_id = validation.text("transfer_id", request.transfer_id)
+        match request.WhichOneof("outcome"):
+            case "succeeded":
+                arrival = validation.arrival(request.succeeded)
+                self._driver.transfer_succeeded(session.instance_id, transfer_id, arrival)
+            case "failed":
+                cause = validation.cause(request.failed.cause)
+                detail = validation.text(
+                    "failed.detail", request.failed.detail, limit=validation.MAX_REASON_CHARACTERS, required=False
+                )
+                self._driver.transfer_failed(session.instance_id, transfer_id, cause, detail)
+            case _:
+                raise InvalidArgument("outcome", None, "succeeded or failed")
+        return pb.ReportTransferResponse()
+
+    async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:
+        """See the proto."""
+        session = identify(self._driver, context)
+        offer, memory = validation.offer(request, session.instance_id, self._layouts)
+        publication = self._driver.publish(offer, memory)
+        return pb.PublishResponse(publication=self._messages.publication(publication))
+
+    async def Retract(self, request: pb.RetractRequest, context: Context) -> pb.RetractResponse:
+        """See the proto."""
+        session = identify(self._driver, context)
+        publication_id = validation.text("publication_id", request.publication_id)
+        publication = await self._driver.retract(session.instance_id, publication_id)
+        return pb.RetractResponse(publication=self._messages.publication(publication))
+
+    async def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:
+        """See the proto."""
+        session = identify(self._driver, context)
+        weight_set_id = validation.weight_set_id("weight_set_id", request.weight_set_id)
+        held = (session.instance_id, weight_set_id, request.fencing_token)
+        match request.WhichOneof("action"):
+            case "give_up":
+                reason = validation.text(
+                    "give_up.reason", request.give_up.reason, limit=validation.MAX_REASON_CHARACTERS, required=False
+                )
+                await self._driver.give_up_lease(*held, reason)
+                return pb.ReportLoadResponse()
+            case "extend":
+                seconds = self._lease_seconds
+                if request.extend.HasField("duration"):
+                    seconds = validation.seconds(
+                        "extend.duration", request.extend.duration, limit=validation.MAX_EXTENSION_SECONDS
+                    )
+                lease = await self._driver.extend_lease(*held, seconds)
+                return pb.ReportLoadResponse(cold_load_lease=self._messages.lease(lease))
+            case _:
+                raise InvalidArgument("action", None, "give_up or extend")
+
+    def _acquisition(self, request: pb.AcquireRequest, instance_id: str, context: Context) -> Acquisition:
+        validation.text("request_id", request.request_id)
+        key = key_from_wire(request.key)
+        path = validation.path(request.path)
+        layout = self._layouts.layout(request.layout) if request.HasField("layout") else None
+        if layout is None and path is TransferPath.COPY:
+            raise InvalidArgument("layout", "not set", "the receiver's layout for TRANSFER_PATH_COPY")
+        if_absent = validation.if_absent(request.if_absent)
+        device_kind, device_id = validation.receiving_device(request)
+        now = self._driver.clock()
+        remaining = context.time_remaining()
+        wait = self._maximum_wait_seconds if remaining is None else min(remaining, self._maximum_wait_seconds)
+        return Acquisition(
+            acquisition_id=f"acquisition-{next(self._numbers)}",
+            key=key,
+            layout=layout,
+            instance_id=instance_id,
+            if_absent=if_absent,
+            device_kind=device_kind,
+            device_id=device_id,
+            path=path,
+            begun_at=now,
+            deadline=now + wait,
+        )
+
+    def _granted(self, granted: Granted, acquisition: Acquisition) -> pb.Granted:
+        source = granted.transfer.publication
+        return pb.Granted(
+            transfer_id=granted.transfer.transfer_id,
+            source=self._messages.publication(source),
+            data_plane=resources_pb2.DATA_PLANE_LOCAL,
+            path=PATHS[granted.transfer.path],
+            regions=granted.memory.regions,
+            placements=granted.memory.placements,
+            digests=granted.memory.digests,
+            layout=layout_to_wire(source.layout) if acquisition.layout is None else None,
+        )

@@ -1,0 +1,450 @@
+"""Turns events into decisions: who reads from whom, who loads from disk, who waits.
+
+Every method is one event; it changes the state and returns what follows from it. Nothing here blocks, reads a clock or
+touches a device, so that any interleaving of events can be replayed in a test.
+"""
+
+from __future__ import annotations
+
+from weight_broker.errors import (
+    AcquireTimeout,
+    BrokerError,
+    BrokerUnavailable,
+    IntegrityError,
+    LayoutMismatch,
+    LeaseLost,
+    PublicationNotFound,
+    Reason,
+    TransferFailed,
+    WeightsNotFound,
+    from_reason,
+)
+from weight_brokerd.core.decisions import (
+    ClaimLease,
+    Complete,
+    Decision,
+    EndTransfer,
+    Fail,
+    Grant,
+    InstanceChanged,
+    Map,
+    ReleaseLease,
+    TellColdLoad,
+    TransferChanged,
+    Unmap,
+    Wait,
+    WeightSetChanged,
+)
+from weight_brokerd.core.leases import LeaseClaim
+from weight_brokerd.core.model import (
+    Acquisition,
+    Arrival,
+    ColdLoadLease,
+    FailureCause,
+    IfAbsent,
+    Instance,
+    InstanceState,
+    Limits,
+    Offer,
+    Publication,
+    PublicationState,
+    Transfer,
+    TransferState,
+    WaitReason,
+)
+from weight_brokerd.core.registry import Registry
+from weight_brokerd.core.selection import Receiver, Refusal, Selection, select
+from weight_brokerd.core.transfers import TransferLog
+from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
+
+Decisions = list[Decision]
+
+
+class Coordinator:
+    """The broker's mind."""
+
+    def __init__(self, *, host_id: str, limits: Limits, first_generation: int = 1) -> None:
+        self.host_id = host_id
+        self.limits = limits
+        self.draining = False
+        self.instances: dict[str, Instance] = {}
+        self.registry = Registry(
+            host_id=host_id,
+            first_generation=first_generation,
+            limit=limits.publications,
+            readers_per_publication=limits.readers_per_publication,
+        )
+        self.transfers = TransferLog(limits.transfers_remembered)
+        self.weight_sets = WeightSetIndex(self.registry)
+        self.acquisitions: dict[str, Acquisition] = {}
+
+    # Instances
+
+    def attach(self, instance: Instance) -> Decisions:
+        """A process attached. Allowed during a drain: administrators attach too."""
+        if len(self.instances) >= self.limits.instances:
+            raise from_reason(
+                Reason.LIMIT_EXCEEDED,
+                f"this broker already has {self.limits.instances} instances; raise limits.instances",
+                metadata={"limit": "limits.instances", "value": str(self.limits.instances)},
+            )
+        self.instances[instance.instance_id] = instance
+        return [InstanceChanged(instance.instance_id)]
+
+    def disconnect(self, instance_id: str) -> Decisions:
+        """The attach socket closed, but the process lives, and so does what it published."""
+        instance = self.instances.get(instance_id)
+        if instance is None:
+            return []
+        instance.state = InstanceState.DISCONNECTED
+        return [InstanceChanged(instance_id)]
+
+    def depart(self, instance_id: str, now: float) -> Decisions:
+        """The process died or said goodbye: everything it held ends."""
+        if self.instances.pop(instance_id, None) is None:
+            return []
+        decisions: Decisions = []
+        for acquisition in [one for one in self.acquisitions.values() if one.instance_id == instance_id]:
+            decisions += self.abandon(acquisition.acquisition_id, now)
+        for publication in self.registry.of_instance(instance_id):
+            decisions += self._end_publication(publication)
+        for record in self.weight_sets:
+            if record.lease is not None and record.lease.instance_id == instance_id:
+                decisions.append(ReleaseLease(record.lease))
+        decisions.append(InstanceChanged(instance_id))
+        return decisions
+
+    # Publications
+
+    def publish(self, offer: Offer, now: float) -> tuple[Publication, Decisions]:
+        """An instance offers a weight set; it is readable once `mapped` says so."""
+        self._check_not_draining()
+        earlier = self.registry.of_request(offer.instance_id, offer.request_id)
+        if earlier is not None:
+            if earlier.key != offer.key or earlier.layout != offer.layout:
+                raise from_reason(
+                    Reason.INVALID_ARGUMENT,
+                    f"request_id {offer.request_id!r} was used for another publication; use a new one",
+                    metadata={"field": "request_id"},
+                )
+            return earlier, []
+        instance = self.instances[offer.instance_id]
+        publication = self.registry.add(offer, instance_name=instance.name, now=now)
+        self.weight_sets.record(offer.key)
+        return publication, [Map(publication)]
+
+    def mapped(self, publication: Publication, now: float) -> Decisions:
+        """The publication's memory is mapped: it is resident, and a lease that it fulfils ends."""
+        if publication.state is not PublicationState.REGISTERING:
+            return []
+        self.registry.move(publication, PublicationState.RESIDENT)
+        decisions: Decisions = [
+            WeightSetChanged(publication.weight_set_id),
+            InstanceChanged(publication.instance_id),
+        ]
+        record = self.weight_sets.record(publication.key)
+        if record.lease is not None and record.lease.fencing_token == publication.fencing_token:
+            decisions.append(ReleaseLease(record.lease))
+        return decisions + self._serve(record, now)
+
+    def mapping_failed(self, publication: Publication) -> Decisions:
+        """The publication's memory cannot be mapped: it never was."""
+        if publication.state is PublicationState.REGISTERING:
+            return self._end_publication(publication)
+        return []
+
+    def retract(self, instance_id: str, publication_id: str) -> tuple[Publication, Decisions]:
+        """The instance wants its memory back: no new readers. It is gone when the last one has ended."""
+        publication = self.registry.find(publication_id)
+        if publication is None or publication.instance_id != instance_id:
+            raise PublicationNotFound(
+                f"this instance has no publication {publication_id!r}; it is gone or belongs to another instance",
+                metadata={"publication_id": publication_id},
+            )
+        if publication.state is PublicationState.REGISTERING or not publication.readers:
+            return publication, self._end_publication(publication)
+        if publication.state is not PublicationState.RETRACTING:
+            self.registry.move(publication, PublicationState.RETRACTING)
+        return publication, [WeightSetChanged(publication.weight_set_id)]
+
+    def evict(self, publication_id: str) -> tuple[Publication, Decisions]:
+        """An administrator takes a publication out of service, without waiting for readers."""
+        publication = self.registry.get(publication_id)
+        return publication, self._end_publication(publication)
+
+    def quarantine(self, publication_id: str, reason: str) -> tuple[Publication, Decisions]:
+        """The publication is never read again, but shown."""
+        publication = self.registry.get(publication_id)
+        if publication.state is PublicationState.RESIDENT:
+            self.registry.move(publication, PublicationState.QUARANTINED)
+            publication.quarantine_reason = reason
+        return publication, [WeightSetChanged(publication.weight_set_id)]
+
+    # Acquisitions
+
+    def acquire(self, acquisition: Acquisition, now: float) -> Decisions:
+        """An instance asks for a weight set."""
+        self._check_not_draining()
+        self.acquisitions[acquisition.acquisition_id] = acquisition
+        record = self.weight_sets.record(acquisition.key)
+        record.waiting[acquisition.acquisition_id] = acquisition
+        return [*self._serve(record, now), WeightSetChanged(record.key.id)]
+
+    def transfer_succeeded(self, transfer_id: str, instance_id: str, arrival: Arrival, now: float) -> Decisions:
+        """Every byte of the transfer arrived and was verified."""
+        transfer, acquisition = self._running(transfer_id, instance_id)
+        transfer.publication.served_count += 1
+        decisions = self._end_transfer(transfer, TransferState.SUCCEEDED, "", now)
+        self._forget(acquisition)
+        decisions.append(Complete(acquisition.acquisition_id, transfer, arrival))
+        return decisions + self._serve_id(acquisition.key.id, now)
+
+    def transfer_failed(
+        self, transfer_id: str, instance_id: str, cause: FailureCause, detail: str, now: float
+    ) -> Decisions:
+        """The transfer did not complete: the acquisition tries the next source, unless the receiver gave up."""
+        transfer, acquisition = self._running(transfer_id, instance_id)
+        publication = transfer.publication
+        decisions = self._end_transfer(transfer, TransferState.FAILED, detail or cause, now)
+        record = self.weight_sets.record(acquisition.key)
+        if cause is FailureCause.DIGEST_MISMATCH:
+            acquisition.saw_wrong_bytes = True
+            if publication.state is not PublicationState.GONE:
+                decisions += self.quarantine(
+                    publication.publication_id, f"delivered wrong bytes in {transfer_id}: {detail}"
+                )[1]
+        if cause is FailureCause.RECEIVER:
+            decisions.append(self._fail(acquisition, TransferFailed(f"the receiver gave up: {detail}")))
+        else:
+            acquisition.failed_sources[publication.publication_id] = f"{cause}: {detail}"
+            acquisition.transfer_id = ""
+            record.waiting[acquisition.acquisition_id] = acquisition
+        return decisions + self._serve(record, now)
+
+    def abandon(self, acquisition_id: str, now: float) -> Decisions:
+        """The caller went away."""
+        acquisition = self.acquisitions.get(acquisition_id)
+        if acquisition is None:
+            return []
+        decisions: Decisions = []
+        transfer = self.transfers.running.get(acquisition.transfer_id)
+        if transfer is not None:
+            decisions += self._end_transfer(transfer, TransferState.FAILED, "the receiver went away", now)
+        self._forget(acquisition)
+        decisions.append(WeightSetChanged(acquisition.key.id))
+        return decisions + self._serve_id(acquisition.key.id, now)
+
+    # Cold-load leases
+
+    def lease_claimed(self, weight_set_id: str, claim: LeaseClaim, now: float) -> Decisions:
+        """The directory's answer to `ClaimLease`."""
+        record = self.weight_sets.find(weight_set_id)
+        if record is None or record.claim_pending is None:
+            raise AssertionError(f"no claim is pending for weight set {weight_set_id}")
+        claimant, record.claim_pending = record.waiting.get(record.claim_pending), None
+        record.lease = claim.lease
+        decisions: Decisions = [WeightSetChanged(weight_set_id)]
+        if claim.granted:
+            if claimant is None:  # served, cancelled or dead meanwhile; the next waiter gets its chance when it is free
+                return [*decisions, ReleaseLease(claim.lease)]
+            self._forget(claimant)
+            decisions.append(TellColdLoad(claimant.acquisition_id, claim.lease))
+        return decisions + self._serve(record, now)
+
+    def lease_free(self, lease: ColdLoadLease, now: float) -> Decisions:
+        """The lease ended, for whatever reason: the next waiter may claim it."""
+        record = self.weight_sets.find(lease.weight_set_id)
+        if record is None or record.lease is None or record.lease.fencing_token != lease.fencing_token:
+            return []
+        record.lease = None
+        return [WeightSetChanged(lease.weight_set_id), *self._serve(record, now)]
+
+    def lease_extended(self, lease: ColdLoadLease) -> Decisions:
+        """The directory has extended the lease."""
+        record = self.weight_sets.find(lease.weight_set_id)
+        if record is not None and record.lease is not None and record.lease.fencing_token == lease.fencing_token:
+            record.lease = lease
+        return [WeightSetChanged(lease.weight_set_id)]
+
+    def lease_held_by(self, instance_id: str, weight_set_id: str, fencing_token: int) -> ColdLoadLease:
+        """The lease, if this instance holds it with this token; raises `LeaseLost`."""
+        record = self.weight_sets.find(weight_set_id)
+        lease = record.lease if record is not None else None
+        if lease is None or lease.instance_id != instance_id or lease.fencing_token != fencing_token:
+            raise LeaseLost(
+                f"this instance does not hold cold-load lease {fencing_token} of weight set {weight_set_id!r}",
+                metadata={"weight_set_id": weight_set_id, "fencing_token": str(fencing_token)},
+            )
+        return lease
+
+    # Time and drain
+
+    def advance(self, now: float) -> Decisions:
+        """Time passed: waiting acquisitions whose deadline is over are answered."""
+        late = [one for one in self.acquisitions.values() if one.deadline <= now and not one.transfer_id]
+        decisions: Decisions = []
+        for acquisition in late:
+            waited = now - acquisition.begun_at
+            decisions.append(
+                self._fail(
+                    acquisition, AcquireTimeout(f"weight set {acquisition.key.id} did not arrive in {waited:.1f} s")
+                )
+            )
+            decisions.append(WeightSetChanged(acquisition.key.id))
+        return decisions
+
+    def next_deadline(self) -> float | None:
+        """When `advance` next has something to do."""
+        return min((one.deadline for one in self.acquisitions.values() if not one.transfer_id), default=None)
+
+    def drain(self) -> Decisions:
+        """Nothing new from now on; running transfers go on."""
+        self.draining = True
+        decisions: Decisions = []
+        for acquisition in [one for one in self.acquisitions.values() if not one.transfer_id]:
+            decisions.append(self._fail(acquisition, _draining()))
+            decisions.append(WeightSetChanged(acquisition.key.id))
+        return decisions
+
+    def receiver(self, acquisition: Acquisition) -> Receiver:
+        """The receiving side of an acquisition, as selection sees it."""
+        return Receiver(
+            self.host_id,
+            acquisition.device_kind,
+            acquisition.device_id,
+            acquisition.layout,
+            acquisition.failed_sources,
+        )
+
+    # What follows
+
+    def _serve_id(self, weight_set_id: str, now: float) -> Decisions:
+        record = self.weight_sets.find(weight_set_id)
+        return self._serve(record, now) if record is not None else []
+
+    def _serve(self, record: WeightSetRecord, now: float) -> Decisions:
+        """Answers every waiting acquisition of a weight set that can be answered now, first come first served."""
+        decisions: Decisions = []
+        for acquisition in list(record.waiting.values()):
+            selection = select(self.registry.of_weight_set(record.key.id), self.receiver(acquisition))
+            if selection.chosen is not None:
+                decisions += self._grant(acquisition, selection.chosen, now)
+            else:
+                decisions += self._without_source(record, acquisition, selection)
+        self.weight_sets.tidy(record.key.id)
+        return decisions
+
+    def _grant(self, acquisition: Acquisition, publication: Publication, now: float) -> Decisions:
+        transfer = self.transfers.begin(acquisition, publication, now)
+        self.registry.reserve(publication, transfer.transfer_id)
+        acquisition.transfer_id = transfer.transfer_id
+        acquisition.told = None
+        del self.weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id]
+        return [
+            Grant(acquisition.acquisition_id, transfer),
+            TransferChanged(transfer),
+            WeightSetChanged(publication.weight_set_id),
+        ]
+
+    def _without_source(self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection) -> Decisions:
+        if selection.has(Refusal.BUSY):
+            return self._wait(acquisition, WaitReason.SOURCES_BUSY, None)
+        if selection.has(Refusal.LAYOUT_DIFFERS):
+            return [self._fail(acquisition, _layout_mismatch(acquisition, selection))]
+        if acquisition.if_absent is IfAbsent.LOAD:
+            if record.lease is not None:
+                return self._wait(acquisition, WaitReason.COLD_LOAD, record.lease)
+            if record.claim_pending is None:
+                record.claim_pending = acquisition.acquisition_id
+                return [ClaimLease(record.key.id, acquisition.instance_id)]
+            return []
+        if acquisition.if_absent is IfAbsent.WAIT and not acquisition.failed_sources:
+            if record.lease is not None:
+                return self._wait(acquisition, WaitReason.COLD_LOAD, record.lease)
+            if record.claim_pending is not None:
+                return []
+        return [self._fail(acquisition, _absent(acquisition))]
+
+    def _wait(self, acquisition: Acquisition, reason: WaitReason, lease: ColdLoadLease | None) -> Decisions:
+        telling = (reason, lease.fencing_token if lease is not None else 0)
+        if acquisition.told == telling:
+            return []
+        acquisition.told = telling
+        return [Wait(acquisition.acquisition_id, reason, lease)]
+
+    def _fail(self, acquisition: Acquisition, error: BrokerError) -> Decision:
+        self._forget(acquisition)
+        return Fail(acquisition.acquisition_id, error)
+
+    def _forget(self, acquisition: Acquisition) -> None:
+        self.acquisitions.pop(acquisition.acquisition_id, None)
+        record = self.weight_sets.find(acquisition.key.id)
+        if record is not None:
+            record.waiting.pop(acquisition.acquisition_id, None)
+            self.weight_sets.tidy(record.key.id)
+
+    def _end_transfer(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> Decisions:
+        publication = transfer.publication
+        self.transfers.end(transfer, state, failure, now)
+        self.registry.release(publication, transfer.transfer_id)
+        decisions: Decisions = [EndTransfer(transfer), TransferChanged(transfer)]
+        if publication.state is PublicationState.RETRACTING and not publication.readers:
+            decisions += self._end_publication(publication)
+        else:
+            decisions.append(WeightSetChanged(publication.weight_set_id))
+        return decisions
+
+    def _end_publication(self, publication: Publication) -> Decisions:
+        self.registry.move(publication, PublicationState.GONE)
+        self.weight_sets.tidy(publication.weight_set_id)
+        return [
+            Unmap(publication),
+            WeightSetChanged(publication.weight_set_id),
+            InstanceChanged(publication.instance_id),
+        ]
+
+    def _running(self, transfer_id: str, instance_id: str) -> tuple[Transfer, Acquisition]:
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None or transfer.receiver_instance_id != instance_id:
+            raise from_reason(
+                Reason.TRANSFER_NOT_FOUND,
+                f"no transfer {transfer_id!r} runs for this instance",
+                metadata={"transfer_id": transfer_id},
+            )
+        return transfer, self.acquisitions[transfer.acquisition_id]
+
+    def _check_not_draining(self) -> None:
+        if self.draining:
+            raise _draining()
+
+
+def _draining() -> BrokerUnavailable:
+    return BrokerUnavailable("the broker is draining and takes no new work; load from disk", reason=Reason.DRAINING)
+
+
+def _absent(acquisition: Acquisition) -> BrokerError:
+    tried = acquisition.failed_sources
+    if not tried:
+        return WeightsNotFound(
+            f"nobody holds weight set {acquisition.key.id} (model {acquisition.key.model!r}); load from disk",
+            metadata={"weight_set_id": acquisition.key.id},
+        )
+    kind = IntegrityError if acquisition.saw_wrong_bytes else TransferFailed
+    return kind(
+        f"every source of weight set {acquisition.key.id} failed: "
+        + "; ".join(f"{source}: {why}" for source, why in tried.items()),
+        metadata={"weight_set_id": acquisition.key.id, "sources": ", ".join(tried)},
+    )
+
+
+def _layout_mismatch(acquisition: Acquisition, selection: Selection) -> LayoutMismatch:
+    refused = [candidate for candidate in selection.candidates if candidate.refusal is Refusal.LAYOUT_DIFFERS]
+    newest = refused[-1]
+    return LayoutMismatch(
+        f"weight set {acquisition.key.id} is resident with another layout: {newest.detail}",
+        metadata={
+            "weight_set_id": acquisition.key.id,
+            "publication_id": newest.publication.publication_id,
+            "differences": newest.detail,
+        },
+    )

@@ -1,0 +1,41 @@
+"""Transfers: those that run, and the last ones that ended."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+
+from weight_brokerd.core.model import Acquisition, Publication, Transfer, TransferState
+
+
+class TransferLog:
+    """Running transfers by id, ended ones for a while."""
+
+    def __init__(self, remembered: int) -> None:
+        self._ids = itertools.count(1)
+        self._ended: deque[Transfer] = deque(maxlen=remembered)
+        self.running: dict[str, Transfer] = {}
+
+    def begin(self, acquisition: Acquisition, publication: Publication, now: float) -> Transfer:
+        """A new running transfer."""
+        transfer = Transfer(
+            transfer_id=f"transfer-{next(self._ids)}",
+            acquisition_id=acquisition.acquisition_id,
+            publication=publication,
+            receiver_instance_id=acquisition.instance_id,
+            path=acquisition.path,
+            started_at=now,
+        )
+        self.running[transfer.transfer_id] = transfer
+        return transfer
+
+    def end(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> None:
+        """The transfer has ended."""
+        del self.running[transfer.transfer_id]
+        transfer.state, transfer.failure, transfer.ended_at = state, failure, now
+        self._ended.append(transfer)
+
+    def newest_first(self, *, running_only: bool = False) -> list[Transfer]:
+        """All that are known, newest first."""
+        running = list(reversed(self.running.values()))
+        return running if running_only else running + list(reversed(self._ended))

@@ -1,0 +1,71 @@
+"""Weight sets that somebody holds, loads or waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from weight_broker.key import WeightSetKey
+from weight_brokerd.core.model import Acquisition, ColdLoadLease
+from weight_brokerd.core.registry import Registry
+
+
+@dataclass(slots=True)
+class WeightSetRecord:
+    """One weight set, apart from its publications."""
+
+    key: WeightSetKey
+    waiting: dict[str, Acquisition] = field(default_factory=dict)
+    """Acquisitions without a running transfer, first come first."""
+    lease: ColdLoadLease | None = None
+    """The cold-load lease as the directory last told it."""
+    claim_pending: str | None = None
+    """The acquisition for which the directory has been asked for the lease."""
+
+
+class WeightSetIndex:
+    """The records, by id and by model. A record lives as long as anything refers to its weight set."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._records: dict[str, WeightSetRecord] = {}
+        self._by_model: dict[str, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[WeightSetRecord]:
+        return iter(self._records.values())
+
+    def ids(self) -> list[str]:
+        """All ids, sorted."""
+        return sorted(self._records)
+
+    def find(self, weight_set_id: str) -> WeightSetRecord | None:
+        """The record, or None."""
+        return self._records.get(weight_set_id)
+
+    def record(self, key: WeightSetKey) -> WeightSetRecord:
+        """The record, created if it is not there."""
+        record = self._records.get(key.id)
+        if record is None:
+            record = self._records[key.id] = WeightSetRecord(key)
+            self._by_model.setdefault(key.model, set()).add(key.id)
+        return record
+
+    def of_model(self, model: str) -> list[WeightSetRecord]:
+        """The records of one model, by id."""
+        return [self._records[weight_set_id] for weight_set_id in sorted(self._by_model.get(model, ()))]
+
+    def tidy(self, weight_set_id: str) -> None:
+        """Drops the record if nothing refers to its weight set any more."""
+        record = self._records.get(weight_set_id)
+        if record is None or record.waiting or record.lease is not None or record.claim_pending is not None:
+            return
+        if self._registry.of_weight_set(weight_set_id):
+            return
+        del self._records[weight_set_id]
+        ids = self._by_model[record.key.model]
+        ids.discard(weight_set_id)
+        if not ids:
+            del self._by_model[record.key.model]

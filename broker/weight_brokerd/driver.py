@@ -1,0 +1,369 @@
+"""Drives the coordinator: feeds it events and the time, and carries its decisions out.
+
+Everything runs on one asyncio loop, so an event and its decisions are one step that nothing interleaves with, except
+where the directory is asked, which may take a round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from weight_broker.errors import BrokerError, InvalidArgument, NotAttached, Reason, from_reason
+from weight_broker.v1 import weight_set_pb2
+from weight_brokerd.attach.server import PeerCredentials, Session
+from weight_brokerd.core import decisions as decide
+from weight_brokerd.core.coordinator import Coordinator
+from weight_brokerd.core.model import (
+    Acquisition,
+    Arrival,
+    ColdLoadLease,
+    FailureCause,
+    Instance,
+    Offer,
+    Publication,
+    Transfer,
+)
+from weight_brokerd.directory.protocol import Directory
+from weight_brokerd.memory.host import RegionTable
+from weight_brokerd.telemetry.audit import audit
+from weight_brokerd.telemetry.metrics import Counts
+from weight_brokerd.watch import WatchHub
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedMemory:
+    """Where a publication's tensors lie, as its instance told it; kept as messages because nothing here reads them."""
+
+    regions: tuple[weight_set_pb2.Region, ...]
+    placements: tuple[weight_set_pb2.TensorPlacement, ...]
+    digests: tuple[weight_set_pb2.ContentDigests, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A source is reserved for an acquisition; its memory is held for the transfer."""
+
+    transfer: Transfer
+    memory: PublishedMemory
+
+
+AcquisitionEvent = Granted | decide.Wait | decide.TellColdLoad | decide.Complete | decide.Fail
+
+
+class Driver:
+    """The broker, without its sockets."""
+
+    def __init__(self, *, coordinator: Coordinator, regions: RegionTable, directory: Directory) -> None:
+        self.coordinator = coordinator
+        self.regions = regions
+        self.directory = directory
+        self.watch = WatchHub()
+        self.clock = time.monotonic
+        self.wall_offset = time.time() - time.monotonic()
+        """Add it to a time of the clock for the time of day."""
+        self.started_at = self.clock()
+        self._instance_numbers = itertools.count(1)
+        self._sessions: dict[bytes, Session] = {}
+        self._tokens: dict[str, bytes] = {}
+        self._mailboxes: dict[str, asyncio.Queue[AcquisitionEvent]] = {}
+        self._memory: dict[str, PublishedMemory] = {}
+        self._gone: dict[str, asyncio.Event] = {}
+        self._idle = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        directory.subscribe(self)
+
+    # Instances (weight_brokerd.attach.server.Attendance)
+
+    def attach(self, peer: PeerCredentials, name: str, client_version: str) -> Session:
+        """A process attached; its token is its identity from now on."""
+        instance_id = f"instance-{next(self._instance_numbers)}"
+        instance = Instance(
+            instance_id, name or f"pid-{peer.pid}", peer.pid, peer.uid, peer.gid, attached_at=self.clock()
+        )
+        decisions = self.coordinator.attach(instance)
+        session = Session(instance_id=instance_id, token=secrets.token_bytes(32), peer=peer)
+        self._sessions[session.token] = session
+        self._tokens[instance_id] = session.token
+        audit("attach", instance_id=instance_id, name=name, pid=peer.pid, uid=peer.uid, client_version=client_version)
+        self._carry_out(decisions)
+        return session
+
+    def disconnected(self, instance_id: str) -> None:
+        """The attach socket closed; the process may live on."""
+        self._carry_out(self.coordinator.disconnect(instance_id))
+
+    def departed(self, instance_id: str, reason: str) -> None:
+        """The process died or said goodbye."""
+        token = self._tokens.pop(instance_id, None)
+        if token is None:
+            return
+        del self._sessions[token]
+        audit("depart", instance_id=instance_id, reason=reason)
+        self._carry_out(self.coordinator.depart(instance_id, self.clock()))
+        self.regions.drop_instance(instance_id)
+
+    def offer_region(self, instance_id: str, region_id: str, size_bytes: int, fd: int) -> None:
+        """An instance hands a memfd over; `fd` is taken in every case."""
+        self.regions.offer(instance_id, region_id, size_bytes, fd)
+
+    def withdraw_region(self, instance_id: str, region_id: str) -> None:
+        """An instance takes a region back."""
+        self.regions.withdraw(instance_id, region_id)
+
+    def claim_region(self, instance_id: str, transfer_id: str, region_index: int) -> int:
+        """The file descriptor of a region of a running transfer's source, to be passed to the receiver."""
+        transfer = self.coordinator.transfers.running.get(transfer_id)
+        if transfer is None or transfer.receiver_instance_id != instance_id:
+            raise from_reason(
+                Reason.TRANSFER_NOT_FOUND,
+                f"no transfer {transfer_id!r} runs for this instance",
+                metadata={"transfer_id": transfer_id},
+            )
+        return self.regions.descriptor(transfer_id, region_index)
+
+    def session(self, token: bytes) -> Session:
+        """The session of a token; raises `NotAttached`."""
+        session = self._sessions.get(token)
+        if session is None:
+            raise NotAttached("this call needs the token of an attached process; attach to attach.sock first")
+        return session
+
+    # Publications
+
+    def publish(self, offer: Offer, memory: PublishedMemory) -> Publication:
+        """Offers a weight set; it is resident when this returns."""
+        publication, decisions = self.coordinator.publish(offer, self.clock())
+        if decisions:
+            self._memory[publication.publication_id] = memory
+            audit(
+                "publish",
+                instance_id=offer.instance_id,
+                publication_id=publication.publication_id,
+                weight_set_id=publication.weight_set_id,
+                generation=publication.generation,
+                size_bytes=publication.layout.content_bytes,
+            )
+            self._carry_out(decisions)
+        return publication
+
+    async def retract(self, instance_id: str, publication_id: str) -> Publication:
+        """Withdraws a publication and waits until nobody reads it."""
+        publication, decisions = self.coordinator.retract(instance_id, publication_id)
+        audit("retract", instance_id=instance_id, publication_id=publication_id)
+        gone = self._gone.setdefault(publication_id, asyncio.Event())
+        self._carry_out(decisions)
+        await gone.wait()
+        return publication
+
+    def evict(self, publication_id: str) -> Publication:
+        """Takes a publication out of service without waiting for readers."""
+        publication, decisions = self.coordinator.evict(publication_id)
+        audit("evict", publication_id=publication_id)
+        self._carry_out(decisions)
+        return publication
+
+    def quarantine(self, publication_id: str, reason: str) -> Publication:
+        """Sets a publication aside."""
+        publication, decisions = self.coordinator.quarantine(publication_id, reason)
+        audit("quarantine", publication_id=publication_id, reason=reason)
+        self._carry_out(decisions)
+        return publication
+
+    # Acquisitions
+
+    def begin_acquisition(self, acquisition: Acquisition) -> asyncio.Queue[AcquisitionEvent]:
+        """Starts an acquisition; what becomes of it arrives in the queue."""
+        mailbox: asyncio.Queue[AcquisitionEvent] = asyncio.Queue()
+        decisions = self.coordinator.acquire(acquisition, self.clock())
+        self._mailboxes[acquisition.acquisition_id] = mailbox
+        self._carry_out(decisions)
+        return mailbox
+
+    def end_acquisition(self, acquisition_id: str) -> None:
+        """The call is over, however it ended; its reader slot is free."""
+        self._mailboxes.pop(acquisition_id, None)
+        self._carry_out(self.coordinator.abandon(acquisition_id, self.clock()))
+
+    def transfer_succeeded(self, instance_id: str, transfer_id: str, arrival: Arrival) -> None:
+        """The receiver has every byte."""
+        self._carry_out(self.coordinator.transfer_succeeded(transfer_id, instance_id, arrival, self.clock()))
+
+    def transfer_failed(self, instance_id: str, transfer_id: str, cause: FailureCause, detail: str) -> None:
+        """The receiver has not."""
+        audit("transfer_failed", instance_id=instance_id, transfer_id=transfer_id, cause=str(cause), detail=detail)
+        self._carry_out(self.coordinator.transfer_failed(transfer_id, instance_id, cause, detail, self.clock()))
+
+    # Cold-load leases
+
+    async def extend_lease(
+        self, instance_id: str, weight_set_id: str, fencing_token: int, seconds: float
+    ) -> ColdLoadLease:
+        """Extends the lease; raises `LeaseLost`."""
+        lease = self.coordinator.lease_held_by(instance_id, weight_set_id, fencing_token)
+        longer = await self.directory.extend_lease(lease, seconds)
+        audit("extend_lease", instance_id=instance_id, weight_set_id=weight_set_id, seconds=seconds)
+        self._carry_out(self.coordinator.lease_extended(longer))
+        return longer
+
+    async def give_up_lease(self, instance_id: str, weight_set_id: str, fencing_token: int, reason: str) -> None:
+        """Gives the lease up; raises `LeaseLost`."""
+        lease = self.coordinator.lease_held_by(instance_id, weight_set_id, fencing_token)
+        audit("give_up_lease", instance_id=instance_id, weight_set_id=weight_set_id, reason=reason)
+        await self.directory.release_lease(lease)
+
+    def lease_free(self, lease: ColdLoadLease) -> None:
+        """The directory reports that a lease ended (weight_brokerd.directory.protocol.DirectoryEvents)."""
+        self._carry_out(self.coordinator.lease_free(lease, self.clock()))
+
+    # Drain
+
+    def begin_drain(self) -> None:
+        """Refuses new work from now on."""
+        if not self.coordinator.draining:
+            audit("drain")
+            self._carry_out(self.coordinator.drain())
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Refuses new work and waits for running transfers; False if some still run after the timeout."""
+        self.begin_drain()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while self.coordinator.transfers.running:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Ends the Watch calls and stops the timers."""
+        self.watch.close()
+        self.directory.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def counts(self) -> Counts:
+        """How much there is of everything."""
+        core = self.coordinator
+        return Counts(
+            instances=len(core.instances),
+            publications=len(core.registry),
+            regions=self.regions.region_count,
+            region_bytes=self.regions.region_bytes,
+            running_transfers=len(core.transfers.running),
+            waiting_acquisitions=sum(1 for one in core.acquisitions.values() if not one.transfer_id),
+            cold_load_leases=sum(1 for record in core.weight_sets if record.lease is not None),
+        )
+
+    # Decisions
+
+    def _carry_out(self, decisions: Iterable[decide.Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case decide.Grant(acquisition_id, transfer):
+                    self._post(acquisition_id, self._hold(transfer))
+                case (
+                    decide.Wait(acquisition_id)
+                    | decide.TellColdLoad(acquisition_id)
+                    | decide.Complete(acquisition_id)
+                    | decide.Fail(acquisition_id)
+                ):
+                    self._post(acquisition_id, decision)
+                case decide.Map(publication):
+                    self._map(publication)
+                case decide.Unmap(publication):
+                    self._unmap(publication)
+                case decide.EndTransfer(transfer):
+                    self.regions.release(transfer.transfer_id)
+                    if not self.coordinator.transfers.running:
+                        self._idle.set()
+                case decide.ClaimLease(weight_set_id, instance_id):
+                    self._spawn(self._claim_lease(weight_set_id, instance_id))
+                case decide.ReleaseLease(lease):
+                    self._spawn(self.directory.release_lease(lease))
+                case decide.WeightSetChanged(weight_set_id):
+                    self.watch.mark_weight_set(weight_set_id)
+                case decide.InstanceChanged(instance_id):
+                    self.watch.mark_instance(instance_id)
+                case decide.TransferChanged(transfer):
+                    self.watch.mark_transfer(transfer)
+        self._schedule()
+
+    def _post(self, acquisition_id: str, event: AcquisitionEvent) -> None:
+        mailbox = self._mailboxes.get(acquisition_id)
+        if mailbox is not None:
+            mailbox.put_nowait(event)
+
+    def _hold(self, transfer: Transfer) -> Granted:
+        publication = transfer.publication
+        memory = self._memory[publication.publication_id]
+        self.regions.hold(
+            transfer.transfer_id, publication.instance_id, [region.region_id for region in memory.regions]
+        )
+        return Granted(transfer, memory)
+
+    def _map(self, publication: Publication) -> None:
+        instance_id, regions = publication.instance_id, self._memory[publication.publication_id].regions
+        try:
+            for region in regions:
+                self._check_size(instance_id, region)
+            self.regions.hold(publication.publication_id, instance_id, [region.region_id for region in regions])
+        except BrokerError:
+            self._carry_out(self.coordinator.mapping_failed(publication))
+            raise
+        for region in regions:  # the publication holds them now, and they are closed with it
+            self.regions.withdraw(instance_id, region.region_id)
+        self._carry_out(self.coordinator.mapped(publication, self.clock()))
+
+    def _check_size(self, instance_id: str, region: weight_set_pb2.Region) -> None:
+        offered = self.regions.size_bytes(instance_id, region.region_id)
+        if region.size_bytes > offered:
+            raise InvalidArgument(
+                f"regions[{region.region_id}].size_bytes", region.size_bytes, f"at most the {offered} that were offered"
+            )
+
+    def _unmap(self, publication: Publication) -> None:
+        self.regions.release(publication.publication_id)
+        self._memory.pop(publication.publication_id, None)
+        gone = self._gone.pop(publication.publication_id, None)
+        if gone is not None:
+            gone.set()
+
+    async def _claim_lease(self, weight_set_id: str, instance_id: str) -> None:
+        instance = self.coordinator.instances.get(instance_id)
+        claim = await self.directory.claim_lease(
+            weight_set_id, instance_id=instance_id, instance_name=instance.name if instance is not None else ""
+        )
+        self._carry_out(self.coordinator.lease_claimed(weight_set_id, claim, self.clock()))
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("directory_call_failed", exc_info=error)
+
+    def _schedule(self) -> None:
+        deadline = self.coordinator.next_deadline()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if deadline is not None:
+            delay = max(0.0, deadline - self.clock())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._advance)
+
+    def _advance(self) -> None:
+        self._carry_out(self.coordinator.advance(self.clock()))

@@ -1,0 +1,97 @@
+"""Tells watchers what changed.
+
+A watcher keeps only *which* things changed since it last looked, not the changes themselves: a slow one gets fewer,
+larger answers, never an unbounded queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from weight_brokerd.core.model import Transfer
+
+
+@dataclass(slots=True)
+class Changes:
+    """What changed since a watcher last looked; the order within each kind is that of the first change."""
+
+    weight_sets: dict[str, None] = field(default_factory=dict)
+    instances: dict[str, None] = field(default_factory=dict)
+    transfers: dict[str, Transfer] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.weight_sets or self.instances or self.transfers)
+
+
+class Watcher:
+    """One open Watch call."""
+
+    def __init__(self) -> None:
+        self._changes = Changes()
+        self._wake = asyncio.Event()
+        self.closed = False
+
+    async def next(self) -> Changes:
+        """Waits for changes and takes them; empty when the watcher was closed."""
+        await self._wake.wait()
+        self._wake.clear()
+        changes, self._changes = self._changes, Changes()
+        return changes
+
+    def close(self) -> None:
+        """Ends the call."""
+        self.closed = True
+        self._wake.set()
+
+    def mark_weight_set(self, weight_set_id: str) -> None:
+        """A weight set changed."""
+        self._changes.weight_sets[weight_set_id] = None
+        self._wake.set()
+
+    def mark_instance(self, instance_id: str) -> None:
+        """An instance changed."""
+        self._changes.instances[instance_id] = None
+        self._wake.set()
+
+    def mark_transfer(self, transfer: Transfer) -> None:
+        """A transfer changed."""
+        self._changes.transfers[transfer.transfer_id] = transfer
+        self._wake.set()
+
+
+class WatchHub:
+    """All open Watch calls."""
+
+    def __init__(self) -> None:
+        self._watchers: set[Watcher] = set()
+
+    def open(self) -> Watcher:
+        """A new watcher; it sees what changes from now on."""
+        watcher = Watcher()
+        self._watchers.add(watcher)
+        return watcher
+
+    def leave(self, watcher: Watcher) -> None:
+        """The call ended."""
+        self._watchers.discard(watcher)
+
+    def close(self) -> None:
+        """Ends all calls."""
+        for watcher in self._watchers:
+            watcher.close()
+
+    def mark_weight_set(self, weight_set_id: str) -> None:
+        """A weight set changed."""
+        for watcher in self._watchers:
+            watcher.mark_weight_set(weight_set_id)
+
+    def mark_instance(self, instance_id: str) -> None:
+        """An instance changed."""
+        for watcher in self._watchers:
+            watcher.mark_instance(instance_id)
+
+    def mark_transfer(self, transfer: Transfer) -> None:
+        """A transfer changed."""
+        for watcher in self._watchers:
+            watcher.mark_transfer(transfer)

@@ -1,0 +1,242 @@
+"""The layout of a weight set: what tensors there are and how their elements lie in memory.
+
+A source can serve a receiver only if their layouts have the same fingerprint. Where they do not, `differences` says
+why, by tensor and field.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from weight_broker.errors import InvalidArgument
+
+MAX_TENSORS = 1_000_000
+MAX_DIMENSIONS = 64
+MAX_NAME_CHARACTERS = 1024
+MAX_TENSOR_BYTES = 1 << 46
+_FORM = "layout/1"
+
+# Bytes per element of every PyTorch type whose elements are plain memory. Types of less than a byte are refused, and so
+# are the quantized types, whose scales live outside the elements.
+ITEM_SIZES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "uint64": 8,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+}
+
+
+class MemoryFormat(enum.StrEnum):
+    """How a tensor's elements lie in memory."""
+
+    STRIDED = "strided"
+    FRACTAL_NZ = "fractal_nz"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a layout."""
+
+    name: str
+    """Unique within the layout."""
+    dtype: str
+    """Element type by its PyTorch name."""
+    shape: tuple[int, ...]
+    """Size of each dimension; empty for a scalar."""
+    stride: tuple[int, ...]
+    """Distance between neighbours in each dimension, in elements."""
+    storage_bytes: int
+    """Bytes from the first to the last element, in the memory format; 0 if there are no elements."""
+    storage_offset: int = 0
+    """Offset of the first element in the instance's storage, in elements. It says where one instance keeps the tensor,
+    not what the tensor is, and so is not part of the fingerprint."""
+    memory_format: MemoryFormat = MemoryFormat.STRIDED
+    """How the elements lie in memory."""
+    alias_of: str = ""
+    """Name of the tensor that this one shares all its memory with (tied weights)."""
+
+    @property
+    def element_count(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def is_dense(self) -> bool:
+        """True if the elements fill their memory without gaps, in whatever order."""
+        return (
+            self.memory_format is not MemoryFormat.STRIDED
+            or self.element_count * ITEM_SIZES[self.dtype] == self.storage_bytes
+        )
+
+    @property
+    def content_bytes(self) -> int:
+        """Bytes that move for this tensor: its memory if that is dense, else its elements packed in row-major order;
+        0 for an alias."""
+        if self.alias_of:
+            return 0
+        return self.storage_bytes if self.is_dense else self.element_count * ITEM_SIZES[self.dtype]
+
+
+class Layout(Sequence[TensorSpec]):
+    """All tensors of a weight set, sorted by name. Creating one validates it (`InvalidArgument`)."""
+
+    def __init__(self, tensors: Iterable[TensorSpec]) -> None:
+        self.tensors: tuple[TensorSpec, ...] = tuple(sorted(tensors, key=lambda spec: spec.name))
+        _validate(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.tensors[index]
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self.tensors)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.tensors == other.tensors
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Layout({len(self)} tensors, {self.content_bytes} bytes, fingerprint {self.fingerprint[:12]})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the canonical form: everything but `storage_offset`, in the order of names."""
+        rows = [
+            (
+                spec.name,
+                spec.dtype,
+                spec.shape,
+                spec.stride,
+                spec.storage_bytes,
+                spec.memory_format,
+                spec.alias_of,
+            )
+            for spec in self.tensors
+        ]
+        form = json.dumps([_FORM, rows], separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(form.encode("utf-8")).hexdigest()
+
+    @cached_property
+    def content_bytes(self) -> int:
+        """Bytes of content, aliases counted once."""
+        return sum(spec.content_bytes for spec in self.tensors)
+
+
+def differences(resident: Layout, wanted: Layout, limit: int = 8) -> list[str]:
+    """What differs between the resident layout and the wanted one, a sentence each, at most `limit` and a count."""
+    have = {spec.name: spec for spec in resident}
+    want = {spec.name: spec for spec in wanted}
+    found = [f"{name}: missing from the receiver's tensors" for name in have if name not in want]
+    found += [f"{name}: not in the resident weight set" for name in want if name not in have]
+    for name in want:
+        if name not in have:
+            continue
+        for field in ("dtype", "shape", "stride", "storage_bytes", "memory_format", "alias_of"):
+            mine, theirs = getattr(have[name], field), getattr(want[name], field)
+            if mine != theirs:
+                found.append(f"{name}.{field}: resident {_show(mine)}, wanted {_show(theirs)}")
+    return found[:limit] + ([f"and {len(found) - limit} more"] if len(found) > limit else [])
+
+
+def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) or "scalar"
+    return str(value) or "none"
+
+
+def _validate(tensors: Sequence[TensorSpec]) -> None:
+    if not tensors:
+        raise InvalidArgument("layout.tensors", "empty", "at least one tensor")
+    if len(tensors) > MAX_TENSORS:
+        raise InvalidArgument("layout.tensors", len(tensors), f"at most {MAX_TENSORS} tensors")
+    by_name: dict[str, TensorSpec] = {}
+    for spec in tensors:
+        if spec.name in by_name:
+            raise InvalidArgument("layout.tensors.name", spec.name, "a name that no other tensor has")
+        _validate_spec(spec)
+        if spec.alias_of:
+            _validate_alias(spec, by_name.get(spec.alias_of))
+        by_name[spec.name] = spec
+
+
+def _validate_spec(spec: TensorSpec) -> None:
+    name = spec.name
+    if not name or len(name) > MAX_NAME_CHARACTERS:
+        raise InvalidArgument("layout.tensors.name", name, f"a text of 1 to {MAX_NAME_CHARACTERS} characters")
+    item_size = ITEM_SIZES.get(spec.dtype)
+    if item_size is None:
+        raise InvalidArgument(f"layout.tensors[{name}].dtype", spec.dtype, "one of " + ", ".join(ITEM_SIZES))
+    if len(spec.shape) > MAX_DIMENSIONS:
+        raise InvalidArgument(f"layout.tensors[{name}].shape", spec.shape, f"at most {MAX_DIMENSIONS} dimensions")
+    if len(spec.stride) != len(spec.shape):
+        raise InvalidArgument(
+            f"layout.tensors[{name}].stride", spec.stride, f"{len(spec.shape)} numbers, as many as shape has"
+        )
+    span, count = 1, 1
+    for size, step in zip(spec.shape, spec.stride, strict=True):
+        if size < 0:
+            raise InvalidArgument(f"layout.tensors[{name}].shape", spec.shape, "sizes of 0 or more")
+        if step < 0:
+            raise InvalidArgument(f"layout.tensors[{name}].stride", spec.stride, "strides of 0 or more")
+        count *= size
+        span += (size - 1) * step
+    if spec.storage_offset < 0:
+        raise InvalidArgument(f"layout.tensors[{name}].storage_offset", spec.storage_offset, "0 or more")
+    least = span * item_size if count else 0
+    if spec.storage_bytes > MAX_TENSOR_BYTES or least > MAX_TENSOR_BYTES:
+        raise InvalidArgument(f"layout.tensors[{name}].storage_bytes", spec.storage_bytes, "at most 64 TiB")
+    if spec.memory_format is MemoryFormat.STRIDED:
+        if spec.storage_bytes != least:
+            raise InvalidArgument(
+                f"layout.tensors[{name}].storage_bytes", spec.storage_bytes, f"{least}, from shape, stride and dtype"
+            )
+        if count * item_size > least:
+            raise InvalidArgument(
+                f"layout.tensors[{name}].stride", spec.stride, "elements that do not overlap", hint="Use .contiguous()."
+            )
+    elif spec.storage_bytes < count * item_size:
+        raise InvalidArgument(
+            f"layout.tensors[{name}].storage_bytes", spec.storage_bytes, f"at least {count * item_size}"
+        )
+
+
+def _validate_alias(spec: TensorSpec, target: TensorSpec | None) -> None:
+    field = f"layout.tensors[{spec.name}].alias_of"
+    if target is None:
+        raise InvalidArgument(field, spec.alias_of, "the name of a tensor that sorts before this one")
+    if target.alias_of:
+        raise InvalidArgument(field, spec.alias_of, "a tensor that is not an alias itself")
+    same = ("dtype", "shape", "stride", "storage_bytes", "memory_format")
+    differing = [name for name in same if getattr(spec, name) != getattr(target, name)]
+    if differing:
+        raise InvalidArgument(field, spec.alias_of, f"a tensor with the same {', '.join(differing)}")

@@ -1,0 +1,1 @@
+"""Generated from proto/weight_broker/v1 by `make generate`; do not edit."""

@@ -1,0 +1,167 @@
+"""Translation between the domain types and the wire's messages, in both directions, with the wire's values checked.
+
+Both sides use it: the client to ask, the broker to answer. Whatever comes in from the wire is validated here; a value
+that does not fit raises `InvalidArgument` naming the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+
+from weight_broker.digest import ContentDigests, DigestAlgorithm, DigestCoverage
+from weight_broker.errors import InvalidArgument
+from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
+from weight_broker.layout import Layout, MemoryFormat, TensorSpec
+from weight_broker.v1 import weight_set_pb2 as pb
+
+_ROLES = {pb.ROLE_TARGET: Role.TARGET, pb.ROLE_DRAFT: Role.DRAFT}
+_STAGES = {pb.STAGE_LOADED: Stage.LOADED, pb.STAGE_RUNTIME: Stage.RUNTIME}
+_FORMATS = {
+    pb.MEMORY_FORMAT_STRIDED: MemoryFormat.STRIDED,
+    pb.MEMORY_FORMAT_FRACTAL_NZ: MemoryFormat.FRACTAL_NZ,
+}
+_ALGORITHMS = {
+    pb.DIGEST_ALGORITHM_XXH3_64: DigestAlgorithm.XXH3_64,
+    pb.DIGEST_ALGORITHM_CRC32: DigestAlgorithm.CRC32,
+}
+_COVERAGES = {
+    pb.DIGEST_COVERAGE_FULL: DigestCoverage.FULL,
+    pb.DIGEST_COVERAGE_SAMPLED: DigestCoverage.SAMPLED,
+}
+_ROLE_VALUES = {role: value for value, role in _ROLES.items()}
+_STAGE_VALUES = {stage: value for value, stage in _STAGES.items()}
+_FORMAT_VALUES = {format_: value for value, format_ in _FORMATS.items()}
+_ALGORITHM_VALUES = {algorithm: value for value, algorithm in _ALGORITHMS.items()}
+_COVERAGE_VALUES = {coverage: value for value, coverage in _COVERAGES.items()}
+
+
+def key_to_wire(key: WeightSetKey) -> pb.WeightSetKey:
+    """The key as a message."""
+    return pb.WeightSetKey(
+        model=key.model,
+        revision=key.revision,
+        checkpoint_digest=key.checkpoint_digest,
+        dtype=key.dtype,
+        quantization=key.quantization,
+        role=_ROLE_VALUES[key.role],
+        stage=_STAGE_VALUES[key.stage],
+        rank=pb.ParallelRank(**{one.name: getattr(key.rank, one.name) for one in fields(key.rank)}),
+        engine_attributes=[pb.EngineAttribute(name=name, value=value) for name, value in key.engine_attributes.items()],
+    )
+
+
+def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
+    """The key in a message; raises `InvalidArgument`."""
+    role, stage = _ROLES.get(message.role), _STAGES.get(message.stage)
+    if role is None:
+        raise InvalidArgument("key.role", message.role, "ROLE_TARGET or ROLE_DRAFT")
+    if stage is None:
+        raise InvalidArgument("key.stage", message.stage, "STAGE_LOADED or STAGE_RUNTIME")
+    attributes: dict[str, str] = {}
+    for attribute in message.engine_attributes:
+        if attribute.name in attributes:
+            raise InvalidArgument("key.engine_attributes", attribute.name, "names that occur once")
+        attributes[attribute.name] = attribute.value
+    return WeightSetKey(
+        model=message.model,
+        revision=message.revision,
+        checkpoint_digest=message.checkpoint_digest,
+        dtype=message.dtype,
+        quantization=message.quantization,
+        role=role,
+        stage=stage,
+        rank=ParallelRank(**{one.name: getattr(message.rank, one.name) for one in fields(ParallelRank)}),
+        engine_attributes=attributes,
+    )
+
+
+def layout_to_wire(layout: Layout) -> pb.Layout:
+    """The layout as a message."""
+    return pb.Layout(
+        fingerprint=layout.fingerprint,
+        tensors=[
+            pb.TensorSpec(
+                name=spec.name,
+                dtype=spec.dtype,
+                shape=spec.shape,
+                stride=spec.stride,
+                storage_offset=spec.storage_offset,
+                storage_bytes=spec.storage_bytes,
+                memory_format=_FORMAT_VALUES[spec.memory_format],
+                alias_of=spec.alias_of,
+            )
+            for spec in layout.tensors
+        ],
+    )
+
+
+def layout_from_wire(message: pb.Layout) -> Layout:
+    """The layout in a message; raises `InvalidArgument`, also if order or fingerprint are not the canonical ones."""
+    specs: list[TensorSpec] = []
+    for tensor in message.tensors:
+        memory_format = _FORMATS.get(tensor.memory_format)
+        if memory_format is None:
+            raise InvalidArgument(
+                f"layout.tensors[{tensor.name}].memory_format", tensor.memory_format, "a known memory format"
+            )
+        specs.append(
+            TensorSpec(
+                tensor.name,
+                tensor.dtype,
+                tuple(tensor.shape),
+                tuple(tensor.stride),
+                tensor.storage_bytes,
+                tensor.storage_offset,
+                memory_format,
+                tensor.alias_of,
+            )
+        )
+    layout = Layout(specs)
+    if list(layout.tensors) != specs:
+        raise InvalidArgument("layout.tensors", "not sorted", "tensors sorted by name")
+    if message.fingerprint != layout.fingerprint:
+        raise InvalidArgument("layout.fingerprint", message.fingerprint, f"{layout.fingerprint}, from the tensors")
+    return layout
+
+
+def digests_to_wire(digests: ContentDigests) -> pb.ContentDigests:
+    """The digests as a message."""
+    return pb.ContentDigests(
+        algorithm=_ALGORITHM_VALUES[digests.algorithm],
+        coverage=_COVERAGE_VALUES[digests.coverage],
+        block_bytes=digests.block_bytes,
+        values=digests.values,
+    )
+
+
+def digests_from_wire(messages: Iterable[pb.ContentDigests], tensor_count: int) -> tuple[ContentDigests, ...]:
+    """The digests in messages; raises `InvalidArgument`."""
+    found: list[ContentDigests] = []
+    for index, message in enumerate(messages):
+        field = f"digests[{index}]"
+        algorithm, coverage = _ALGORITHMS.get(message.algorithm), _COVERAGES.get(message.coverage)
+        if algorithm is None:
+            raise InvalidArgument(f"{field}.algorithm", message.algorithm, "a known algorithm")
+        if coverage is None:
+            raise InvalidArgument(f"{field}.coverage", message.coverage, "DIGEST_COVERAGE_FULL or _SAMPLED")
+        if not 512 <= message.block_bytes <= 1 << 30:
+            raise InvalidArgument(f"{field}.block_bytes", message.block_bytes, "512 to 1073741824")
+        if len(message.values) != tensor_count:
+            raise InvalidArgument(
+                f"{field}.values", len(message.values), f"{tensor_count} digests, one for each tensor"
+            )
+        found.append(ContentDigests(algorithm, coverage, message.block_bytes, tuple(message.values)))
+    if not found:
+        raise InvalidArgument("digests", "empty", "at least one set of digests")
+    return tuple(found)
+
+
+def coverage_to_wire(coverage: DigestCoverage | None) -> pb.DigestCoverage.ValueType:
+    """The coverage as a message value."""
+    return _COVERAGE_VALUES[coverage] if coverage is not None else pb.DIGEST_COVERAGE_UNSPECIFIED
+
+
+def coverage_from_wire(value: int) -> DigestCoverage | None:
+    """The coverage in a message value; None if it is not set or not known."""
+    return _COVERAGES.get(value)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,212 @@
+"""What the coordinator decides in the cases that operators ask about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+import pytest
+
+from weight_broker.errors import (
+    AcquireTimeout,
+    BrokerError,
+    IntegrityError,
+    LayoutMismatch,
+    LeaseLost,
+    Reason,
+    WeightsNotFound,
+)
+from weight_broker.key import WeightSetKey
+from weight_broker.layout import Layout, TensorSpec
+from weight_brokerd.core import decisions as decide
+from weight_brokerd.core.coordinator import Coordinator
+from weight_brokerd.core.explain import Outcome, explain
+from weight_brokerd.core.leases import LeaseTable
+from weight_brokerd.core.model import (
+    Acquisition,
+    Arrival,
+    FailureCause,
+    IfAbsent,
+    Instance,
+    Limits,
+    Offer,
+    Publication,
+    PublicationState,
+    TransferPath,
+)
+
+Kind = TypeVar("Kind")
+KEY = WeightSetKey("model", revision="1")
+LAYOUT = Layout([TensorSpec("weight", "bfloat16", (4,), (1,), 8)])
+OTHER_LAYOUT = Layout([TensorSpec("weight", "float16", (4,), (1,), 8)])
+
+
+@pytest.fixture
+def coordinator() -> Coordinator:
+    made = Coordinator(host_id="host", limits=Limits(readers_per_publication=1))
+    for name in ("a", "b", "c"):
+        made.attach(Instance(name, f"name-{name}", 1, 0, 0, 0.0))
+    return made
+
+
+def publish(
+    coordinator: Coordinator, instance_id: str = "a", *, token: int = 0, layout: Layout = LAYOUT
+) -> Publication:
+    offer = Offer(KEY, layout, instance_id, "cpu", "", 0, f"request-{instance_id}")
+    publication, _ = coordinator.publish(offer, 0.0)
+    coordinator.mapped(publication, 0.0)
+    return publication
+
+
+def acquisition(name: str, instance_id: str = "b", if_absent: IfAbsent = IfAbsent.LOAD) -> Acquisition:
+    return Acquisition(
+        acquisition_id=name,
+        key=KEY,
+        layout=LAYOUT,
+        instance_id=instance_id,
+        if_absent=if_absent,
+        device_kind="cpu",
+        device_id="",
+        path=TransferPath.COPY,
+        begun_at=0.0,
+        deadline=100.0,
+    )
+
+
+def only(kind: type[Kind], decisions: list[decide.Decision]) -> Kind:
+    found = [decision for decision in decisions if isinstance(decision, kind)]
+    assert len(found) == 1, decisions
+    return found[0]
+
+
+def failure(decisions: list[decide.Decision]) -> BrokerError:
+    return only(decide.Fail, decisions).error
+
+
+def test_a_resident_weight_set_is_granted(coordinator: Coordinator) -> None:
+    publication = publish(coordinator)
+    grant = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0))
+    assert grant.transfer.publication is publication
+
+
+@pytest.mark.parametrize("if_absent", [IfAbsent.FAIL, IfAbsent.WAIT])
+def test_a_miss_is_told_at_once_to_those_who_will_not_load(coordinator: Coordinator, if_absent: IfAbsent) -> None:
+    assert isinstance(failure(coordinator.acquire(acquisition("one", if_absent=if_absent), 1.0)), WeightsNotFound)
+
+
+def test_a_busy_source_is_waited_for_in_order(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    first = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0)).transfer
+    assert only(decide.Wait, coordinator.acquire(acquisition("two"), 1.0)).acquisition_id == "two"
+    coordinator.acquire(acquisition("three", "c"), 1.0)
+    done = coordinator.transfer_succeeded(first.transfer_id, "b", Arrival(8, (), "full"), 2.0)
+    assert only(decide.Grant, done).acquisition_id == "two"
+
+
+def test_another_layout_is_refused_naming_the_difference(coordinator: Coordinator) -> None:
+    publish(coordinator, layout=OTHER_LAYOUT)
+    error = failure(coordinator.acquire(acquisition("one"), 1.0))
+    assert isinstance(error, LayoutMismatch)
+    assert error.metadata["differences"] == "weight.dtype: resident float16, wanted bfloat16"
+
+
+def test_wrong_bytes_quarantine_the_source_and_the_next_one_is_tried(coordinator: Coordinator) -> None:
+    bad, good = publish(coordinator, "a"), publish(coordinator, "c")
+    first = only(decide.Grant, coordinator.acquire(acquisition("one", if_absent=IfAbsent.WAIT), 1.0)).transfer
+    assert first.publication is bad
+    again = coordinator.transfer_failed(first.transfer_id, "b", FailureCause.DIGEST_MISMATCH, "weight", 2.0)
+    second = only(decide.Grant, again).transfer
+    assert second.publication is good
+    assert bad.state is PublicationState.QUARANTINED
+    last = coordinator.transfer_failed(second.transfer_id, "b", FailureCause.DIGEST_MISMATCH, "weight", 3.0)
+    assert isinstance(failure(last), IntegrityError)
+
+
+def test_the_lease_holder_is_told_to_load_and_its_publication_serves_the_others(coordinator: Coordinator) -> None:
+    table = LeaseTable()
+    claim = only(decide.ClaimLease, coordinator.acquire(acquisition("one"), 1.0))
+    coordinator.acquire(acquisition("two", "c"), 1.0)
+    answer = table.claim(
+        claim.weight_set_id, instance_id="b", instance_name="name-b", host_id="host", now=1.0, seconds=60.0
+    )
+    told = coordinator.lease_claimed(claim.weight_set_id, answer, 1.0)
+    assert only(decide.TellColdLoad, told).acquisition_id == "one"
+    assert only(decide.Wait, told).acquisition_id == "two"
+    offer = Offer(KEY, LAYOUT, "b", "cpu", "", answer.lease.fencing_token, "request")
+    publication, _ = coordinator.publish(offer, 2.0)
+    mapped = coordinator.mapped(publication, 2.0)
+    assert only(decide.Grant, mapped).acquisition_id == "two"
+    assert only(decide.ReleaseLease, mapped).lease == answer.lease
+
+
+def test_a_lease_is_reported_on_by_its_holder_only(coordinator: Coordinator) -> None:
+    claim = only(decide.ClaimLease, coordinator.acquire(acquisition("one"), 1.0))
+    answer = LeaseTable(5).claim(
+        claim.weight_set_id, instance_id="b", instance_name="", host_id="host", now=1.0, seconds=60.0
+    )
+    coordinator.lease_claimed(claim.weight_set_id, answer, 1.0)
+    assert coordinator.lease_held_by("b", KEY.id, 5) == answer.lease
+    for instance_id, token in (("c", 5), ("b", 4), ("b", 6)):
+        with pytest.raises(LeaseLost):
+            coordinator.lease_held_by(instance_id, KEY.id, token)
+
+
+def test_an_extended_lease_does_not_expire_at_its_first_end() -> None:
+    table = LeaseTable()
+    lease = table.claim("w", instance_id="a", instance_name="", host_id="h", now=0.0, seconds=10.0).lease
+    longer = table.extend(lease, 25.0)
+    assert table.expire(20.0) == []
+    assert table.expire(30.0) == [longer]
+    with pytest.raises(LeaseLost):
+        table.extend(longer, 40.0)
+
+
+def test_a_request_id_cannot_be_used_for_two_publications(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    offer = Offer(replace(KEY, revision="2"), LAYOUT, "a", "cpu", "", 0, "request-a")
+    with pytest.raises(BrokerError) as refused:
+        coordinator.publish(offer, 1.0)
+    assert refused.value.reason is Reason.INVALID_ARGUMENT
+
+
+def test_a_drain_answers_who_waits_and_lets_transfers_run(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    running = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0)).transfer
+    coordinator.acquire(acquisition("two", "c"), 1.0)
+    assert failure(coordinator.drain()).reason is Reason.DRAINING
+    with pytest.raises(BrokerError, match="draining"):
+        coordinator.acquire(acquisition("three"), 2.0)
+    done = coordinator.transfer_succeeded(running.transfer_id, "b", Arrival(8, (), "full"), 2.0)
+    assert only(decide.Complete, done).acquisition_id == "one"
+
+
+def test_a_waiting_acquisition_is_answered_at_its_deadline(coordinator: Coordinator) -> None:
+    coordinator.acquire(acquisition("one"), 1.0)
+    assert coordinator.next_deadline() == 100.0
+    assert isinstance(failure(coordinator.advance(100.0)), AcquireTimeout)
+    assert coordinator.next_deadline() is None
+
+
+def test_explain_names_the_fields_of_a_near_miss(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    wanted = replace(KEY, revision="2", dtype="float16")
+    explanation = explain(coordinator, weight_set_id=wanted.id, key=wanted, layout=None)
+    assert explanation.outcome is Outcome.COLD_LOAD
+    assert explanation.near_misses[0].weight_set_id == KEY.id
+    assert explanation.near_misses[0].differing_fields == ("revision", "dtype")
+
+
+def test_explain_tells_what_an_acquisition_then_gets(coordinator: Coordinator) -> None:
+    def outcome() -> Outcome:
+        return explain(coordinator, weight_set_id=KEY.id, key=None, layout=LAYOUT).outcome
+
+    assert outcome() is Outcome.COLD_LOAD
+    publication = publish(coordinator)
+    assert outcome() is Outcome.TRANSFER
+    coordinator.acquire(acquisition("one"), 1.0)
+    assert outcome() is Outcome.WAIT_FOR_SOURCE
+    coordinator.abandon("one", 2.0)
+    coordinator.quarantine(publication.publication_id, "test")
+    assert outcome() is Outcome.COLD_LOAD
+    coordinator.drain()
+    assert outcome() is Outcome.DRAINING

@@ -1,0 +1,328 @@
+"""Any interleaving of what instances do, of deaths, of the directory's answers and of time keeps the promises."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from weight_broker.errors import BrokerError, PublicationNotFound
+from weight_broker.key import WeightSetKey
+from weight_broker.layout import Layout, TensorSpec
+from weight_brokerd.core import decisions as decide
+from weight_brokerd.core.coordinator import Coordinator, Decisions
+from weight_brokerd.core.leases import LeaseTable
+from weight_brokerd.core.model import (
+    Acquisition,
+    Arrival,
+    ColdLoadLease,
+    FailureCause,
+    IfAbsent,
+    Instance,
+    Limits,
+    Offer,
+    PublicationState,
+    TransferPath,
+)
+
+KEYS = [WeightSetKey("model-a"), WeightSetKey("model-b")]
+LAYOUTS = [
+    Layout([TensorSpec("weight", "bfloat16", (4,), (1,), 8)]),
+    Layout([TensorSpec("weight", "bfloat16", (8,), (1,), 16)]),
+]
+LEASE_SECONDS = 60.0
+WAIT_SECONDS = 300.0
+
+
+class Core(RuleBasedStateMachine):
+    """The coordinator with a directory that answers whenever it likes."""
+
+    instances = Bundle("instances")
+    publications = Bundle("publications")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.number = 0
+        self.coordinator = Coordinator(
+            host_id="host", limits=Limits(readers_per_publication=2, publications=100), first_generation=7
+        )
+        self.leases = LeaseTable()
+        self.claims: list[decide.ClaimLease] = []
+        self.answers: dict[str, decide.Decision] = {}
+        self.asked: set[str] = set()
+        self.abandoned: set[str] = set()
+        self.loading: dict[str, ColdLoadLease] = {}
+        self.generations: set[int] = set()
+        self.held: dict[str, set[str]] = {}
+        """Transfers that hold a publication's memory, by publication."""
+
+    # What instances do
+
+    @rule(target=instances)
+    def attach(self) -> str:
+        self.number += 1
+        instance_id = f"instance-{self.number}"
+        self.carry_out(self.coordinator.attach(Instance(instance_id, instance_id, 1, 0, 0, self.now)))
+        return instance_id
+
+    @rule(instance_id=consumes(instances))
+    def die(self, instance_id: str) -> None:
+        for acquisition in list(self.coordinator.acquisitions.values()):
+            if acquisition.instance_id == instance_id:
+                self.abandoned.add(acquisition.acquisition_id)
+        self.carry_out(self.coordinator.depart(instance_id, self.now))
+        assert not self.coordinator.registry.of_instance(instance_id)
+
+    @rule(
+        target=publications,
+        instance_id=instances,
+        key=st.sampled_from(KEYS),
+        layout=st.sampled_from(LAYOUTS),
+        fulfils=st.booleans(),
+    )
+    def publish(self, instance_id: str, key: WeightSetKey, layout: Layout, fulfils: bool) -> object:
+        self.number += 1
+        lease = self.loading.get(key.id)
+        token = lease.fencing_token if fulfils and lease is not None and lease.instance_id == instance_id else 0
+        offer = Offer(key, layout, instance_id, "cpu", "", token, f"request-{self.number}")
+        try:
+            publication, decisions = self.coordinator.publish(offer, self.now)
+        except BrokerError:
+            assert len(self.coordinator.registry) == 100 or self.coordinator.draining
+            return multiple()
+        assert publication.generation not in self.generations
+        self.generations.add(publication.generation)
+        self.carry_out(decisions)
+        again, nothing = self.coordinator.publish(offer, self.now)
+        assert again is publication
+        assert nothing == []
+        return publication.publication_id
+
+    @rule(publication_id=publications)
+    def retract(self, publication_id: str) -> None:
+        publication = self.coordinator.registry.find(publication_id)
+        if publication is None:
+            return
+        _, decisions = self.coordinator.retract(publication.instance_id, publication_id)
+        self.carry_out(decisions)
+        try:
+            self.coordinator.retract("another", publication_id)
+        except PublicationNotFound:
+            return
+        raise AssertionError("another instance could retract it")
+
+    @rule(publication_id=publications)
+    def quarantine(self, publication_id: str) -> None:
+        if self.coordinator.registry.find(publication_id) is not None:
+            self.carry_out(self.coordinator.quarantine(publication_id, "test")[1])
+
+    @rule(
+        instance_id=instances,
+        key=st.sampled_from(KEYS),
+        layout=st.sampled_from([*LAYOUTS, None]),
+        if_absent=st.sampled_from(list(IfAbsent)),
+    )
+    def acquire(self, instance_id: str, key: WeightSetKey, layout: Layout | None, if_absent: IfAbsent) -> None:
+        self.number += 1
+        acquisition = Acquisition(
+            acquisition_id=f"acquisition-{self.number}",
+            key=key,
+            layout=layout,
+            instance_id=instance_id,
+            if_absent=if_absent,
+            device_kind="cpu",
+            device_id="",
+            path=TransferPath.COPY,
+            begun_at=self.now,
+            deadline=self.now + WAIT_SECONDS,
+        )
+        try:
+            decisions = self.coordinator.acquire(acquisition, self.now)
+        except BrokerError:
+            assert self.coordinator.draining
+            return
+        self.asked.add(acquisition.acquisition_id)
+        self.carry_out(decisions)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        acquisitions = list(self.coordinator.acquisitions)
+        if acquisitions:
+            acquisition_id = data.draw(st.sampled_from(acquisitions))
+            self.abandoned.add(acquisition_id)
+            self.carry_out(self.coordinator.abandon(acquisition_id, self.now))
+
+    @rule(data=st.data(), cause=st.sampled_from([None, *FailureCause]))
+    def end_transfer(self, data: st.DataObject, cause: FailureCause | None) -> None:
+        running = list(self.coordinator.transfers.running.values())
+        if not running:
+            return
+        transfer = data.draw(st.sampled_from(running))
+        receiver = transfer.receiver_instance_id
+        if cause is None:
+            decisions = self.coordinator.transfer_succeeded(
+                transfer.transfer_id, receiver, Arrival(8, (), "full"), self.now
+            )
+        else:
+            decisions = self.coordinator.transfer_failed(transfer.transfer_id, receiver, cause, "test", self.now)
+        self.carry_out(decisions)
+
+    @rule(data=st.data())
+    def give_up_load(self, data: st.DataObject) -> None:
+        if self.loading:
+            lease = data.draw(st.sampled_from(list(self.loading.values())))
+            self.release(lease)
+
+    # What the directory and the clock do
+
+    @rule(data=st.data())
+    def answer_claim(self, data: st.DataObject) -> None:
+        if self.claims:
+            claim = data.draw(st.sampled_from(self.claims))
+            self.claims.remove(claim)
+            answer = self.leases.claim(
+                claim.weight_set_id,
+                instance_id=claim.instance_id,
+                instance_name="",
+                host_id="host",
+                now=self.now,
+                seconds=LEASE_SECONDS,
+            )
+            self.carry_out(self.coordinator.lease_claimed(claim.weight_set_id, answer, self.now))
+
+    @rule(seconds=st.floats(0.1, 100.0))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        for lease in self.leases.expire(self.now):
+            self.forget_load(lease)
+            self.carry_out(self.coordinator.lease_free(lease, self.now))
+        self.carry_out(self.coordinator.advance(self.now))
+
+    # Carrying decisions out, and checking each
+
+    def carry_out(self, decisions: Decisions) -> None:
+        for decision in decisions:
+            match decision:
+                case decide.Grant(acquisition_id, transfer):
+                    publication = transfer.publication
+                    assert publication.state is PublicationState.RESIDENT
+                    assert len(publication.readers) <= publication.reader_limit
+                    assert acquisition_id not in self.answers
+                    self.held.setdefault(publication.publication_id, set()).add(transfer.transfer_id)
+                case decide.EndTransfer(transfer):
+                    self.held[transfer.publication.publication_id].remove(transfer.transfer_id)
+                case decide.Unmap(publication):
+                    readers = self.held.get(publication.publication_id, set())
+                    died = publication.instance_id not in self.coordinator.instances
+                    assert died or not readers, "memory was given back while somebody read it"
+                case decide.Map(publication):
+                    self.carry_out(self.coordinator.mapped(publication, self.now))
+                case decide.ClaimLease():
+                    self.claims.append(decision)
+                case decide.ReleaseLease(lease):
+                    self.release(lease)
+                case decide.TellColdLoad(acquisition_id, lease):
+                    assert lease.weight_set_id not in self.loading, "two instances were told to load"
+                    self.loading[lease.weight_set_id] = lease
+                    self.answer(acquisition_id, decision)
+                case decide.Complete(acquisition_id) | decide.Fail(acquisition_id):
+                    self.answer(acquisition_id, decision)
+
+    def answer(self, acquisition_id: str, decision: decide.Decision) -> None:
+        assert acquisition_id not in self.answers, "answered twice"
+        assert acquisition_id not in self.abandoned, "answered after it was abandoned"
+        self.answers[acquisition_id] = decision
+
+    def release(self, lease: ColdLoadLease) -> None:
+        self.forget_load(lease)
+        if self.leases.release(lease):
+            self.carry_out(self.coordinator.lease_free(lease, self.now))
+
+    def forget_load(self, lease: ColdLoadLease) -> None:
+        held = self.loading.get(lease.weight_set_id)
+        if held is not None and held.fencing_token == lease.fencing_token:
+            del self.loading[lease.weight_set_id]
+
+    # Promises
+
+    @invariant()
+    def everybody_is_answered_or_known(self) -> None:
+        assert self.asked == set(self.answers) | self.abandoned | set(self.coordinator.acquisitions)
+
+    @invariant()
+    def nobody_waits_while_a_source_is_free(self) -> None:
+        for record in self.coordinator.weight_sets:
+            for acquisition in record.waiting.values():
+                for publication in self.coordinator.registry.of_weight_set(record.key.id):
+                    assert (
+                        publication.state is not PublicationState.RESIDENT
+                        or len(publication.readers) == publication.reader_limit
+                        or publication.publication_id in acquisition.failed_sources
+                        or acquisition.layout not in (None, publication.layout)
+                    )
+
+    @invariant()
+    def whoever_waits_for_a_load_has_one_to_wait_for(self) -> None:
+        for record in self.coordinator.weight_sets:
+            loads = [one for one in record.waiting.values() if one.if_absent is IfAbsent.LOAD]
+            busy = any(
+                len(publication.readers) == publication.reader_limit
+                for publication in self.coordinator.registry.of_weight_set(record.key.id)
+            )
+            if loads and not busy:
+                assert record.lease is not None or record.claim_pending is not None
+
+    @invariant()
+    def a_retraction_ends_with_its_last_reader(self) -> None:
+        for publication in self.coordinator.registry:
+            assert publication.state is not PublicationState.RETRACTING or publication.readers
+
+    @invariant()
+    def readers_are_the_running_transfers(self) -> None:
+        for publication in self.coordinator.registry:
+            running = {
+                transfer.transfer_id
+                for transfer in self.coordinator.transfers.running.values()
+                if transfer.publication is publication
+            }
+            assert publication.readers == running
+
+    def teardown(self) -> None:
+        for _ in range(1000):
+            if not self.coordinator.acquisitions:
+                break
+            for transfer in list(self.coordinator.transfers.running.values()):
+                self.carry_out(
+                    self.coordinator.transfer_failed(
+                        transfer.transfer_id,
+                        transfer.receiver_instance_id,
+                        FailureCause.SOURCE_UNREACHABLE,
+                        "",
+                        self.now,
+                    )
+                )
+            self.now += WAIT_SECONDS
+            self.carry_out(self.coordinator.advance(self.now))
+        assert not self.coordinator.acquisitions, "somebody was never answered"
+        for instance_id in list(self.coordinator.instances):
+            self.carry_out(self.coordinator.depart(instance_id, self.now))
+        while self.claims:
+            claim = self.claims.pop()
+            answer = self.leases.claim(
+                claim.weight_set_id,
+                instance_id=claim.instance_id,
+                instance_name="",
+                host_id="host",
+                now=self.now,
+                seconds=LEASE_SECONDS,
+            )
+            self.carry_out(self.coordinator.lease_claimed(claim.weight_set_id, answer, self.now))
+        for lease in self.leases.expire(self.now + 10 * LEASE_SECONDS):
+            self.carry_out(self.coordinator.lease_free(lease, self.now))
+        assert len(self.coordinator.registry) == 0
+        assert list(self.coordinator.weight_sets) == [], "a weight set outlived everything that referred to it"
+
+
+TestCore = Core.TestCase
+TestCore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
