@@ -1,0 +1,1 @@
+"""What the tests share: a real broker process, real instance processes."""
