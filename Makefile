@@ -1,28 +1,45 @@
 # Two commands do everything on a machine with Python 3.11, make and git:
 #   make demo   the main job: one cold load, then instances that are filled from it
 #   make test   the tests
-# Both create .venv first. Where pip's index offers only CUDA builds of torch, point pip at PyTorch's CPU wheel index
-# (PIP_INDEX_URL or PIP_EXTRA_INDEX_URL) before the first run.
-PYTHON ?= python3.11
+# Both create .venv first. To use another interpreter: make PYTHON=/path/to/python3 test.
+PYTHONS := $(or $(PYTHON),python3.11 /usr/bin/python3.11 /usr/local/bin/python3.11 python3)
 VENV ?= .venv
 TORCH_VERSION := 2.13.0
 RUN := $(VENV)/bin/
 STAMP := $(VENV)/.weight-broker-installed
 
-.PHONY: help demo test test-slow lint types generate check-generated benchmark clean
+# The first interpreter that runs, is new enough and can make virtual environments. A name may be there and do none of
+# that: a pyenv shim of a version that is not selected, a Debian python3.11 without python3.11-venv.
+FIND_PYTHON = found=; for python in $(PYTHONS); do \
+	  if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then found="$$python"; break; fi; \
+	done; \
+	[ -n "$$found" ] || { echo "No Python 3.11 with venv among: $(PYTHONS)" >&2; exit 1; }
+
+# The index's default build of torch may bring CUDA along (several GB): it is the last resort. To get the CPU build, point
+# pip at an index that has it (PIP_INDEX_URL or PIP_EXTRA_INDEX_URL).
+INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/null \
+	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
+	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
+
+.PHONY: help find-python demo test test-slow lint types generate check-generated proto-baseline benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
-	@echo "== creating $(VENV) with the CPU build of torch $(TORCH_VERSION) and weight-broker (about 1 GB, once)"
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not here; set PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(RUN)pip install --quiet --upgrade pip
-	$(RUN)pip install --quiet torch==$(TORCH_VERSION)
-	$(RUN)pip install --quiet --editable '.[dev]'
+	@echo "== creating $(VENV) (about 1 GB, once)"
+	@$(FIND_PYTHON); "$$found" -m venv $(VENV)
+	@$(RUN)pip install --quiet --upgrade pip
+	@echo "== installing the CPU build of torch $(TORCH_VERSION)"
+	@$(INSTALL_TORCH)
+	@echo "== installing weight-broker with what its demo and its tests need"
+	@$(RUN)pip install --quiet --editable '.[dev]'
 	@touch $@
+
+find-python:  ## print the interpreter that make would use
+	@$(FIND_PYTHON); "$$found" -c 'import sys; print(sys.executable)'
 
 demo: $(STAMP)  ## run the main job: one cold load, then instances filled from it
 	$(RUN)weight-broker demo $(DEMO_ARGUMENTS)
@@ -45,7 +62,7 @@ types: $(STAMP)  ## mypy --strict
 
 # Generated with the oldest supported grpcio-tools, so that old hosts can run the code (docs/ARCHITECTURE.md).
 .venv-codegen/bin/python:
-	$(PYTHON) -m venv .venv-codegen
+	@$(FIND_PYTHON); "$$found" -m venv .venv-codegen
 	.venv-codegen/bin/pip install --quiet grpcio-tools==1.62.3 mypy-protobuf==3.6.0 protobuf==4.25.9 'setuptools<81'
 
 generate: .venv-codegen/bin/python  ## regenerate client/weight_broker/v1 from proto/
@@ -56,6 +73,9 @@ generate: .venv-codegen/bin/python  ## regenerate client/weight_broker/v1 from p
 check-generated: generate  ## fail if the checked-in generated code differs from what proto/ gives
 	git diff --exit-code -- client/weight_broker/v1
 	test -z "$$(git status --porcelain -- client/weight_broker/v1)"
+
+proto-baseline: $(STAMP)  ## accept proto/ as it is as what later changes must not break
+	$(RUN)buf build --exclude-source-info --output proto/baseline.binpb
 
 benchmark: $(STAMP)  ## measure the budgets of docs/ARCHITECTURE.md and print each as measured / budget
 	$(RUN)python -m benchmarks
