@@ -1,7 +1,7 @@
 """Everything that can go wrong, in one tree and one table.
 
-`Reason` is the wire's vocabulary (`google.rpc.ErrorInfo.reason`); `TABLE` says for each reason which gRPC status carries
-it, which exception a caller sees and what to do about it. docs/ERRORS.md is checked against the table.
+`Reason` is the wire's vocabulary (`google.rpc.ErrorInfo.reason`); `TABLE` says for each reason which gRPC status
+carries it, which exception a caller sees and what to do about it. docs/ERRORS.md is checked against the table.
 """
 
 from __future__ import annotations

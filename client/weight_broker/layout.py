@@ -19,6 +19,7 @@ MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 64
 MAX_NAME_CHARACTERS = 1024
 MAX_TENSOR_BYTES = 1 << 46
+MAX_LAYOUT_BYTES = 1 << 50
 _FORM = "layout/1"
 
 # Bytes per element of every PyTorch type whose elements are plain memory. Types of less than a byte are refused, and so
@@ -180,19 +181,25 @@ def _validate(tensors: Sequence[TensorSpec]) -> None:
     if len(tensors) > MAX_TENSORS:
         raise InvalidArgument("layout.tensors", len(tensors), f"at most {MAX_TENSORS} tensors")
     by_name: dict[str, TensorSpec] = {}
+    total_bytes = 0
     for spec in tensors:
+        total_bytes += spec.storage_bytes
         if spec.name in by_name:
             raise InvalidArgument("layout.tensors.name", spec.name, "a name that no other tensor has")
         _validate_spec(spec)
         if spec.alias_of:
             _validate_alias(spec, by_name.get(spec.alias_of))
         by_name[spec.name] = spec
+    if total_bytes > MAX_LAYOUT_BYTES:
+        raise InvalidArgument("layout.tensors", f"{total_bytes} bytes", f"at most {MAX_LAYOUT_BYTES} bytes in total")
 
 
 def _validate_spec(spec: TensorSpec) -> None:
     name = spec.name
     if not name or len(name) > MAX_NAME_CHARACTERS:
         raise InvalidArgument("layout.tensors.name", name, f"a text of 1 to {MAX_NAME_CHARACTERS} characters")
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise InvalidArgument("layout.tensors.name", name, "text that UTF-8 can carry, without lone surrogates")
     item_size = ITEM_SIZES.get(spec.dtype)
     if item_size is None:
         raise InvalidArgument(f"layout.tensors[{name}].dtype", spec.dtype, "one of " + ", ".join(ITEM_SIZES))

@@ -78,22 +78,21 @@ def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
 
 def layout_to_wire(layout: Layout) -> pb.Layout:
     """The layout as a message."""
-    return pb.Layout(
-        fingerprint=layout.fingerprint,
-        tensors=[
-            pb.TensorSpec(
-                name=spec.name,
-                dtype=spec.dtype,
-                shape=spec.shape,
-                stride=spec.stride,
-                storage_offset=spec.storage_offset,
-                storage_bytes=spec.storage_bytes,
-                memory_format=_FORMAT_VALUES[spec.memory_format],
-                alias_of=spec.alias_of,
-            )
-            for spec in layout.tensors
-        ],
-    )
+    message = pb.Layout(fingerprint=layout.fingerprint)
+    for spec in layout.tensors:
+        # Field by field takes half the time of a call with keywords, and this is on the way of every acquire.
+        tensor = message.tensors.add()
+        tensor.name = spec.name
+        tensor.dtype = spec.dtype
+        tensor.shape.extend(spec.shape)
+        tensor.stride.extend(spec.stride)
+        tensor.storage_bytes = spec.storage_bytes
+        tensor.memory_format = _FORMAT_VALUES[spec.memory_format]
+        if spec.storage_offset:
+            tensor.storage_offset = spec.storage_offset
+        if spec.alias_of:
+            tensor.alias_of = spec.alias_of
+    return message
 
 
 def layout_from_wire(message: pb.Layout) -> Layout:

@@ -45,7 +45,7 @@ def checksum(arrays: Mapping[str, object]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8))
+        digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -54,17 +54,17 @@ def expected(seed: int, count: int = 4, size_bytes: int = 1 << 20) -> str:
     return checksum(content(seed, count, size_bytes))
 
 
-def current(state: State) -> str:
+def current(state: State, /) -> str:
     """The checksum of the instance's arrays."""
     return checksum(state.arrays)
 
 
-def current_attached(state: State) -> str:
+def current_attached(state: State, /) -> str:
     """The checksum of the attached tensors."""
     return checksum(state.attached)
 
 
-def prepare(state: State, seed: int = 0, count: int = 4, size_bytes: int = 1 << 20) -> None:
+def prepare(state: State, /, seed: int = 0, count: int = 4, size_bytes: int = 1 << 20) -> None:
     """Makes arrays; with seed 0 they are zero."""
     state.arrays = content(seed, count, size_bytes)
     if not seed:
@@ -72,30 +72,30 @@ def prepare(state: State, seed: int = 0, count: int = 4, size_bytes: int = 1 << 
             array.view(np.uint8).fill(0)
 
 
-def publish(state: State, model: str, seed: int, count: int = 4, size_bytes: int = 1 << 20, **key: Any) -> str:
+def publish(state: State, /, model: str, seed: int, count: int = 4, size_bytes: int = 1 << 20, **key: Any) -> str:
     """Publishes arrays made from `seed`; returns the publication's id."""
     prepare(state, seed, count, size_bytes)
     return publish_current(state, model, **key)
 
 
-def publish_current(state: State, model: str, **key: Any) -> str:
+def publish_current(state: State, /, model: str, **key: Any) -> str:
     """Publishes the arrays as they are."""
     state.publications.append(state.client.publish(WeightSetKey(model, **key), state.arrays))
     return state.publications[-1].id
 
 
-def publication_ids(state: State) -> list[str]:
+def publication_ids(state: State, /) -> list[str]:
     """Ids of the publications as the client knows them now."""
     return [publication.id for publication in state.publications]
 
 
-def retract_all(state: State, timeout: float = 30.0) -> None:
+def retract_all(state: State, /, timeout: float = 30.0) -> None:
     """Retracts everything."""
     while state.publications:
         state.publications.pop().retract(timeout=timeout)
 
 
-def acquire(state: State, model: str, *, wait: bool = True, timeout: float = 60.0, **key: Any) -> AcquireReport:
+def acquire(state: State, /, model: str, *, wait: bool = True, timeout: float = 60.0, **key: Any) -> AcquireReport:
     """Fills the arrays."""
     return state.client.acquire(WeightSetKey(model, **key), state.arrays, wait=wait, timeout=timeout)
 
@@ -120,21 +120,21 @@ def acquire_or_load(
     return report.source, current(state), state.load_count
 
 
-def attach_tensors(state: State, model: str, *, timeout: float = 60.0) -> AcquireReport:
+def attach_tensors(state: State, /, model: str, *, timeout: float = 60.0) -> AcquireReport:
     """Attaches without a copy."""
     attached = state.client.attach_tensors(WeightSetKey(model), framework="numpy", timeout=timeout)
     state.attached = attached
     return attached.report
 
 
-def write_attached(state: State) -> None:
+def write_attached(state: State, /) -> None:
     """Writes to every attached array."""
     for array in state.attached.values():
         assert isinstance(array, np.ndarray)
         array.view(np.uint8).fill(7)
 
 
-def take_lease(state: State, model: str, timeout: float = 60.0) -> int:
+def take_lease(state: State, /, model: str, timeout: float = 60.0) -> int:
     """Asks for the weights or the lease; returns the fencing token, 0 if filled."""
     outcome = state.client.acquire_or_lease(WeightSetKey(model), state.arrays, timeout=timeout)
     if isinstance(outcome, ColdLoadLease):
@@ -143,23 +143,23 @@ def take_lease(state: State, model: str, timeout: float = 60.0) -> int:
     return 0
 
 
-def give_up_lease(state: State) -> None:
+def give_up_lease(state: State, /) -> None:
     """Gives the lease up."""
     assert state.lease is not None
     state.lease.give_up("test")
 
 
-def close(state: State) -> None:
+def close(state: State, /) -> None:
     """Closes the client."""
     state.client.close()
 
 
-def sleep(state: State, seconds: float) -> None:
+def sleep(state: State, /, seconds: float) -> None:
     """Does nothing for a while, as an instance that serves."""
     time.sleep(seconds)
 
 
-def flip_before_sealing(state: State) -> None:
+def flip_before_sealing(state: State, /) -> None:
     """From now on this instance publishes memory in which one byte differs from what was digested."""
     from weight_broker.memory import host
 
@@ -174,7 +174,7 @@ def flip_before_sealing(state: State) -> None:
     host.seal = flip_and_seal
 
 
-def slow_copies(state: State, seconds: float) -> None:
+def slow_copies(state: State, /, seconds: float) -> None:
     """From now on every block that this instance copies takes `seconds`."""
     from weight_broker.memory import copying
 
@@ -184,10 +184,10 @@ def slow_copies(state: State, seconds: float) -> None:
         time.sleep(seconds)
         return memmove(destination, source, count)
 
-    copying._copy = slow_memmove
+    vars(copying)["_copy"] = slow_memmove
 
 
-def fail_copies_after(state: State, blocks: int) -> None:
+def fail_copies_after(state: State, /, blocks: int) -> None:
     """From now on copying fails after this many blocks."""
     from weight_broker.memory import copying
 
@@ -203,10 +203,10 @@ def fail_copies_after(state: State, blocks: int) -> None:
                 raise OSError("copy failed")
         return memmove(destination, source, count)
 
-    copying._copy = failing_memmove
+    vars(copying)["_copy"] = failing_memmove
 
 
-def resources(state: State) -> dict[str, int]:
+def resources(state: State, /) -> dict[str, int]:
     """What the process holds: open descriptors and mappings of memfds, and threads."""
     with open("/proc/self/maps") as maps:
         mapped = sum(1 for line in maps if "/memfd:" in line)

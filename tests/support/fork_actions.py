@@ -27,7 +27,7 @@ def _in_child(work: Callable[[], str]) -> str:
     return answer
 
 
-def acquire_in_child(state: State, model: str) -> str:
+def acquire_in_child(state: State, /, model: str) -> str:
     """Acquires in a forked child, with the client that the parent has used; returns the checksum."""
 
     def work() -> str:
@@ -38,7 +38,7 @@ def acquire_in_child(state: State, model: str) -> str:
     return _in_child(work)
 
 
-def retract_in_child(state: State) -> str:
+def retract_in_child(state: State, /) -> str:
     """Tries to retract the parent's publications in a child, then closes the client there."""
 
     def work() -> str:
@@ -52,7 +52,7 @@ def retract_in_child(state: State) -> str:
     return _in_child(work)
 
 
-def child_that_lingers(state: State, seconds: float) -> int:
+def child_that_lingers(state: State, /, seconds: float) -> int:
     """Forks a child that does nothing for a while; returns its pid."""
     pid = os.fork()
     if pid == 0:

@@ -82,18 +82,21 @@ class ScriptedBroker(WeightBrokerServiceServicer):
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
-    def Acquire(self, request: pb.AcquireRequest, context: Context) -> Iterator[pb.AcquireResponse]:  # noqa: D102
+    def Acquire(self, request: pb.AcquireRequest, context: Context) -> Iterator[pb.AcquireResponse]:  # noqa: N802
+        """See the proto."""
         self._check("Acquire", context)
         assert self.on_acquire is not None
         context.add_callback(self.acquire_ended.set)
         yield from self.on_acquire(request, context)
 
-    def ReportTransfer(self, request: pb.ReportTransferRequest, context: Context) -> pb.ReportTransferResponse:  # noqa: D102
+    def ReportTransfer(self, request: pb.ReportTransferRequest, context: Context) -> pb.ReportTransferResponse:  # noqa: N802
+        """See the proto."""
         self._check("ReportTransfer", context)
         self.transfer_reports.put(request)
         return pb.ReportTransferResponse()
 
-    def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:  # noqa: D102
+    def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:  # noqa: N802
+        """See the proto."""
         self._check("Publish", context)
         self.publish_requests.put(request)
         self._publication_number += 1
@@ -102,12 +105,14 @@ class ScriptedBroker(WeightBrokerServiceServicer):
             publication=resources_pb2.Publication(publication_id=f"publication-{number}", generation=number)
         )
 
-    def Retract(self, request: pb.RetractRequest, context: Context) -> pb.RetractResponse:  # noqa: D102
+    def Retract(self, request: pb.RetractRequest, context: Context) -> pb.RetractResponse:  # noqa: N802
+        """See the proto."""
         self._check("Retract", context)
         self.retractions.put(request.publication_id)
         return pb.RetractResponse()
 
-    def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:  # noqa: D102
+    def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:  # noqa: N802
+        """See the proto."""
         self._check("ReportLoad", context)
         self.load_reports.put(request)
         return pb.ReportLoadResponse()
@@ -132,6 +137,7 @@ class ScriptedBroker(WeightBrokerServiceServicer):
             try:
                 packet, descriptors, _, _ = socket.recv_fds(connection, 65536, 1)
             except OSError:
+                self.attach_requests.put("end")
                 return
             if not packet:
                 self.attach_requests.put("end")
@@ -147,6 +153,7 @@ class ScriptedBroker(WeightBrokerServiceServicer):
             try:
                 socket.send_fds(connection, [response.SerializeToString()], sent)
             except OSError:
+                self.attach_requests.put("end")
                 return
 
     def _attach_answer(self, request: attach_pb2.AttachRequest) -> tuple[attach_pb2.AttachResponse, list[int]]:

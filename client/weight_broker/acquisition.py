@@ -1,0 +1,301 @@
+"""One acquire call on one session: read the stream, take the bytes from each granted source, say how it went."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import grpc
+
+from weight_broker import calls
+from weight_broker.channel import decode_error
+from weight_broker.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    IntegrityError,
+    NotAttached,
+    Reason,
+    TransferFailed,
+)
+from weight_broker.key import WeightSetKey
+from weight_broker.receiving import Received, Receiver
+from weight_broker.report import AcquireReport
+from weight_broker.session import Session
+from weight_broker.shared import SharedWeights
+from weight_broker.v1 import resources_pb2, weight_set_pb2
+from weight_broker.v1 import weight_broker_service_pb2 as pb
+from weight_broker.wire import digests_from_wire, key_to_wire, layout_from_wire, layout_to_wire
+
+IF_ABSENT = {"fail": pb.IF_ABSENT_FAIL, "wait": pb.IF_ABSENT_WAIT, "load": pb.IF_ABSENT_LOAD}
+"""What to do if nobody holds the weight set."""
+
+_LAST_WORD_SECONDS = 1.0
+_DATA_PLANES = {resources_pb2.DATA_PLANE_LOCAL: "local", resources_pb2.DATA_PLANE_DATASYSTEM: "datasystem"}
+_PATHS = {
+    resources_pb2.TRANSFER_PATH_COPY: "copy",
+    resources_pb2.TRANSFER_PATH_ZERO_COPY: "zero_copy",
+    resources_pb2.TRANSFER_PATH_STAGED: "staged",
+}
+
+# With every byte in place and verified, these say something about the broker, not about the weights.
+_BROKER_GONE = (Reason.BROKER_UNAVAILABLE, Reason.NOT_ATTACHED, Reason.ACQUIRE_TIMEOUT, Reason.INTERNAL)
+
+_logger = logging.getLogger("weight_broker")
+
+
+@dataclass(slots=True)
+class Acquired:
+    """The weights are in place. `shared` is open if it was asked for: the caller closes it."""
+
+    report: AcquireReport
+    received: Received
+    shared: SharedWeights
+
+
+@dataclass(frozen=True, slots=True)
+class ColdLoadTold:
+    """This process is to load from disk."""
+
+    lease: resources_pb2.ColdLoadLease
+    touched: bool
+
+
+@dataclass(slots=True)
+class Acquisition:
+    """The state of one acquire call."""
+
+    session: Session
+    key: WeightSetKey
+    receiver: Receiver
+    if_absent: pb.IfAbsent.ValueType
+    deadline: float
+    """Monotonic seconds."""
+    begun: float
+    """When the caller's call began, in monotonic seconds."""
+    phases: dict[str, float]
+    """Seconds by phase; what the caller did before is in it already."""
+    keep_shared: bool = False
+    """Whether the source's memory stays open, to be published by reference."""
+    _touched: bool = False
+    _last_failure: BrokerError | None = None
+    _granted: pb.Granted | None = None
+    _received: Received | None = None
+    _shared: SharedWeights | None = None
+    _mark: float = field(default_factory=time.monotonic)
+    _waiting: bool = False
+
+    def run(self) -> Acquired | ColdLoadTold:
+        """Returns with every byte in place and verified or with the lease; raises a `BrokerError` otherwise. On any
+        exception the stream is cancelled, which frees the source's reader slot, and nothing stays open."""
+        self._mark = time.monotonic()
+        stream = self.session.stub.Acquire(self._request(), timeout=self._remaining(), metadata=self.session.metadata)
+        done = False
+        try:
+            outcome = self._follow(stream)
+            done = True
+            return outcome
+        finally:
+            stream.cancel()
+            if not (done and self.keep_shared):
+                self._close_shared()
+
+    def _follow(self, stream: Iterator[pb.AcquireResponse]) -> Acquired | ColdLoadTold:
+        try:
+            for response in stream:
+                match response.WhichOneof("event"):
+                    case "waiting":
+                        self._pass("wait" if self._waiting else "reserve")
+                        self._waiting = True
+                    case "granted":
+                        self._pass("wait" if self._waiting else "reserve")
+                        self._waiting = False
+                        unheard = self._transfer(response.granted)
+                        if unheard is not None:
+                            return self._without_answer(unheard)
+                    case "done":
+                        self._pass("confirm")
+                        return self._finished(response.done.report)
+                    case "cold_load":
+                        self._pass("wait" if self._waiting else "reserve")
+                        return ColdLoadTold(response.cold_load.cold_load_lease, self._touched)
+                    case _:  # progress of a transfer that the broker carries out, or news of a newer broker
+                        pass
+        except grpc.RpcError as error:
+            return self._without_answer(decode_error(error, on_deadline=Reason.ACQUIRE_TIMEOUT, touched=self._touched))
+        return self._without_answer(BrokerError("the broker ended the acquisition without an answer"))
+
+    def _request(self) -> pb.AcquireRequest:
+        layout = self.receiver.layout
+        zero_copy = self.receiver.zero_copy
+        return pb.AcquireRequest(
+            key=key_to_wire(self.key),
+            layout=layout_to_wire(layout) if layout is not None else None,
+            if_absent=self.if_absent,
+            path=resources_pb2.TRANSFER_PATH_ZERO_COPY if zero_copy else resources_pb2.TRANSFER_PATH_COPY,
+            device_kind=weight_set_pb2.DEVICE_KIND_CPU,
+            request_id=str(uuid.uuid4()),
+        )
+
+    def _transfer(self, granted: pb.Granted) -> BrokerError | None:
+        """Takes the bytes from one source and reports how it went. A failure that another source may cure is kept in
+        mind: the broker's next word decides. Any other is raised. Returns why the report was not heard, if so."""
+        self._granted, self._received = granted, None
+        self._close_shared()
+        try:
+            self._shared = self._open(granted)
+            self._add("map", self._lap())
+            received = self._receive(self._shared)
+        except (NotAttached, BrokerUnavailable) as error:
+            error.touched = self._touched
+            raise
+        except IntegrityError as error:
+            return self._fail(pb.TransferFailed.CAUSE_DIGEST_MISMATCH, error)
+        except BrokerError as error:
+            if isinstance(error, TransferFailed) and not error.touched:  # the source's memory is not what it should be
+                return self._fail(pb.TransferFailed.CAUSE_SOURCE_UNREACHABLE, error)
+            self._fail(pb.TransferFailed.CAUSE_RECEIVER, error)
+            raise
+        self._received = received
+        self._mark = time.monotonic()
+        return self._tell(
+            lambda: calls.report_success(
+                self.session,
+                granted.transfer_id,
+                size_bytes=received.size_bytes,
+                phases=self.phases,
+                verified=received.verified,
+            )
+        )
+
+    def _open(self, granted: pb.Granted) -> SharedWeights:
+        """The source's memory: nothing is touched yet."""
+        for region in granted.regions:
+            if region.WhichOneof("handle") != "host_memory":
+                raise BrokerError(f"region {region.region_id!r} is not host memory, which is all this client can read")
+        layout = self.receiver.layout
+        if layout is None:
+            layout = layout_from_wire(granted.layout)
+        shared = SharedWeights(
+            layout,
+            [],
+            tuple([(placement.region_index, placement.offset_bytes) for placement in granted.placements]),
+            digests_from_wire(granted.digests, len(layout)),
+        )
+        try:
+            for index, region in enumerate(granted.regions):
+                descriptor = self._claim(granted.transfer_id, index)
+                shared.regions.append((descriptor, region.size_bytes))
+        except BaseException:
+            shared.close()
+            raise
+        return shared
+
+    def _claim(self, transfer_id: str, index: int) -> int:
+        try:
+            return self.session.connection.claim_region(transfer_id, index)
+        except (NotAttached, BrokerUnavailable):
+            raise
+        except BrokerError as error:
+            raise TransferFailed(f"the source's region {index} cannot be opened: {error}") from error
+
+    def _receive(self, shared: SharedWeights) -> Received:
+        try:
+            received = self.receiver.receive(shared, self.deadline)
+        except BrokerError as error:
+            self._touched = self._touched or error.touched
+            raise
+        except Exception as error:  # whatever it was, the caller has to learn that the tensors may be half written
+            self._touched = not self.receiver.zero_copy
+            raise BrokerError(f"the transfer failed here: {error}", touched=self._touched) from error
+        self._touched = self._touched or not self.receiver.zero_copy
+        for name, seconds in received.seconds.items():
+            self._add(name, seconds)
+        return received
+
+    def _fail(self, cause: pb.TransferFailed.Cause.ValueType, error: BrokerError) -> BrokerError | None:
+        self._close_shared()
+        error.touched = self._touched
+        self._last_failure = error
+        granted = self._granted
+        if granted is None:
+            raise AssertionError("a transfer failed that was never granted")
+        source = granted.source.publication_id
+        _logger.warning("transfer %s from publication %s failed: %s", granted.transfer_id, source, error)
+        detail = f"tensors {error.metadata['tensors']}" if error.metadata.get("tensors") else str(error)
+        timeout = min(max(self._remaining(), _LAST_WORD_SECONDS), calls.REPORT_TIMEOUT_SECONDS)
+        unheard = self._tell(
+            lambda: calls.report_failure(self.session, granted.transfer_id, cause=cause, detail=detail, timeout=timeout)
+        )
+        self._mark = time.monotonic()
+        return unheard
+
+    def _tell(self, report: Callable[[], None]) -> BrokerError | None:
+        """Makes a report. Returns why the broker did not take it, unless it has ended the transfer on its own: then the
+        stream says how."""
+        try:
+            report()
+        except BrokerError as error:
+            if error.reason is Reason.TRANSFER_NOT_FOUND:
+                return None
+            _logger.warning("the broker did not take the report on a transfer: %s", error)
+            return error
+        return None
+
+    def _without_answer(self, error: BrokerError) -> Acquired:
+        """The stream ended without `Done`."""
+        if self._received is not None and error.reason in _BROKER_GONE:
+            _logger.warning("every byte is in place and verified, but the broker did not confirm it: %s", error)
+            return self._finished(None)
+        error.touched = self._touched
+        failure = self._last_failure
+        if failure is not None:
+            error.metadata = {**failure.metadata, **error.metadata}
+        raise error from failure
+
+    def _finished(self, report: resources_pb2.TransferReport | None) -> Acquired:
+        granted, received, shared = self._granted, self._received, self._shared
+        if granted is None or received is None or shared is None:
+            raise BrokerError("the broker called an acquisition done that moved nothing", touched=self._touched)
+        source = granted.source
+        size_bytes = report.size_bytes if report is not None else received.size_bytes
+        return Acquired(
+            AcquireReport(
+                weight_set_id=self.key.id,
+                transfer_id=granted.transfer_id,
+                source_instance=source.instance_id,
+                source_instance_name=source.instance_name,
+                source_publication_id=source.publication_id,
+                source_generation=source.generation,
+                size_bytes=size_bytes,
+                tensor_count=len(shared.layout),
+                phases=self.phases,
+                seconds=time.monotonic() - self.begun,
+                verified=received.verified,
+                data_plane=_DATA_PLANES.get(granted.data_plane, "unknown"),
+                path=_PATHS.get(granted.path, "unknown"),
+            ),
+            received,
+            shared,
+        )
+
+    def _remaining(self) -> float:
+        return max(self.deadline - time.monotonic(), 0.0)
+
+    def _lap(self) -> float:
+        now = time.monotonic()
+        seconds, self._mark = now - self._mark, now
+        return seconds
+
+    def _pass(self, phase: str) -> None:
+        self._add(phase, self._lap())
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+
+    def _close_shared(self) -> None:
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()

@@ -1,0 +1,87 @@
+"""The gRPC channel to the broker, and how its errors become exceptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import grpc
+import grpc.experimental
+from google.protobuf.message import DecodeError
+
+from weight_broker.errors import ERROR_DOMAIN, BrokerError, Reason, from_reason
+from weight_broker.v1.error_details_pb2 import RpcErrorInfo, RpcStatus
+
+TOKEN_METADATA_KEY = "weight-broker-session-bin"
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_STATUS_DETAILS_KEY = "grpc-status-details-bin"
+_ERROR_INFO_TYPE = "google.rpc.ErrorInfo"
+
+_OPTIONS = (
+    # A channel shared through the process-wide pool breaks in forked children.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    # Streams are read by the calling thread, not by one of gRPC's own: faster, and nothing to lose in a fork.
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
+)
+
+# What a status without details means: it comes from gRPC itself, or from a broker that is not ours.
+_REASONS = {
+    grpc.StatusCode.UNAVAILABLE: Reason.BROKER_UNAVAILABLE,
+    grpc.StatusCode.CANCELLED: Reason.BROKER_UNAVAILABLE,
+    grpc.StatusCode.UNAUTHENTICATED: Reason.NOT_ATTACHED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.LIMIT_EXCEEDED,
+    grpc.StatusCode.INVALID_ARGUMENT: Reason.INVALID_ARGUMENT,
+}
+
+_LATE = {
+    Reason.BROKER_UNAVAILABLE: "the broker did not answer before the deadline",
+    Reason.ACQUIRE_TIMEOUT: "the deadline passed before the weights were in place",
+    Reason.RETRACT_TIMEOUT: "the deadline passed while readers were still running; no new ones are let in, call again",
+}
+
+
+def open_channel(socket_path: str | Path) -> grpc.Channel:
+    """A channel to the unix socket; it connects when it is first used."""
+    return grpc.insecure_channel(f"unix:{quote(str(Path(socket_path).absolute()))}", options=_OPTIONS)
+
+
+def decode_error(
+    error: grpc.RpcError, *, on_deadline: Reason = Reason.BROKER_UNAVAILABLE, touched: bool = False
+) -> BrokerError:
+    """The exception that a caller sees for a failed call; `on_deadline` is the reason if gRPC's own deadline passed."""
+    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+    text = (error.details() if isinstance(error, grpc.Call) else None) or code.name
+    information = _error_information(error)
+    if information is not None:
+        try:
+            reason = Reason(information.reason)
+        except ValueError:  # a newer broker
+            reason = _REASONS.get(code, Reason.INTERNAL)
+        return from_reason(reason, text, metadata=dict(information.metadata), touched=touched)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return from_reason(on_deadline, _LATE[on_deadline], touched=touched)
+    reason = _REASONS.get(code, Reason.INTERNAL)
+    return from_reason(reason, f"{code.name}: {text}", touched=touched)
+
+
+def _error_information(error: grpc.RpcError) -> RpcErrorInfo | None:
+    if not isinstance(error, grpc.Call):
+        return None
+    for name, value in error.trailing_metadata() or ():
+        if name != _STATUS_DETAILS_KEY or not isinstance(value, bytes):
+            continue
+        try:
+            for detail in RpcStatus.FromString(value).details:
+                if detail.type_url.rpartition("/")[2] == _ERROR_INFO_TYPE:
+                    information = RpcErrorInfo.FromString(detail.value)
+                    if information.domain == ERROR_DOMAIN:
+                        return information
+        except DecodeError:
+            return None
+    return None

@@ -1,0 +1,128 @@
+"""A small per-user file that remembers the digests of checkpoints whose files have not changed.
+
+A file counts as unchanged while device, inode, size, modification time and change time are what they were. The cache
+is only ever a short cut: one that is damaged, belongs to somebody else or cannot be written is ignored. Writers replace
+it as a whole, so that a reader never sees half of it; of two that write at once one may be forgotten, which costs a
+computation. `WEIGHT_BROKER_CHECKPOINT_CACHE=off` turns it off, a path in that variable moves it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT_VARIABLE = "WEIGHT_BROKER_CHECKPOINT_CACHE"
+MAX_ENTRIES = 512
+_MAX_FILE_BYTES = 1 << 20
+_FORM = 1
+# A file that changed less than this ago could change again without its times showing it: they advance in ticks.
+_SETTLED_NANOSECONDS = 2_000_000_000
+
+
+def cache_directory() -> Path:
+    """Where this user's caches of the weight broker are: `$XDG_CACHE_HOME/weight-broker`, else in `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "weight-broker"
+
+
+@dataclass(frozen=True)
+class CheckpointCache:
+    """The cache in `path`; None is a cache that forgets everything."""
+
+    path: Path | None
+
+    @classmethod
+    def of_user(cls) -> CheckpointCache:
+        """The cache that the environment asks for."""
+        setting = os.environ.get(ENVIRONMENT_VARIABLE, "")
+        if setting.lower() in {"off", "0", "no", "false"}:
+            return cls(None)
+        if setting:
+            return cls(Path(setting))
+        try:
+            return cls(cache_directory() / "checkpoint-digests.json")
+        except RuntimeError:  # no home directory
+            return cls(None)
+
+    def signature(self, files: Sequence[Path], kind: str) -> str | None:
+        """Changes whenever one of `files` does; None if one of them changed too recently to be sure."""
+        rows, now = [], time.time_ns()
+        for file in files:
+            status = file.stat()
+            if max(status.st_mtime_ns, status.st_ctime_ns) > now - _SETTLED_NANOSECONDS:
+                return None
+            rows.append(
+                (
+                    file.name,
+                    status.st_dev,
+                    status.st_ino,
+                    status.st_size,
+                    status.st_mtime_ns,
+                    status.st_ctime_ns,
+                )
+            )
+        return hashlib.sha256(json.dumps([kind, sorted(rows)]).encode()).hexdigest()
+
+    def get(self, signature: str | None) -> str | None:
+        """The digest remembered for `signature`."""
+        if signature is None:
+            return None
+        entry = self._read().get(signature)
+        return entry[0] if entry is not None else None
+
+    def put(self, signature: str | None, digest: str) -> None:
+        """Remembers `digest`; forgets the oldest entries above `MAX_ENTRIES`."""
+        if signature is None or self.path is None:
+            return
+        entries = self._read()
+        entries[signature] = (digest, int(time.time()))
+        newest = sorted(entries.items(), key=lambda item: item[1][1], reverse=True)[:MAX_ENTRIES]
+        text = json.dumps({"form": _FORM, "digests": dict(newest)}, separators=(",", ":"))
+        # A cache that cannot be written (read-only home, full disk) costs time, nothing else.
+        with suppress(OSError):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+            try:
+                with os.fdopen(descriptor, "w", encoding="ascii") as stream:
+                    stream.write(text)
+                os.replace(temporary, self.path)
+            except OSError:
+                os.unlink(temporary)
+                raise
+
+    def _read(self) -> dict[str, tuple[str, int]]:
+        if self.path is None:
+            return {}
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return {}
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            # Whoever can write this file can make a wrong checkpoint look like the right one.
+            trusted = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if not trusted or not stat.S_ISREG(status.st_mode):
+                return {}
+            text = stream.read(_MAX_FILE_BYTES)
+        try:
+            content = json.loads(text)
+        except ValueError:
+            return {}
+        if not isinstance(content, dict) or content.get("form") != _FORM:
+            return {}
+        digests = content.get("digests")
+        if not isinstance(digests, dict):
+            return {}
+        return {
+            signature: (entry[0], entry[1])
+            for signature, entry in digests.items()
+            if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], int)
+        }

@@ -1,0 +1,280 @@
+"""The public client: fill this process's tensors from a peer, and offer them to others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from weight_broker import loading
+from weight_broker.errors import BrokerError, InvalidArgument
+from weight_broker.key import WeightSetKey
+from weight_broker.lease import ColdLoadLease
+from weight_broker.memory.digest_mode import DigestMode
+from weight_broker.publication import Publication, publications_of
+from weight_broker.report import AcquireReport, AttachedTensors, LoadReport
+from weight_broker.session import Attachment
+from weight_broker.shared import SharedWeights
+
+if TYPE_CHECKING:
+    from weight_broker.acquisition import Acquired
+    from weight_broker.receiving import Receiver
+    from weight_broker.session import Session
+
+MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+_PUBLISH_TIMEOUT_SECONDS = 60.0
+Framework = Literal["torch", "numpy"]
+_IfAbsent = Literal["fail", "wait", "load"]
+
+
+class BrokerClient:
+    """This process's way to its host's broker.
+
+    Creating one does nothing but remember its arguments. The first call attaches to the broker; one session is then
+    used by all threads. A forked child has to itself a client in the state of a new one: what the parent has published
+    stays the parent's.
+
+    `runtime_directory` is where the broker's sockets are (None: the usual places); `name` is shown to people;
+    `connect_timeout` bounds the time, in seconds, that an unresponsive broker can cost; `digest_mode` says how much of
+    the content is verified: "full", "sampled", or "auto" for full where that is cheap.
+    """
+
+    def __init__(
+        self,
+        runtime_directory: str | Path | None = None,
+        *,
+        name: str = "",
+        connect_timeout: float = 2.0,
+        digest_mode: str = "auto",
+    ) -> None:
+        if digest_mode not in list(DigestMode):
+            raise InvalidArgument("digest_mode", digest_mode, "'auto', 'full' or 'sampled'")
+        directory = Path(runtime_directory) if runtime_directory is not None else None
+        self._attachment = Attachment(directory, name, _checked_seconds("connect_timeout", connect_timeout))
+        self._digest_mode = DigestMode(digest_mode)
+
+    def acquire(
+        self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float = 300.0, wait: bool = True
+    ) -> AcquireReport:
+        """Fills `tensors` from a source: returns with every byte written and verified, or raises a `BrokerError` that
+        says whether they were touched.
+
+        If nobody holds the weight set: `WeightsNotFound`, at once unless somebody is loading it and `wait` is True.
+        `timeout` is in seconds and bounds the whole call.
+        """
+        acquired = self._fill(key, tensors, timeout, "wait" if wait else "fail", keep_shared=False)
+        if isinstance(acquired, ColdLoadLease):
+            raise BrokerError("the broker granted a cold-load lease that was not asked for", touched=acquired.touched)
+        return acquired.report
+
+    def acquire_or_lease(
+        self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float = 300.0
+    ) -> AcquireReport | ColdLoadLease:
+        """Like `acquire`, but if nobody holds the weight set, one process of all is told to load it: it gets the
+        lease, loads, and calls `publish` with it (or `give_up` on it). All others wait for that."""
+        acquired = self._fill(key, tensors, timeout, "load", keep_shared=False)
+        return acquired if isinstance(acquired, ColdLoadLease) else acquired.report
+
+    def acquire_or_load(
+        self,
+        key: WeightSetKey,
+        tensors: loading.TensorSource,
+        load: Callable[[], None],
+        *,
+        timeout: float = 300.0,
+        publish: bool = True,
+    ) -> LoadReport:
+        """Fills `tensors` from a peer, or calls `load`, which loads them from disk, and then offers them to others.
+
+        `tensors` is a mapping, or a function that returns one, which is called again after `load`. `load` is called
+        at most once, and its exceptions pass through unchanged. No failure of the broker, and no failure to publish, is
+        raised; both are logged and stand in the report. The one exception: an error with `quiesced` False, after which
+        the tensors' storages must be discarded.
+        """
+        return loading.acquire_or_load(self, key, tensors, load, timeout=timeout, publish=publish)
+
+    def attach_tensors(
+        self,
+        key: WeightSetKey,
+        *,
+        framework: Framework = "torch",
+        timeout: float = 300.0,
+        wait: bool = True,
+    ) -> AttachedTensors:
+        """Tensors (of `framework` "torch" or "numpy") that are copy-on-write views of the resident memory: takes
+        milliseconds, whatever the size, and no memory until something is written. A sample of each is verified
+        (with digest mode "full", everything): the memory is sealed since it was published."""
+        attached = self._attach(key, framework, timeout, "wait" if wait else "fail", keep_shared=False)
+        if isinstance(attached, ColdLoadLease):
+            raise BrokerError("the broker granted a cold-load lease that was not asked for")
+        return attached[0]
+
+    def attach_and_share(
+        self, key: WeightSetKey, *, framework: Framework = "torch", timeout: float = 300.0
+    ) -> tuple[AttachedTensors, SharedWeights] | ColdLoadLease:
+        """Like `attach_tensors`, but if nobody holds the weight set, one process of all is told to load it, as by
+        `acquire_or_lease`. The memory stays open besides, for `publish_shared`."""
+        return self._attach(key, framework, timeout, "load", keep_shared=True)
+
+    def publish(
+        self,
+        key: WeightSetKey,
+        tensors: Mapping[str, object],
+        *,
+        lease: ColdLoadLease | None = None,
+        timeout: float = _PUBLISH_TIMEOUT_SECONDS,
+    ) -> Publication:
+        """Offers `tensors` as a source for others. They are copied once: they may be changed and freed afterwards.
+
+        `lease` is the cold-load lease that this fulfils. `PublishRefused`: the message says why and what to do.
+        """
+        from weight_broker.memory.host import export
+        from weight_broker.memory.tensors import describe
+
+        deadline = time.monotonic() + _checked_seconds("timeout", timeout)
+        _check_key(key)
+        described = describe(tensors)
+        self._attachment.session()  # without a broker there is no point in copying
+        region = export(described, digest_mode=self._digest_mode, deadline=deadline)
+        shared = SharedWeights(
+            described.layout,
+            [(region.fd, region.size_bytes)],
+            region.placements,
+            region.digests,
+        )
+        return self.publish_shared(key, shared, deadline=deadline, lease=lease)
+
+    def publish_shared(
+        self,
+        key: WeightSetKey,
+        shared: SharedWeights,
+        *,
+        deadline: float | None = None,
+        lease: ColdLoadLease | None = None,
+    ) -> Publication:
+        """Offers memory that is shared already, and takes it over (closes it if the publication fails). `deadline` is
+        in monotonic seconds."""
+        publication = Publication(self._attachment, key, shared, owner=self)
+        publication.announce(
+            deadline=deadline if deadline is not None else time.monotonic() + _PUBLISH_TIMEOUT_SECONDS,
+            fencing_token=lease.fencing_token if lease is not None else 0,
+        )
+        return publication
+
+    def acquire_and_share(
+        self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float
+    ) -> Acquired | ColdLoadLease:
+        """Like `acquire_or_lease`, but the source's memory stays open in `shared`, for `publish_shared`."""
+        return self._fill(key, tensors, timeout, "load", keep_shared=True)
+
+    def close(self) -> None:
+        """Retracts everything that was published through this client and leaves the broker. Idempotent; safe in a
+        forked child, where it ends nothing of the parent's."""
+        publications = publications_of(self._attachment)
+        self._attachment.end()
+        for publication in publications:
+            publication.abandon()
+
+    def __enter__(self) -> BrokerClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _attach(
+        self,
+        key: WeightSetKey,
+        framework: Framework,
+        timeout: float,
+        if_absent: _IfAbsent,
+        *,
+        keep_shared: bool,
+    ) -> tuple[AttachedTensors, SharedWeights] | ColdLoadLease:
+        begun = time.monotonic()
+        if framework not in ("torch", "numpy"):
+            raise InvalidArgument("framework", framework, "'torch' or 'numpy'")
+
+        def mapper() -> Receiver:
+            from weight_broker.receiving import TensorMapper
+
+            return TensorMapper(framework, self._digest_mode)
+
+        acquired = self._acquire(key, mapper, timeout, if_absent, begun, {}, keep_shared=keep_shared)
+        if isinstance(acquired, ColdLoadLease):
+            return acquired
+        tensors = AttachedTensors(acquired.received.tensors, acquired.shared.layout, acquired.report)
+        return tensors, acquired.shared
+
+    def _fill(
+        self,
+        key: WeightSetKey,
+        tensors: Mapping[str, object],
+        timeout: float,
+        if_absent: _IfAbsent,
+        *,
+        keep_shared: bool,
+    ) -> Acquired | ColdLoadLease:
+        from weight_broker.memory.tensors import describe
+
+        begun = time.monotonic()
+        described = describe(tensors)
+        described.require_writable()
+        phases = {"describe": time.monotonic() - begun}
+
+        def filler() -> Receiver:
+            from weight_broker.receiving import TensorFiller
+
+            return TensorFiller(described, self._digest_mode)
+
+        return self._acquire(key, filler, timeout, if_absent, begun, phases, keep_shared=keep_shared)
+
+    def _acquire(
+        self,
+        key: WeightSetKey,
+        make_receiver: Callable[[], Receiver],
+        timeout: float,
+        if_absent: _IfAbsent,
+        begun: float,
+        phases: dict[str, float],
+        *,
+        keep_shared: bool,
+    ) -> Acquired | ColdLoadLease:
+        _check_key(key)
+        deadline = begun + _checked_seconds("timeout", timeout)
+
+        def acquire(session: Session) -> Acquired | ColdLoadLease:
+            from weight_broker.acquisition import IF_ABSENT, Acquisition, ColdLoadTold
+
+            phases["attach"] = time.monotonic() - begun - phases.get("describe", 0.0)
+            outcome = Acquisition(
+                session, key, make_receiver(), IF_ABSENT[if_absent], deadline, begun, dict(phases), keep_shared
+            ).run()
+            if isinstance(outcome, ColdLoadTold):
+                lease = outcome.lease
+                return ColdLoadLease(
+                    self._attachment,
+                    session,
+                    weight_set_id=lease.weight_set_id,
+                    fencing_token=lease.fencing_token,
+                    expires_at=lease.expire_time.ToNanoseconds() / 1e9,
+                    touched=outcome.touched,
+                )
+            return outcome
+
+        return self._attachment.run(acquire)
+
+
+def _check_key(key: object) -> None:
+    if not isinstance(key, WeightSetKey):
+        raise InvalidArgument("key", key, "a WeightSetKey")
+
+
+def _checked_seconds(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InvalidArgument(name, value, "a positive number of seconds")
+    return min(float(value), MAX_TIMEOUT_SECONDS)

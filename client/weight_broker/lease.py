@@ -1,0 +1,65 @@
+"""The cold-load lease: the right and duty of this process to load a weight set from disk."""
+
+from __future__ import annotations
+
+from weight_broker.errors import BrokerError, LeaseLost, NotAttached
+from weight_broker.session import Attachment, Session
+
+
+class ColdLoadLease:
+    """Held by one process for each weight set; the others wait until it has published, given up or died.
+
+    `touched` says whether an earlier source failed half way, so that the tensors have undefined content.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        session: Session,
+        *,
+        weight_set_id: str,
+        fencing_token: int,
+        expires_at: float,
+        touched: bool,
+    ) -> None:
+        self._attachment = attachment
+        self._session = session
+        self.weight_set_id = weight_set_id
+        self.fencing_token = fencing_token
+        self.expires_at = expires_at
+        """Seconds since the epoch."""
+        self.touched = touched
+
+    def give_up(self, reason: str = "") -> None:
+        """Ends the lease so that the next waiter is told to load. Raises `LeaseLost` if it had ended already."""
+        from weight_broker import calls
+
+        self._check_session()
+        try:
+            calls.give_up_lease(self._session, self.weight_set_id, self.fencing_token, reason)
+        except NotAttached as error:
+            raise self._lost() from error
+
+    def extend(self, seconds: float | None = None) -> None:
+        """Makes the lease end `seconds` from now (the broker's default if None). Raises `LeaseLost`."""
+        from weight_broker import calls
+
+        self._check_session()
+        try:
+            self.expires_at = calls.extend_lease(self._session, self.weight_set_id, self.fencing_token, seconds)
+        except NotAttached as error:
+            raise self._lost() from error
+
+    def __repr__(self) -> str:
+        return f"ColdLoadLease(weight_set_id={self.weight_set_id!r}, fencing_token={self.fencing_token})"
+
+    def _check_session(self) -> None:
+        if not self._attachment.is_current(self._session):
+            raise self._lost()
+
+    def _lost(self) -> BrokerError:
+        return LeaseLost(
+            f"cold-load lease {self.fencing_token} of weight set {self.weight_set_id!r} ended with the broker or the "
+            "process that it was granted by or to",
+            metadata={"weight_set_id": self.weight_set_id, "fencing_token": str(self.fencing_token)},
+        )

@@ -1,0 +1,21 @@
+"""How this process shares its tensors: what they are (`describe`), how they get into host memory (`export`), out of it
+(`copy_in`) or into view (`map_tensors`)."""
+
+from weight_broker.memory.digest_mode import DigestMode
+from weight_broker.memory.host import HostRegion, export
+from weight_broker.memory.receive import CopyResult, copy_in
+from weight_broker.memory.tensors import DEVICE_KINDS, DescribedTensor, DescribedTensors, describe
+from weight_broker.memory.views import map_tensors
+
+__all__ = [
+    "DEVICE_KINDS",
+    "CopyResult",
+    "DescribedTensor",
+    "DescribedTensors",
+    "DigestMode",
+    "HostRegion",
+    "copy_in",
+    "describe",
+    "export",
+    "map_tensors",
+]

@@ -1,0 +1,208 @@
+"""Copying and digesting bytes on all processors.
+
+The work is cut into tasks of a few MiB that worker threads and the caller take from one queue. `ctypes` and xxhash let
+go of the interpreter lock during the long part. The threads live for one operation, so nothing survives into a forked
+child, and all of them have ended before an operation returns or raises.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+
+from weight_broker.digest import DigestAlgorithm, block_function, combine, sampled_blocks
+from weight_broker.memory.address_space import advise_huge_pages, buffer_at
+
+MAX_THREADS = 16
+TASK_BYTES = 4 << 20
+"""Copied between two looks at the clock."""
+SMALL_BYTES = 32 << 10
+"""Pieces up to this size are copied in batches without letting go of the interpreter lock: handing it over costs more
+than the copy."""
+BATCH_PIECES = 256
+HUGE_PAGE_ADVICE_BYTES = 4 << 20
+
+Piece = tuple[int, int, int]
+"""Destination address, source address, size in bytes."""
+Task = Callable[[], object]
+
+# Both are C's memmove; the second one keeps the interpreter lock.
+_copy = ctypes.memmove
+_copy_locked = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ("memmove", ctypes.PyDLL(None))
+)
+
+
+class DeadlinePassed(Exception):
+    """The deadline passed with work left to do."""
+
+
+def thread_count() -> int:
+    """Number of threads that an operation uses: the processors this process may run on."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+def run(tasks: Iterable[Task], *, own_tasks: Sequence[Task] = (), deadline: float | None = None) -> None:
+    """Run all tasks in parallel; the caller's thread does `own_tasks` first and then helps with the others.
+
+    `deadline` is a time of `time.monotonic`; `DeadlinePassed` if it comes before the last task has begun. Any error of
+    a task stops the others after the tasks they are at, and is raised once all of them have.
+    """
+    waiting = deque(tasks)
+    errors: list[BaseException] = []
+
+    def work(queue: deque[Task]) -> None:
+        try:
+            while not errors:
+                try:
+                    task = queue.popleft()
+                except IndexError:
+                    return
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise DeadlinePassed
+                task()
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the caller's thread raises it below
+            errors.append(error)
+
+    helpers: list[threading.Thread] = []
+    for _ in range(min(thread_count() - 1, len(waiting) - (not own_tasks))):
+        helper = threading.Thread(target=work, args=(waiting,), name="weight-broker-copy", daemon=True)
+        try:
+            helper.start()
+        except RuntimeError:  # no more threads to be had: the caller's thread does the rest
+            break
+        helpers.append(helper)
+    work(deque(own_tasks))
+    work(waiting)
+    for helper in helpers:
+        while helper.is_alive():
+            try:
+                helper.join()
+            except KeyboardInterrupt as error:  # never leave while somebody writes
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def copy(pieces: Sequence[Piece], *, own_tasks: Sequence[Task] = (), deadline: float | None = None) -> None:
+    """Copy every piece."""
+    run(_copy_tasks(pieces, None, TASK_BYTES, []), own_tasks=own_tasks, deadline=deadline)
+
+
+def copy_and_digest(
+    pieces: Sequence[Piece],
+    algorithm: DigestAlgorithm,
+    block_bytes: int,
+    *,
+    own_tasks: Sequence[Task] = (),
+    deadline: float | None = None,
+) -> list[int]:
+    """Copy every piece and return the full digest of each destination.
+
+    Each block is digested right after it was copied, while the processor's cache holds it.
+    """
+    blocks = [[0] * -(-size // block_bytes) for _, _, size in pieces]
+    run(_copy_tasks(pieces, algorithm, block_bytes, blocks), own_tasks=own_tasks, deadline=deadline)
+    return [combine(algorithm, found) if found else 0 for found in blocks]
+
+
+def digest_full(address: int, size_bytes: int, algorithm: DigestAlgorithm, block_bytes: int) -> int:
+    """The full digest of a tensor's content; 0 if there is none."""
+    function = block_function(algorithm)
+    blocks = [
+        function(buffer_at(address + offset, min(block_bytes, size_bytes - offset)))
+        for offset in range(0, size_bytes, block_bytes)
+    ]
+    return combine(algorithm, blocks) if blocks else 0
+
+
+def digest_samples(
+    contents: Iterable[tuple[int, int]],
+    algorithm: DigestAlgorithm,
+    block_bytes: int,
+    *,
+    deadline: float | None = None,
+) -> list[int]:
+    """The sampled digest of each content (address, size in bytes); 0 for an empty one."""
+    # Not in threads: blocks of a sample are too short for the functions to let go of the interpreter lock.
+    function = block_function(algorithm)
+    digests: list[int] = []
+    for address, size_bytes in contents:
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlinePassed
+        blocks = [
+            function(buffer_at(address + offset, length)) for offset, length in sampled_blocks(size_bytes, block_bytes)
+        ]
+        digests.append(combine(algorithm, blocks) if blocks else 0)
+    return digests
+
+
+def _copy_tasks(
+    pieces: Sequence[Piece], algorithm: DigestAlgorithm | None, block_bytes: int, blocks: Sequence[list[int]]
+) -> Iterator[Task]:
+    """Tasks that copy the pieces and, with an algorithm, leave the digest of each block in `blocks[piece][block]`."""
+    small = (index for index, piece in enumerate(pieces) if 0 < piece[2] <= SMALL_BYTES)
+    while batch := list(islice(small, BATCH_PIECES)):
+        yield partial(_copy_batch, pieces, batch, algorithm, block_bytes, blocks)
+    step = max(block_bytes, TASK_BYTES // block_bytes * block_bytes)
+    for index, (destination, source, size) in enumerate(pieces):
+        if size <= SMALL_BYTES:
+            continue
+        for start in range(0, size, step):
+            stop = min(size, start + step)
+            advised = size if start == 0 and size >= HUGE_PAGE_ADVICE_BYTES else 0
+            if algorithm is None:
+                yield partial(_copy_range, destination, source, start, stop, advised)
+            else:
+                yield partial(
+                    _copy_blocks, destination, source, start, stop, advised, algorithm, block_bytes, blocks[index]
+                )
+
+
+def _copy_range(destination: int, source: int, start: int, stop: int, advised: int) -> None:
+    if advised:
+        advise_huge_pages(destination, advised)
+    _copy(destination + start, source + start, stop - start)
+
+
+def _copy_blocks(
+    destination: int,
+    source: int,
+    start: int,
+    stop: int,
+    advised: int,
+    algorithm: DigestAlgorithm,
+    block_bytes: int,
+    blocks: list[int],
+) -> None:
+    if advised:
+        advise_huge_pages(destination, advised)
+    function = block_function(algorithm)
+    for offset in range(start, stop, block_bytes):
+        size = min(block_bytes, stop - offset)
+        _copy(destination + offset, source + offset, size)
+        blocks[offset // block_bytes] = function(buffer_at(destination + offset, size))
+
+
+def _copy_batch(
+    pieces: Sequence[Piece],
+    batch: Iterable[int],
+    algorithm: DigestAlgorithm | None,
+    block_bytes: int,
+    blocks: Sequence[list[int]],
+) -> None:
+    for index in batch:
+        destination, source, size = pieces[index]
+        _copy_locked(destination, source, size)
+        if algorithm is not None:
+            function = block_function(algorithm)
+            for offset in range(0, size, block_bytes):
+                blocks[index][offset // block_bytes] = function(
+                    buffer_at(destination + offset, min(block_bytes, size - offset))
+                )

@@ -1,0 +1,203 @@
+"""A weight set that this process offers as a source."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+import weakref
+from types import TracebackType
+
+from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, PublicationNotFound
+from weight_broker.keeper import KEEPER
+from weight_broker.key import WeightSetKey
+from weight_broker.layout import Layout
+from weight_broker.session import Attachment, Session
+from weight_broker.shared import SharedWeights
+
+_RESTORE_TIMEOUT_SECONDS = 10.0
+
+_logger = logging.getLogger("weight_broker")
+
+
+class Publication:
+    """Resident until `retract`, the client's `close` or the end of the process. After a restart of the broker it is
+    published again, by reference and without a hand moving; `id` and `generation` are then new ones.
+
+    A context manager: it is retracted at the end of the block.
+    """
+
+    def __init__(
+        self, attachment: Attachment, key: WeightSetKey, shared: SharedWeights, *, owner: object = None
+    ) -> None:
+        self.key = key
+        self.layout: Layout = shared.layout
+        self.id = ""
+        self.generation = 0
+        self._attachment = attachment
+        self._owner = owner  # the client lives for as long as something of it is published
+        self._shared = shared
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        self._region_ids: list[str] = []
+        self._wanted = True
+        self._closed = False
+        _publications.add(self)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of content, aliases counted once."""
+        return self.layout.content_bytes
+
+    @property
+    def is_retracted(self) -> bool:
+        """True once it is given up, and in a forked child: it is the parent's."""
+        return self._closed or self._process != os.getpid()
+
+    def announce(self, *, deadline: float, fencing_token: int = 0) -> None:
+        """Publishes for the first time; on any exception nothing stays behind. `deadline` in monotonic seconds."""
+        try:
+            with self._lock:
+                self._attachment.run(lambda session: self._announce(session, deadline, fencing_token))
+        except BaseException:
+            self._let_go()
+            raise
+        KEEPER.add(self)
+
+    def restore(self) -> None:
+        """Publishes again if the session in which that was done last is over. Called by the keeper."""
+        if not self._lock.acquire(blocking=False):
+            return  # it is being retracted
+        try:
+            if not self._wanted or self._attachment.is_current(self._session):
+                return
+            session = self._attachment.session()
+            self._announce(session, time.monotonic() + _RESTORE_TIMEOUT_SECONDS, 0)
+            _logger.info("published weight set %s again, as %s", self.key.id, self.id)
+        finally:
+            self._lock.release()
+
+    @property
+    def route(self) -> object:
+        """What it reaches the broker through."""
+        return self._attachment
+
+    def fileno(self) -> int:
+        """The attach socket."""
+        return self._attachment.fileno()
+
+    def retract(self, timeout: float = 60.0) -> None:
+        """Stops being a source; returns when no reader is left. Idempotent. `RetractTimeout`: readers are still running
+        after `timeout` seconds; no new ones are let in; call again."""
+        if self._process != os.getpid():
+            raise PublicationNotFound(
+                f"publication {self.id} is process {self._process}'s; only that process can retract it",
+                metadata={"publication_id": self.id},
+            )
+        with self._lock:
+            if self._closed:
+                return
+            self._wanted = False
+            session = self._session
+            if session is not None and self._attachment.is_current(session):
+                self._retract(session, timeout)
+            # Otherwise the broker that knew it is gone, and with it the publication. Readers that hold the sealed
+            # memory still can finish: it is theirs as much as ours.
+            self._let_go()
+
+    def abandon(self) -> None:
+        """Lets go of the memory; for a client that ends its session, which retracts everything."""
+        with self._lock:
+            self._wanted = False
+            self._let_go()
+
+    def forget_after_fork(self) -> None:
+        """For a forked child: it is the parent's; some thread of the parent may hold the lock."""
+        self._lock = threading.Lock()
+        self._wanted = False
+
+    def __enter__(self) -> Publication:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._process == os.getpid():
+            self.retract()
+
+    def __repr__(self) -> str:
+        state = "retracted" if self.is_retracted else "published"
+        return f"Publication(id={self.id!r}, model={self.key.model!r}, {self.size_bytes} bytes, {state})"
+
+    def _announce(self, session: Session, deadline: float, fencing_token: int) -> None:
+        from weight_broker import calls
+
+        batch = uuid.uuid4().hex
+        region_ids = [f"{batch}-{index}" for index in range(len(self._shared.regions))]
+        offered: list[str] = []
+        try:
+            for region_id, (descriptor, size_bytes) in zip(region_ids, self._shared.regions, strict=True):
+                session.connection.offer_region(region_id, descriptor, size_bytes)
+                offered.append(region_id)
+            published = calls.publish(
+                session,
+                self.key,
+                self._shared,
+                region_ids,
+                fencing_token=fencing_token,
+                request_id=batch,
+                timeout=max(deadline - time.monotonic(), 0.001),
+            )
+        except BaseException:
+            _withdraw(session, offered)
+            raise
+        self.id, self.generation = published.publication_id, published.generation
+        self._session, self._region_ids = session, region_ids
+
+    def _retract(self, session: Session, timeout: float) -> None:
+        from weight_broker import calls
+
+        try:
+            calls.retract(session, self.id, timeout=timeout)
+        except (PublicationNotFound, NotAttached):
+            pass  # gone already
+        except BrokerUnavailable:
+            if not session.is_over:
+                raise
+        _withdraw(session, self._region_ids)
+
+    def _let_go(self) -> None:
+        self._closed = True
+        self._wanted = False
+        KEEPER.remove(self)
+        self._shared.close()
+
+
+def publications_of(attachment: Attachment) -> list[Publication]:
+    """What this process has published through `attachment`."""
+    return [
+        publication
+        for publication in list(_publications)
+        if publication._attachment is attachment and not publication.is_retracted
+    ]
+
+
+def _withdraw(session: Session, region_ids: list[str]) -> None:
+    for region_id in region_ids:
+        with contextlib.suppress(BrokerError):  # the session may be over; then so are its regions
+            session.connection.withdraw_region(region_id)
+
+
+_publications: weakref.WeakSet[Publication] = weakref.WeakSet()
+
+
+def _forget_publications() -> None:
+    for publication in list(_publications):
+        publication.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_publications)

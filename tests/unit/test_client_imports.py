@@ -1,0 +1,122 @@
+"""The client costs nothing until it is used, and almost nothing where there is no broker."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import weight_broker
+from weight_broker import BrokerClient, BrokerUnavailable, InvalidArgument, WeightSetKey
+
+HEAVY = ("grpc", "google.protobuf", "torch", "numpy")
+KEY = WeightSetKey("model")
+
+
+def run(code: str, directory: Path) -> list[str]:
+    """The modules of `HEAVY` that are imported after `code`, in a fresh interpreter."""
+    program = textwrap.dedent(code) + f"\nimport sys\nprint([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(directory)], capture_output=True, text=True, check=True, timeout=60
+    )
+    return [name for name in HEAVY if repr(name) in done.stdout]
+
+
+def test_importing_the_package_and_creating_a_client_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = """
+        import sys, threading, weight_broker
+        client = weight_broker.BrokerClient(sys.argv[1], name="x")
+        client.close()
+        assert threading.active_count() == 1
+    """
+    assert run(code, tmp_path) == []
+
+
+def test_noticing_that_there_is_no_broker_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = """
+        import sys, weight_broker
+        client = weight_broker.BrokerClient(sys.argv[1])
+        try:
+            client.attach_tensors(weight_broker.WeightSetKey("model"))
+        except weight_broker.BrokerUnavailable as error:
+            assert error.quiesced and not error.touched
+        else:
+            raise SystemExit("no error")
+    """
+    assert run(code, tmp_path) == []
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in weight_broker.__all__:
+        assert getattr(weight_broker, name).__name__ == name
+    assert set(weight_broker.__all__) <= set(dir(weight_broker))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        weight_broker.no_such_name  # noqa: B018
+
+
+def test_without_a_broker_acquire_says_so_within_50_ms_and_touches_nothing(tmp_path: Path) -> None:
+    client = BrokerClient(tmp_path / "absent")
+    tensors = {"weight": np.ones(8, np.float32)}
+    begun = time.monotonic()
+    with pytest.raises(BrokerUnavailable, match=r"attach\.sock") as caught:
+        client.acquire(KEY, tensors)
+    assert time.monotonic() - begun < 0.05
+    assert (caught.value.touched, caught.value.quiesced) == (False, True)
+    assert (tensors["weight"] == 1).all()
+
+
+def test_without_a_broker_acquire_or_load_loads_from_disk_at_once_and_does_not_try_to_publish(tmp_path: Path) -> None:
+    client = BrokerClient(tmp_path / "absent")
+    tensors = {"weight": np.zeros(8, np.float32)}
+    loads: list[int] = []
+
+    def load() -> None:
+        loads.append(1)
+        tensors["weight"].fill(3)
+
+    begun = time.monotonic()
+    report = client.acquire_or_load(KEY, tensors, load)
+    assert time.monotonic() - begun < 0.2
+    assert (report.source, loads, report.publication, report.publish_error) == ("disk", [1], None, None)
+    assert report.acquire_error is not None
+    assert "BrokerUnavailable" in report.acquire_error
+    assert (tensors["weight"] == 3).all()
+
+
+def test_a_socket_that_nobody_serves_is_no_broker(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left_behind:
+        left_behind.bind(str(tmp_path / "attach.sock"))
+    with pytest.raises(BrokerUnavailable, match="refused"):
+        BrokerClient(tmp_path).acquire(KEY, {"weight": np.ones(8, np.float32)})
+
+
+def test_an_unresponsive_broker_costs_no_more_than_the_connect_timeout(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.bind(str(tmp_path / "attach.sock"))
+        silent.listen(1)
+        begun = time.monotonic()
+        with pytest.raises(BrokerUnavailable, match="does not answer"):
+            BrokerClient(tmp_path, connect_timeout=0.2).acquire(KEY, {"weight": np.ones(8, np.float32)})
+        assert 0.15 < time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "1", True, None])
+def test_a_timeout_that_is_no_positive_number_is_refused(tmp_path: Path, timeout: float) -> None:
+    with pytest.raises(InvalidArgument, match="timeout"):
+        BrokerClient(tmp_path).acquire(KEY, {"weight": np.ones(8, np.float32)}, timeout=timeout)
+    with pytest.raises(InvalidArgument, match="connect_timeout"):
+        BrokerClient(tmp_path, connect_timeout=timeout)
+
+
+def test_a_digest_mode_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="digest_mode"):
+        BrokerClient(digest_mode="none")

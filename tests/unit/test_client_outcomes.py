@@ -1,0 +1,109 @@
+"""What else an acquire call can come to: a lease, a mapping, a broker that has forgotten or will not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.scripted_broker import done
+from support.scripted_stage import KEY, Stage, arrays, holds
+from weight_broker import (
+    BrokerClient,
+    BrokerUnavailable,
+    ColdLoadLease,
+    DigestCoverage,
+    IntegrityError,
+    LeaseLost,
+    NotAttached,
+    Reason,
+)
+from weight_broker.v1 import resources_pb2
+from weight_broker.v1 import weight_broker_service_pb2 as pb
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    prepared = Stage(tmp_path, monkeypatch)
+    yield prepared
+    prepared.close()
+
+
+def test_a_cold_load_is_a_lease_that_can_be_given_up_once(stage: Stage) -> None:
+    lease_message = resources_pb2.ColdLoadLease(weight_set_id=KEY.id, fencing_token=9)
+    stage.script(pb.AcquireResponse(cold_load=pb.ColdLoad(cold_load_lease=lease_message)))
+    lease = stage.client.acquire_or_lease(KEY, arrays(0))
+    assert isinstance(lease, ColdLoadLease)
+    assert (lease.fencing_token, lease.weight_set_id, lease.touched) == (9, KEY.id, False)
+    lease.give_up("no disk")
+    report = stage.broker.load_reports.get(timeout=5)
+    assert (report.fencing_token, report.give_up.reason) == (9, "no disk")
+    stage.broker.drop_attachments()
+    with pytest.raises(LeaseLost):
+        lease.extend()
+
+
+def test_a_cold_load_after_wrong_bytes_says_touched(stage: Stage) -> None:
+    lease_message = resources_pb2.ColdLoadLease(weight_set_id=KEY.id, fencing_token=9)
+    stage.script(
+        stage.grant("transfer-1", stage.damaged),
+        pb.AcquireResponse(cold_load=pb.ColdLoad(cold_load_lease=lease_message)),
+    )
+    lease = stage.client.acquire_or_lease(KEY, arrays(0))
+    assert isinstance(lease, ColdLoadLease)
+    assert lease.touched
+
+
+def test_a_broker_that_has_forgotten_this_process_is_attached_to_again(stage: Stage) -> None:
+    stage.broker.refusals["Acquire"] = [Reason.NOT_ATTACHED]
+    stage.script(stage.grant("transfer-1", stage.sound), done("transfer-1", 3 << 18))
+    tensors = arrays(0)
+    stage.client.acquire(KEY, tensors)
+    assert holds(tensors, 5)
+    requests = [stage.broker.attach_requests.get(timeout=5) for _ in range(5)]
+    assert sorted(requests) == ["claim_region", "end", "goodbye", "hello", "hello"]
+
+
+def test_a_broker_that_keeps_forgetting_is_not_asked_for_ever(stage: Stage) -> None:
+    stage.broker.refusals["Acquire"] = [Reason.NOT_ATTACHED] * 3
+    with pytest.raises(NotAttached):
+        stage.client.acquire(KEY, arrays(0))
+    assert len(stage.broker.refusals["Acquire"]) == 1
+
+
+def test_a_draining_broker_is_unavailable_and_not_asked_twice(stage: Stage) -> None:
+    stage.broker.refusals["Acquire"] = [Reason.DRAINING] * 2
+    with pytest.raises(BrokerUnavailable) as caught:
+        stage.client.acquire(KEY, arrays(0))
+    assert caught.value.reason is Reason.DRAINING
+    assert len(stage.broker.refusals["Acquire"]) == 1
+
+
+@pytest.mark.parametrize("digest_mode", ["auto", "full"])
+def test_attached_tensors_are_views_that_stay_private(stage: Stage, tmp_path: Path, digest_mode: str) -> None:
+    stage.script(stage.grant("transfer-1", stage.sound), done("transfer-1", 3 << 18))
+    with BrokerClient(tmp_path, digest_mode=digest_mode) as client:
+        attached = client.attach_tensors(KEY, framework="numpy")
+    assert len(attached) == 3
+    assert (attached["layers.1"] == 5).all()
+    assert attached.report.verified is (DigestCoverage.FULL if digest_mode == "full" else DigestCoverage.SAMPLED)
+    attached["layers.1"].fill(8)
+    again = arrays(0)
+    stage.script(stage.grant("transfer-2", stage.sound), done("transfer-2", 3 << 18))
+    stage.client.acquire(KEY, again)
+    assert holds(again, 5)
+
+
+def test_damaged_memory_is_not_attached(stage: Stage, tmp_path: Path) -> None:
+    stage.script(stage.grant("transfer-1", stage.damaged), Reason.INTEGRITY_ERROR)
+    with BrokerClient(tmp_path, digest_mode="full") as client, pytest.raises(IntegrityError) as caught:
+        client.attach_tensors(KEY, framework="numpy")
+    assert not caught.value.touched
+    assert stage.reports[0].failed.cause == pb.TransferFailed.CAUSE_DIGEST_MISMATCH
+
+
+def test_after_close_the_client_is_of_no_use(stage: Stage) -> None:
+    stage.client.close()
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        stage.client.acquire(KEY, arrays(0))

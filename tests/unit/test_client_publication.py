@@ -1,0 +1,251 @@
+"""A publication stays published across broker restarts, is the publisher's alone, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.scripted_broker import ScriptedBroker, refused
+from weight_broker import (
+    BrokerClient,
+    BrokerUnavailable,
+    InvalidArgument,
+    PublicationNotFound,
+    PublishRefused,
+    Reason,
+    RetractTimeout,
+    WeightSetKey,
+)
+from weight_broker.v1 import attach_pb2
+
+KEY = WeightSetKey("model")
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[ScriptedBroker]:
+    scripted = ScriptedBroker(tmp_path).start()
+    yield scripted
+    scripted.stop()
+
+
+@pytest.fixture
+def client(broker: ScriptedBroker) -> Iterator[BrokerClient]:
+    with BrokerClient(broker.directory) as created:
+        yield created
+
+
+def tensors() -> dict[str, object]:
+    return {"a": np.arange(5000, dtype=np.float32), "b": np.zeros((0, 3), np.float16)}
+
+
+def open_memfds() -> int:
+    found = 0
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            found += os.readlink(f"/proc/self/fd/{entry}").startswith("/memfd:weight-broker")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def keeper_runs() -> bool:
+    return any(thread.name == "weight-broker-keeper" for thread in threading.enumerate())
+
+
+def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def requests(broker: ScriptedBroker, count: int) -> list[str]:
+    return [broker.attach_requests.get(timeout=5) for _ in range(count)]
+
+
+def test_publishing_hands_the_memory_over_and_retracting_takes_it_back(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    publication = client.publish(KEY, tensors())
+    assert (publication.id, publication.generation, publication.size_bytes) == ("publication-1", 1, 20000)
+    assert requests(broker, 2) == ["hello", "offer_region"]
+    request = broker.publish_requests.get(timeout=5)
+    assert [spec.name for spec in request.layout.tensors] == ["a", "b"]
+    assert len(request.placements) == 2
+    assert len(request.regions) == 1
+    assert len(request.digests) >= 1
+    assert open_memfds() == 1
+    publication.retract()
+    publication.retract()
+    assert requests(broker, 1) == ["withdraw_region"]
+    assert broker.retractions.get(timeout=5) == "publication-1"
+    assert broker.retractions.empty()
+    assert publication.is_retracted
+    assert open_memfds() == 0
+    until(lambda: not keeper_runs())
+
+
+def test_a_publication_is_retracted_at_the_end_of_its_block(broker: ScriptedBroker, client: BrokerClient) -> None:
+    with client.publish(KEY, tensors()) as publication:
+        assert broker.retractions.empty()
+    assert broker.retractions.get(timeout=5) == publication.id
+
+
+def test_a_refused_publication_leaves_nothing_behind(broker: ScriptedBroker, client: BrokerClient) -> None:
+    broker.refusals["Publish"] = [Reason.LIMIT_EXCEEDED]
+    with pytest.raises(PublishRefused):
+        client.publish(KEY, tensors())
+    assert requests(broker, 3) == ["hello", "offer_region", "withdraw_region"]
+    assert open_memfds() == 0
+    assert not keeper_runs()
+
+
+def test_a_refused_region_leaves_nothing_behind(broker: ScriptedBroker, client: BrokerClient) -> None:
+    def refuse(request: attach_pb2.AttachRequest) -> attach_pb2.AttachResponse | None:
+        return refused(Reason.REGION_REFUSED, "no") if request.WhichOneof("request") == "offer_region" else None
+
+    broker.on_attach = refuse
+    with pytest.raises(PublishRefused):
+        client.publish(KEY, tensors())
+    assert broker.publish_requests.empty()
+    assert open_memfds() == 0
+
+
+def test_what_is_no_tensor_is_refused_by_name(client: BrokerClient) -> None:
+    with pytest.raises(InvalidArgument, match="wrong"):
+        client.publish(KEY, {"wrong": object()})
+    assert open_memfds() == 0
+
+
+def test_while_readers_run_it_is_not_retracted_but_can_be_later(broker: ScriptedBroker, client: BrokerClient) -> None:
+    publication = client.publish(KEY, tensors())
+    broker.refusals["Retract"] = [Reason.RETRACT_TIMEOUT]
+    with pytest.raises(RetractTimeout):
+        publication.retract(timeout=0.1)
+    assert not publication.is_retracted
+    publication.retract()
+    assert publication.is_retracted
+
+
+def test_what_the_broker_has_dropped_counts_as_retracted(broker: ScriptedBroker, client: BrokerClient) -> None:
+    publication = client.publish(KEY, tensors())
+    broker.refusals["Retract"] = [Reason.PUBLICATION_NOT_FOUND]
+    publication.retract()
+    assert publication.is_retracted
+    assert open_memfds() == 0
+
+
+def test_a_new_broker_has_the_same_memory_again_within_seconds(broker: ScriptedBroker, client: BrokerClient) -> None:
+    publication = client.publish(KEY, tensors())
+    first = broker.publish_requests.get(timeout=5)
+    broker.stop()
+    time.sleep(0.5)
+    begun = time.monotonic()
+    successor = ScriptedBroker(broker.directory)
+    successor._publication_number = 10
+    successor.start()
+    try:
+        second = successor.publish_requests.get(timeout=5)
+        assert time.monotonic() - begun < 3
+        until(lambda: publication.id == "publication-11")
+        assert second.request_id != first.request_id
+        assert second.fencing_token == 0
+        assert (second.layout, second.digests, second.placements) == (first.layout, first.digests, first.placements)
+        assert requests(successor, 2) == ["hello", "offer_region"]
+        publication.retract()
+        assert successor.retractions.get(timeout=5) == "publication-11"
+    finally:
+        client.close()
+        successor.stop()
+        broker._listener = successor._listener  # the fixture stops what runs
+        broker.stop = lambda: None  # type: ignore[method-assign]
+
+
+def test_while_there_is_no_broker_it_is_looked_for_a_few_times_a_second(
+    broker: ScriptedBroker, client: BrokerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.publish(KEY, tensors())
+    attempts: list[float] = []
+
+    def connect(path: Path, deadline: float) -> None:
+        attempts.append(time.monotonic())
+        raise BrokerUnavailable("gone")
+
+    monkeypatch.setattr("weight_broker.attach._connect", connect)
+    broker.drop_attachments()
+    time.sleep(1)
+    assert 2 <= len(attempts) <= 5
+
+
+def test_retracting_while_the_broker_is_gone_succeeds_and_is_final(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    publication = client.publish(KEY, tensors())
+    broker.publish_requests.get(timeout=5)
+    broker.drop_attachments()
+    publication.retract()
+    assert publication.is_retracted
+    time.sleep(0.3)
+    assert open_memfds() == 0
+    until(lambda: not keeper_runs())
+
+
+def test_closing_the_client_says_goodbye_and_frees_everything(broker: ScriptedBroker, client: BrokerClient) -> None:
+    publications = [client.publish(KEY, tensors()) for _ in range(3)]
+    client.close()
+    client.close()
+    assert requests(broker, 5) == ["hello", "offer_region", "offer_region", "offer_region", "goodbye"]
+    assert all(publication.is_retracted for publication in publications)
+    assert open_memfds() == 0
+    until(lambda: not keeper_runs())
+    publications[0].retract()
+    assert broker.retractions.empty()
+
+
+def test_an_unused_client_that_is_dropped_leaves_the_broker(broker: ScriptedBroker) -> None:
+    client = BrokerClient(broker.directory)
+    client._attachment.session()
+    del client
+    assert requests(broker, 2) == ["hello", "goodbye"]
+
+
+def test_a_publication_outlives_the_last_reference_to_its_client(broker: ScriptedBroker) -> None:
+    publication = BrokerClient(broker.directory).publish(KEY, tensors())
+    assert requests(broker, 2) == ["hello", "offer_region"]
+    time.sleep(0.1)
+    assert broker.attach_requests.empty()
+    publication.retract()
+
+
+def test_a_forked_child_can_neither_retract_nor_end_what_is_the_parents(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    publication = client.publish(KEY, tensors())
+    assert requests(broker, 2) == ["hello", "offer_region"]
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            assert open_memfds() == 0
+            assert publication.is_retracted
+            with pytest.raises(PublicationNotFound, match="only that process"):
+                publication.retract()
+            with publication:
+                pass
+            client.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    time.sleep(0.1)
+    assert broker.attach_requests.empty()
+    assert broker.retractions.empty()
+    assert not publication.is_retracted
+    publication.retract()
+    assert broker.retractions.get(timeout=5) == publication.id

@@ -1,0 +1,399 @@
+"""Host memory when something is wrong: refused before a byte is written, or reported with the tensors named. Never half
+a success, never a writer left behind, nothing leaked."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weight_broker.digest import FULL_BLOCK_BYTES, SAMPLE_BLOCK_BYTES
+from weight_broker.errors import (
+    AcquireTimeout,
+    BrokerError,
+    IntegrityError,
+    InvalidArgument,
+    PublishRefused,
+    TransferFailed,
+)
+from weight_broker.memory import copying, host
+from weight_broker.memory.address_space import Mapping
+from weight_broker.memory.host import DigestMode, HostRegion, copy_in, export, map_tensors
+from weight_broker.memory.tensors import DescribedTensors, describe
+
+ELEMENTS = 20_000
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    before = held()
+    yield
+    assert held() == before
+
+
+def held() -> tuple[int, int, list[str]]:
+    """Open descriptors, mapped regions and copying threads."""
+    return (
+        len(os.listdir("/proc/self/fd")),
+        Path("/proc/self/maps").read_text().count("memfd:weight-broker"),
+        [thread.name for thread in threading.enumerate() if thread.name == "weight-broker-copy"],
+    )
+
+
+def tensors(value: int, count: int = 4) -> dict[str, torch.Tensor]:
+    return {f"w{index}": torch.full((ELEMENTS,), value + index, dtype=torch.int32) for index in range(count)}
+
+
+@pytest.fixture
+def region() -> Iterator[HostRegion]:
+    shared = export(describe(tensors(10)))
+    yield shared
+    shared.close()
+
+
+def assert_unchanged(target: DescribedTensors, value: int) -> None:
+    for index, tensor in enumerate(target.tensors):
+        assert isinstance(tensor.owner, torch.Tensor)
+        assert bool((tensor.owner == value + index).all())
+
+
+def flip_before_sealing(monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+    """The test hook at the memory level: the digests are of other bytes than the sealed ones."""
+    seal = host.seal
+
+    def flip_and_seal(fd: int) -> None:
+        os.pwrite(fd, bytes([os.pread(fd, 1, offset)[0] ^ 0x10]), offset)
+        seal(fd)
+
+    monkeypatch.setattr(host, "seal", flip_and_seal)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 3), st.integers(0, ELEMENTS * 4 - 1))
+def test_a_flipped_bit_anywhere_is_found_and_its_tensor_named(index: int, position: int) -> None:
+    source = describe(tensors(10))
+    offset = host._place(source.layout)[0][index] + position
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        flip_before_sealing(monkeypatch, offset)
+        damaged = export(source)
+    with pytest.raises(IntegrityError) as caught:
+        copy_in(describe(tensors(0)), [damaged.fd], damaged.placements, damaged.digests)
+    damaged.close()
+    assert (caught.value.touched, caught.value.quiesced) == (True, True)
+    assert caught.value.metadata["tensors"] == f"w{index}"
+
+
+def test_a_flipped_bit_in_a_tensor_with_gaps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = {"w": torch.zeros(64, 64)[:, 1:]}
+    flip_before_sealing(monkeypatch, 64 * 63 * 4 - 1)
+    damaged = export(describe(source))
+    with pytest.raises(IntegrityError):
+        copy_in(describe({"w": torch.ones(64, 64)[:, 1:]}), [damaged.fd], damaged.placements, damaged.digests)
+    damaged.close()
+
+
+@pytest.mark.parametrize(("offset", "found"), [(0, True), (SAMPLE_BLOCK_BYTES, False), (ELEMENTS * 4 - 1, True)])
+def test_a_sample_finds_a_flipped_bit_at_the_ends_of_a_tensor(
+    monkeypatch: pytest.MonkeyPatch, offset: int, found: bool
+) -> None:
+    flip_before_sealing(monkeypatch, offset)
+    damaged = export(describe({"w": torch.zeros(ELEMENTS, dtype=torch.int32)}), digest_mode=DigestMode.SAMPLED)
+    target = describe({"w": torch.zeros(ELEMENTS, dtype=torch.int32)})
+    try:
+        copy_in(target, [damaged.fd], damaged.placements, damaged.digests)
+    except IntegrityError:
+        assert found
+    else:
+        assert not found
+    damaged.close()
+
+
+@pytest.mark.parametrize(("copy", "count"), [("_copy_locked", 10), ("_copy", ELEMENTS)])
+def test_damage_done_by_the_copy_itself_is_found(monkeypatch: pytest.MonkeyPatch, copy: str, count: int) -> None:
+    shared = export(describe({"w": torch.zeros(count, dtype=torch.int32)}))
+    proper = getattr(copying, copy)
+
+    def copy_badly(destination: int, source: int, size: int) -> None:
+        proper(destination, source, size)
+        ctypes.c_ubyte.from_address(destination + size // 2).value ^= 1
+
+    monkeypatch.setattr(copying, copy, copy_badly)
+    target = describe({"w": torch.zeros(count, dtype=torch.int32)})
+    with pytest.raises(IntegrityError):
+        copy_in(target, [shared.fd], shared.placements, shared.digests)
+    shared.close()
+
+
+@pytest.mark.parametrize("mode", list(DigestMode))
+def test_exchanged_tensors_of_equal_size_are_found_and_named(region: HostRegion, mode: DigestMode) -> None:
+    placements = list(region.placements)
+    placements[1], placements[3] = placements[3], placements[1]
+    with pytest.raises(IntegrityError) as caught:
+        copy_in(describe(tensors(0)), [region.fd], placements, region.digests, digest_mode=mode)
+    assert caught.value.metadata["tensors"] == "w1, w3"
+
+
+def test_exchanged_blocks_within_a_tensor_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    seal = host.seal
+
+    def exchange_and_seal(fd: int) -> None:
+        first, second = (os.pread(fd, FULL_BLOCK_BYTES, index * FULL_BLOCK_BYTES) for index in (1, 2))
+        assert first != second
+        os.pwrite(fd, second + first, FULL_BLOCK_BYTES)
+        seal(fd)
+
+    monkeypatch.setattr(host, "seal", exchange_and_seal)
+    damaged = export(describe({"w": torch.arange(FULL_BLOCK_BYTES)}))
+    with pytest.raises(IntegrityError):
+        copy_in(
+            describe({"w": torch.zeros(FULL_BLOCK_BYTES, dtype=torch.int64)}),
+            [damaged.fd],
+            damaged.placements,
+            damaged.digests,
+        )
+    damaged.close()
+
+
+def test_many_wrong_tensors_are_counted_and_not_all_listed() -> None:
+    shared = export(describe(tensors(10, 40)))
+    wrong = [replace(digests, values=tuple(value ^ 1 for value in digests.values)) for digests in shared.digests]
+    with pytest.raises(IntegrityError) as caught:
+        copy_in(describe(tensors(0, 40)), [shared.fd], shared.placements, wrong)
+    shared.close()
+    assert caught.value.metadata["count"] == "40"
+    assert caught.value.metadata["tensors"].endswith("and 24 more")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda good: good | {"placements": good["placements"][:-1]}, "3 placements for 4 tensors"),
+        (lambda good: good | {"placements": [(1, 0), *good["placements"][1:]]}, "region 1 of 1"),
+        (lambda good: good | {"placements": [(-1, 0), *good["placements"][1:]]}, "region -1 of 1"),
+        (lambda good: good | {"placements": [*good["placements"][:-1], (0, 1 << 62)]}, "beyond its region"),
+        (lambda good: good | {"placements": [*good["placements"][:-1], (0, -64)]}, "beyond its region"),
+        (lambda good: good | {"placements": [*good["placements"][:-1], (0, 4096 * 80)]}, "beyond its region"),
+        (lambda good: good | {"fds": []}, "region 0 of 0"),
+        (lambda good: good | {"digests": []}, "offers .none."),
+        (
+            lambda good: good | {"digests": [replace(one, values=one.values[:-1]) for one in good["digests"]]},
+            "3 digests for 4 tensors",
+        ),
+        (lambda good: good | {"digests": good["digests"][1:], "digest_mode": DigestMode.FULL}, "crc32 .sampled."),
+        (lambda good: good | {"fds": [0]}, "not a memfd"),
+        (lambda good: good | {"fds": [10**6]}, "not a memfd"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_a_byte_is_written(
+    region: HostRegion, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
+) -> None:
+    good = {"fds": [region.fd], "placements": list(region.placements), "digests": list(region.digests)}
+    target = describe(tensors(70))
+    with pytest.raises(TransferFailed, match=message) as caught:
+        copy_in(target, **change(good))
+    assert (caught.value.touched, caught.value.quiesced) == (False, True)
+    assert_unchanged(target, 70)
+
+
+def test_memory_that_could_still_change_is_refused(region: HostRegion) -> None:
+    target = describe(tensors(70))
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, region.size_bytes)
+    for use in (
+        partial(copy_in, target, [fd], region.placements, region.digests),
+        partial(map_tensors, target.layout, [fd], region.placements),
+    ):
+        with pytest.raises(TransferFailed, match="not sealed") as caught:
+            use()
+        assert not caught.value.touched
+    os.close(fd)
+    assert_unchanged(target, 70)
+
+
+def test_a_read_only_array_is_refused_before_a_byte_is_written(region: HostRegion) -> None:
+    target: dict[str, Any] = {**tensors(70)}
+    target["w3"] = np.zeros(ELEMENTS, "int32")
+    target["w3"].flags.writeable = False
+    with pytest.raises(InvalidArgument, match="read-only"):
+        copy_in(describe(target), [region.fd], region.placements, region.digests)
+    assert bool((target["w0"] == 70).all())
+
+
+def test_a_deadline_that_has_passed_leaves_the_tensors_as_they_are(region: HostRegion) -> None:
+    target = describe(tensors(70))
+    with pytest.raises(AcquireTimeout) as caught:
+        copy_in(target, [region.fd], region.placements, region.digests, deadline=time.monotonic() - 1)
+    assert (caught.value.touched, caught.value.quiesced) == (False, True)
+    assert_unchanged(target, 70)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(None, AcquireTimeout), (OSError(errno.EIO, "bad page"), TransferFailed), (MemoryError(), TransferFailed)],
+)
+def test_a_transfer_that_ends_half_way_says_that_the_tensors_are_touched(
+    region: HostRegion, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, expected: type[BrokerError]
+) -> None:
+    copy = copying._copy
+
+    def copy_slowly(destination: int, source: int, size: int) -> None:
+        copy(destination, source, size)
+        time.sleep(0.05)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(copying, "_copy", copy_slowly)
+    monkeypatch.setattr(copying, "thread_count", lambda: 2)
+    target = describe(tensors(70))
+    deadline = time.monotonic() + 0.02 if error is None else None
+    with pytest.raises(expected) as caught:
+        copy_in(target, [region.fd], region.placements, region.digests, deadline=deadline)
+    assert (type(caught.value), caught.value.touched, caught.value.quiesced) == (expected, True, True)
+    owners = [tensor.owner for tensor in target.tensors]
+    assert 1 <= sum(bool((owner == 10 + index).all()) for index, owner in enumerate(owners)) < 4  # type: ignore[attr-defined]
+
+
+def test_tensors_that_share_memory_only_here_are_not_filled_with_one_anothers_content() -> None:
+    square = torch.randn(100, 100)
+    target = torch.zeros(100, 100)
+    apart = export(describe({"embed": square, "head": torch.randn(100, 100).t()}))
+    tied = export(describe({"embed": square, "head": square.t()}))
+    described = describe({"embed": target, "head": target.t()})
+    with pytest.raises(TransferFailed, match="share memory") as caught:
+        copy_in(described, [apart.fd], apart.placements, apart.digests)
+    assert not isinstance(caught.value, IntegrityError)
+    assert caught.value.touched
+    assert "embed" in caught.value.metadata["tensors"]
+    copy_in(described, [tied.fd], tied.placements, tied.digests)
+    assert torch.equal(target, square)
+    for region in (apart, tied):
+        region.close()
+
+
+def test_columns_of_one_matrix_are_filled_side_by_side() -> None:
+    source, target = torch.randn(50, 30), torch.zeros(50, 30)
+
+    def columns(matrix: torch.Tensor) -> DescribedTensors:
+        return describe({"q": matrix[:, :10], "k": matrix[:, 10:20], "v": matrix[:, 20:]})
+
+    shared = export(columns(source))
+    copy_in(columns(target), [shared.fd], shared.placements, shared.digests)
+    shared.close()
+    assert torch.equal(target, source)
+
+
+def test_publishing_more_than_there_is_memory_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 100_000)
+    with pytest.raises(PublishRefused, match="free host memory") as caught:
+        export(describe(tensors(0)))
+    assert int(caught.value.metadata["needed_bytes"]) > 4 * ELEMENTS * 4
+    assert caught.value.metadata["available_bytes"] == "100000"
+
+
+@pytest.mark.parametrize("shortage", [errno.ENOSPC, errno.ENOMEM])
+def test_memory_that_runs_out_while_publishing_is_an_error_and_not_a_signal(
+    monkeypatch: pytest.MonkeyPatch, shortage: int
+) -> None:
+    allocate = os.posix_fallocate
+
+    def run_out(fd: int, offset: int, size: int) -> None:
+        if offset:
+            raise OSError(shortage, os.strerror(shortage))
+        allocate(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", run_out)
+    with pytest.raises(PublishRefused, match="free host memory") as caught:
+        export(describe({"w": torch.zeros(40 << 20, dtype=torch.uint8)}))
+    assert caught.value.metadata["error"] == errno.errorcode[shortage]
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+def test_all_memory_is_there_before_the_first_byte_is_copied(monkeypatch: pytest.MonkeyPatch, huge_pages: bool) -> None:
+    if not huge_pages:
+        monkeypatch.setattr(Mapping, "back_with_huge_pages", lambda *_: False)
+    allocate, allocated = host._allocate, []
+
+    def allocate_and_look(fd: int, *arguments: Any) -> None:
+        allocate(fd, *arguments)
+        allocated.append(os.fstat(fd).st_blocks * 512)
+
+    monkeypatch.setattr(host, "_allocate", allocate_and_look)
+    shared = export(describe({"w": torch.zeros((35 << 20) + 1, dtype=torch.uint8)}))
+    assert allocated == [shared.size_bytes]
+    shared.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "advice"),
+    [(resource.RLIMIT_FSIZE, 1000, "file size limit"), (resource.RLIMIT_NOFILE, 3, "limit of open files")],
+)
+def test_a_limit_of_the_process_is_named(limit: int, value: int, advice: str) -> None:
+    described = describe(tensors(0))
+    before = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, before[1]))
+    try:
+        with pytest.raises(PublishRefused) as caught:
+            export(described)
+    finally:
+        resource.setrlimit(limit, before)
+    assert advice in str(caught.value)
+
+
+def test_a_memfd_that_cannot_be_sealed_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(host, "seal", refuse)
+    with pytest.raises(PublishRefused, match="fork"):
+        export(describe(tensors(0)))
+
+
+def test_publishing_stops_at_its_deadline() -> None:
+    with pytest.raises(PublishRefused, match="deadline"):
+        export(describe(tensors(0)), deadline=time.monotonic())
+
+
+def test_whatever_goes_wrong_while_publishing_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(host, "seal", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(describe(tensors(0)))
+
+
+def test_a_child_forked_while_publishing_does_not_keep_the_memory_from_being_sealed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill, children = host._fill, []
+
+    def fork_and_fill(*arguments: Any) -> Any:
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        children.append(child)
+        return fill(*arguments)
+
+    monkeypatch.setattr(host, "_fill", fork_and_fill)
+    try:
+        export(describe(tensors(0))).close()
+    finally:
+        for child in children:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+    assert children
