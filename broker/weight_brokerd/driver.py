@@ -245,6 +245,11 @@ class Driver:
             return False
         return True
 
+    def cut_off(self) -> None:
+        """Ends the transfers that still run, so that their calls end with an answer."""
+        audit("cut_off", running_transfers=len(self.coordinator.transfers.running))
+        self._carry_out(self.coordinator.cut_off(self.clock()))
+
     def close(self) -> None:
         """Ends the Watch calls and stops the timers."""
         self.watch.close()

@@ -1,15 +1,19 @@
 """Tells watchers what changed.
 
 A watcher keeps only *which* things changed since it last looked, not the changes themselves: a slow one gets fewer,
-larger answers, never an unbounded queue.
+larger answers. One that is too slow even for that gets the full state again, so that what is kept for it is bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sized
 from dataclasses import dataclass, field
 
 from weight_brokerd.core.model import Transfer
+
+MAXIMUM_CHANGES = 10_000
+"""Changes of one kind that are kept for a watcher."""
 
 
 @dataclass(slots=True)
@@ -19,9 +23,8 @@ class Changes:
     weight_sets: dict[str, None] = field(default_factory=dict)
     instances: dict[str, None] = field(default_factory=dict)
     transfers: dict[str, Transfer] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.weight_sets or self.instances or self.transfers)
+    too_many: bool = False
+    """More than were kept: only the full state says what changed."""
 
 
 class Watcher:
@@ -47,16 +50,21 @@ class Watcher:
     def mark_weight_set(self, weight_set_id: str) -> None:
         """A weight set changed."""
         self._changes.weight_sets[weight_set_id] = None
-        self._wake.set()
+        self._changed(self._changes.weight_sets)
 
     def mark_instance(self, instance_id: str) -> None:
         """An instance changed."""
         self._changes.instances[instance_id] = None
-        self._wake.set()
+        self._changed(self._changes.instances)
 
     def mark_transfer(self, transfer: Transfer) -> None:
         """A transfer changed."""
         self._changes.transfers[transfer.transfer_id] = transfer
+        self._changed(self._changes.transfers)
+
+    def _changed(self, kind: Sized) -> None:
+        if self._changes.too_many or len(kind) > MAXIMUM_CHANGES:
+            self._changes = Changes(too_many=True)
         self._wake.set()
 
 

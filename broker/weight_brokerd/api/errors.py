@@ -11,21 +11,26 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from weight_broker.errors import ERROR_DOMAIN, TABLE, BrokerError, Reason, from_reason
+from weight_broker.errors import ERROR_DOMAIN, TABLE, BrokerError, InvalidArgument, Reason, from_reason
 
 log = structlog.get_logger()
 
-_MAXIMUM_METADATA_CHARACTERS = 1024
+# A status travels in HTTP/2 headers, of which a gRPC client takes 8 KiB. The message is in there twice, once with every
+# byte that is not ASCII written as three; the metadata once, in base64.
+_MESSAGE_BYTES = 1024
+_METADATA_BYTES = 2048
 
 
 def to_status(error: BrokerError) -> grpc.Status:
-    """The status that carries the error."""
+    """The status that carries the error, cut to what headers can hold."""
     code = grpc.StatusCode[TABLE[error.reason].code]
-    status = status_pb2.Status(code=code.value[0], message=_printable(error.message))
-    metadata = {name: _printable(value) for name, value in error.metadata.items()}
+    status = status_pb2.Status(code=code.value[0], message=_cut(error.message, _MESSAGE_BYTES))
+    share = _METADATA_BYTES // max(len(error.metadata), 1)
+    metadata = {name: _cut(value, share) for name, value in error.metadata.items()}
     status.details.add().Pack(
         error_details_pb2.ErrorInfo(reason=str(error.reason), domain=ERROR_DOMAIN, metadata=metadata)
     )
@@ -44,19 +49,20 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/weight_broker."):
             return handler
+        # Without a deserializer here: what gRPC's own makes of bytes that are no message is UNKNOWN and its exception.
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _wrap_unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                _wrap_unary(handler.unary_unary, handler.request_deserializer), None, handler.response_serializer
             )
         return grpc.unary_stream_rpc_method_handler(
-            _wrap_stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            _wrap_stream(handler.unary_stream, handler.request_deserializer), None, handler.response_serializer
         )
 
 
-def _wrap_unary(method: Any) -> Any:
-    async def call(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:
+def _wrap_unary(method: Any, parse: Any) -> Any:
+    async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> object:
         try:
-            return await method(request, context)
+            return await method(_parsed(request, parse), context)
         except BrokerError as error:
             await context.abort_with_status(to_status(error))
         except grpc.aio.AbortError:
@@ -67,10 +73,10 @@ def _wrap_unary(method: Any) -> Any:
     return call
 
 
-def _wrap_stream(method: Any) -> Any:
-    async def call(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[object]:
+def _wrap_stream(method: Any, parse: Any) -> Any:
+    async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[object]:
         try:
-            async for response in method(request, context):
+            async for response in method(_parsed(request, parse), context):
                 yield response
         except BrokerError as error:
             await context.abort_with_status(to_status(error))
@@ -82,11 +88,20 @@ def _wrap_stream(method: Any) -> Any:
     return call
 
 
+def _parsed(request: bytes, parse: Callable[[bytes], object]) -> object:
+    try:
+        return parse(request)
+    except DecodeError:
+        raise InvalidArgument(
+            "request", f"{len(request)} bytes", "a message of the method's request type, with texts in UTF-8"
+        ) from None
+
+
 def _defect(error: Exception) -> BrokerError:
     log.error("defect", exc_info=error)
     return from_reason(Reason.INTERNAL, "the broker failed; its log says how")
 
 
-def _printable(text: str) -> str:
-    """Text that a gRPC status can carry: no surrogates, not too long for an HTTP/2 header."""
-    return text.encode("utf-8", "replace").decode("utf-8")[:_MAXIMUM_METADATA_CHARACTERS]
+def _cut(text: str, limit: int) -> str:
+    """The text without what UTF-8 cannot carry, and at most `limit` bytes of it."""
+    return text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")

@@ -19,7 +19,7 @@ from weight_brokerd import __version__
 from weight_brokerd.api import validation
 from weight_brokerd.api.ending import on_end
 from weight_brokerd.api.messages import Messages
-from weight_brokerd.api.paging import page
+from weight_brokerd.api.paging import Listing, page
 from weight_brokerd.core.explain import explain
 from weight_brokerd.driver import Driver
 from weight_brokerd.watch import Changes
@@ -27,6 +27,7 @@ from weight_brokerd.watch import Changes
 Context = grpc.aio.ServicerContext[Any, Any]
 
 CHANGES_PER_MESSAGE = 500
+MAXIMUM_UINT64 = (1 << 64) - 1
 
 
 def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
@@ -43,7 +44,7 @@ def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
         instance_count=counts.instances,
         publication_count=counts.publications,
         region_count=counts.regions,
-        region_bytes=counts.region_bytes,
+        region_bytes=min(counts.region_bytes, MAXIMUM_UINT64),
         running_transfer_count=counts.running_transfers,
         waiting_acquisition_count=counts.waiting_acquisitions,
         cold_load_lease_count=counts.cold_load_leases,
@@ -62,7 +63,7 @@ class InspectionServicer(InspectionServiceServicer):
         weight_sets = self._driver.coordinator.weight_sets
         of_model = weight_sets.of_model(request.model)
         ids = [record.key.id for record in of_model] if request.model else weight_sets.ids()
-        chosen, token = page(ids, request.page_size, request.page_token)
+        chosen, token = page(Listing.WEIGHT_SETS, ids, request.page_size, request.page_token)
         records = [record for record in map(weight_sets.find, chosen) if record is not None]
         return pb.ListWeightSetsResponse(
             weight_sets=[self._messages.weight_set(record) for record in records], next_page_token=token
@@ -84,7 +85,7 @@ class InspectionServicer(InspectionServiceServicer):
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
         """See the proto."""
         instances = self._driver.coordinator.instances
-        chosen, token = page(sorted(instances), request.page_size, request.page_token)
+        chosen, token = page(Listing.INSTANCES, sorted(instances), request.page_size, request.page_token)
         return pb.ListInstancesResponse(
             instances=[self._messages.instance(instances[instance_id]) for instance_id in chosen],
             next_page_token=token,
@@ -96,7 +97,7 @@ class InspectionServicer(InspectionServiceServicer):
             one.transfer_id: one
             for one in self._driver.coordinator.transfers.newest_first(running_only=request.running_only)
         }
-        chosen, token = page(list(transfers), request.page_size, request.page_token, newest_first=True)
+        chosen, token = page(Listing.TRANSFERS, list(transfers), request.page_size, request.page_token)
         return pb.ListTransfersResponse(
             transfers=[self._messages.transfer(transfers[transfer_id]) for transfer_id in chosen],
             next_page_token=token,
@@ -126,15 +127,27 @@ class InspectionServicer(InspectionServiceServicer):
         """See the proto."""
         watcher = self._driver.watch.open()
         on_end(context, lambda: self._driver.watch.leave(watcher))
+        for part in self._snapshot():
+            yield part
+        while not watcher.closed:
+            changes = await watcher.next()
+            if changes.too_many:
+                for part in self._snapshot():
+                    yield part
+                continue
+            for some in _parts(self._changed(changes)):
+                if some:
+                    yield pb.WatchResponse(changes=some)
+
+    def _snapshot(self) -> list[pb.WatchResponse]:
+        """The full state, taken at once: what changes while it is sent comes after it."""
         parts = list(_parts(self._everything()))
-        for index, part in enumerate(parts):
-            yield pb.WatchResponse(
+        return [
+            pb.WatchResponse(
                 snapshot=True, snapshot_start=index == 0, snapshot_end=index == len(parts) - 1, changes=part
             )
-        while not watcher.closed:
-            for part in _parts(self._changed(await watcher.next())):
-                if part:
-                    yield pb.WatchResponse(changes=part)
+            for index, part in enumerate(parts)
+        ]
 
     def _everything(self) -> Iterator[pb.Change]:
         core = self._driver.coordinator

@@ -7,7 +7,6 @@ need no further checks.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from weight_brokerd.core.model import Arrival, FailureCause, IfAbsent, Offer, Tr
 from weight_brokerd.driver import PublishedMemory
 
 MAX_ID_CHARACTERS = 64
-MAX_REASON_CHARACTERS = 512
+MAX_REASON_CHARACTERS = 1024
 MAX_EXTENSION_SECONDS = 24 * 3600.0
 SERVED_DEVICE_KINDS = frozenset({"cpu"})
 """Kinds of memory that a data plane of this broker can reach."""
@@ -85,8 +84,8 @@ def weight_set_id(field: str, value: str) -> str:
 
 def seconds(field: str, value: Duration, *, limit: float) -> float:
     """A duration that is positive and at most `limit` seconds."""
-    total = value.seconds + value.nanos * 1e-9
-    if not math.isfinite(total) or not 0 < total <= limit:
+    total = _duration(field, value)
+    if not 0 < total <= limit:
         raise InvalidArgument(field, f"{total} s", f"more than 0 and at most {limit} s")
     return total
 
@@ -126,7 +125,7 @@ def arrival(message: weight_broker_service_pb2.TransferSucceeded) -> Arrival:
         name = PHASE_NAMES.get(phase.phase)
         if name is None:
             raise InvalidArgument(f"{field}.phase", phase.phase, "a phase other than PHASE_UNSPECIFIED")
-        duration = phase.duration.seconds + phase.duration.nanos * 1e-9
+        duration = _duration(f"{field}.duration", phase.duration)
         if not 0 <= duration <= MAX_EXTENSION_SECONDS:
             raise InvalidArgument(f"{field}.duration", f"{duration} s", f"0 to {MAX_EXTENSION_SECONDS} s")
         phases.append((name, duration))
@@ -208,21 +207,32 @@ def _placements(
 ) -> None:
     if len(placements) != len(layout):
         raise InvalidArgument("placements", len(placements), f"{len(layout)}, one for each tensor")
-    sizes = [region.size_bytes for region in regions]
+    # Without regions nothing has content, and everything lies at the beginning of nothing.
+    sizes = [region.size_bytes for region in regions] or [0]
+    by_name: dict[str, weight_set_pb2.TensorPlacement] = {}
     for spec, placement in zip(layout.tensors, placements, strict=True):
-        content_bytes = spec.content_bytes
-        if not content_bytes:
-            continue
         field = f"placements[{spec.name}]"
         if placement.region_index >= len(sizes):
             raise InvalidArgument(f"{field}.region_index", placement.region_index, f"below {len(sizes)}")
-        end = placement.offset_bytes + content_bytes
-        if end > sizes[placement.region_index]:
+        if placement.offset_bytes + spec.content_bytes > sizes[placement.region_index]:
             raise InvalidArgument(
                 f"{field}.offset_bytes",
                 placement.offset_bytes,
-                f"{content_bytes} bytes within the region's {sizes[placement.region_index]}",
+                f"{spec.content_bytes} bytes within the region's {sizes[placement.region_index]}",
             )
+        if spec.alias_of and placement != by_name[spec.alias_of]:
+            raise InvalidArgument(
+                field, f"{placement.region_index}:{placement.offset_bytes}", f"that of {spec.alias_of}, its target"
+            )
+        by_name[spec.name] = placement
+
+
+def _duration(field: str, value: Duration) -> float:
+    """In seconds; google.protobuf.Duration has more forms for a negative one than for others, and none is wanted."""
+    if not 0 <= value.nanos < 1_000_000_000 or value.seconds < 0:
+        shown = f"{value.seconds} s and {value.nanos} ns"
+        raise InvalidArgument(field, shown, "a duration of 0 or more, with less than a second of nanoseconds")
+    return value.seconds + value.nanos * 1e-9
 
 
 def _served() -> str:

@@ -306,6 +306,16 @@ class Coordinator:
             decisions.append(WeightSetChanged(acquisition.key.id))
         return decisions
 
+    def cut_off(self, now: float) -> Decisions:
+        """The broker stops: transfers that still run end here, and their callers are told so."""
+        decisions: Decisions = []
+        for transfer in list(self.transfers.running.values()):
+            acquisition = self.acquisitions[transfer.acquisition_id]
+            decisions += self._end_transfer(transfer, TransferState.FAILED, "the broker stopped", now)
+            error = BrokerUnavailable("the broker stopped while the transfer ran; load from disk", touched=True)
+            decisions.append(self._fail(acquisition, error))
+        return decisions
+
     def receiver(self, acquisition: Acquisition) -> Receiver:
         """The receiving side of an acquisition, as selection sees it."""
         return Receiver(

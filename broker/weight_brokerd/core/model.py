@@ -163,7 +163,8 @@ class Arrival:
 class Transfer:
     """The movement of one weight set into one instance."""
 
-    transfer_id: str
+    number: int
+    """Grows with every transfer."""
     acquisition_id: str
     publication: Publication
     """The source; it may be gone before the transfer ends, if its instance dies."""
@@ -173,6 +174,11 @@ class Transfer:
     state: TransferState = TransferState.RUNNING
     ended_at: float = 0.0
     failure: str = ""
+
+    @property
+    def transfer_id(self) -> str:
+        """Its id."""
+        return f"transfer-{self.number}"
 
 
 @dataclass(frozen=True, slots=True)

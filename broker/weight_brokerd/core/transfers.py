@@ -12,14 +12,14 @@ class TransferLog:
     """Running transfers by id, ended ones for a while."""
 
     def __init__(self, remembered: int) -> None:
-        self._ids = itertools.count(1)
+        self._numbers = itertools.count(1)
         self._ended: deque[Transfer] = deque(maxlen=remembered)
         self.running: dict[str, Transfer] = {}
 
     def begin(self, acquisition: Acquisition, publication: Publication, now: float) -> Transfer:
         """A new running transfer."""
         transfer = Transfer(
-            transfer_id=f"transfer-{next(self._ids)}",
+            number=next(self._numbers),
             acquisition_id=acquisition.acquisition_id,
             publication=publication,
             receiver_instance_id=acquisition.instance_id,
@@ -36,6 +36,6 @@ class TransferLog:
         self._ended.append(transfer)
 
     def newest_first(self, *, running_only: bool = False) -> list[Transfer]:
-        """All that are known, newest first."""
-        running = list(reversed(self.running.values()))
-        return running if running_only else running + list(reversed(self._ended))
+        """All that are known, the last one begun first: an order that does not change when one of them ends."""
+        known = [*self.running.values(), *([] if running_only else self._ended)]
+        return sorted(known, key=lambda transfer: transfer.number, reverse=True)

@@ -1,0 +1,93 @@
+"""`weight-brokerd`: the broker of this host."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import enum
+import faulthandler
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from weight_broker.errors import BrokerError
+from weight_brokerd import __version__, config
+from weight_brokerd.lock import AlreadyRunningError, RuntimeLock
+from weight_brokerd.runtime import RuntimeDirectory, StartError, allow_many_files
+
+try:
+    from weight_brokerd.telemetry import log
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"weight-brokerd: the package {missing.name} is not installed. Install the daemon's packages: "
+        "pip install 'weight-broker[broker]'"
+    ) from None
+
+
+class ExitCode(enum.IntEnum):
+    """How the process ends."""
+
+    STOPPED = 0
+    """It was told to stop and did."""
+    FAILED = 1
+    """It could not start; the message says why."""
+    WRONG_CONFIGURATION = 2
+    """A setting or an argument is wrong."""
+    ALREADY_RUNNING = 3
+    """Another broker has the runtime directory."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the broker; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="weight-brokerd", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings (TOML); WEIGHT_BROKER_SECTION_KEY variables win over it"
+    )
+    parser.add_argument("--version", action="version", version=f"weight-brokerd {__version__}")
+    given = parser.parse_args(arguments)
+    try:
+        settings = config.load(given.config)
+    except config.ConfigError as error:
+        return _give_up(str(error), ExitCode.WRONG_CONFIGURATION)
+    log.configure(settings.log.level, settings.log.format)
+    faulthandler.enable()
+    allow_many_files()
+    try:
+        directory = RuntimeDirectory(settings.broker)
+        directory.prepare()
+        with RuntimeLock.take(directory.path) as lock:
+            asyncio.run(_serve(settings, given.config, directory, lock), debug=False)
+    except AlreadyRunningError as error:
+        return _give_up(str(error), ExitCode.ALREADY_RUNNING)
+    except (BrokerError, OSError, StartError) as error:
+        return _give_up(str(error), ExitCode.FAILED)
+    return ExitCode.STOPPED
+
+
+async def _serve(settings: config.Config, path: Path | None, directory: RuntimeDirectory, lock: RuntimeLock) -> None:
+    # gRPC's core writes its own lines to stderr, into the middle of the log, unless told otherwise before the import.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from weight_brokerd.app import Application
+
+    await Application(settings, directory, lock, reload=lambda: _reload_log_level(path)).run()
+
+
+def _reload_log_level(path: Path | None) -> None:
+    try:
+        level = config.load(path).log.level
+    except config.ConfigError as error:
+        log.logger.error("reload_refused", problems=[str(problem) for problem in error.problems])
+        return
+    log.set_level(level)
+    log.logger.info("reloaded", log_level=level)
+
+
+def _give_up(message: str, code: ExitCode) -> ExitCode:
+    for line in message.splitlines():
+        print(f"weight-brokerd: {line}", file=sys.stderr)  # noqa: T201 - the log may not be set up, and people read this
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

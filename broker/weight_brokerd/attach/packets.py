@@ -1,0 +1,62 @@
+"""Packets of the attach socket: one message each, with at most one file descriptor."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+
+MAXIMUM_PACKET_BYTES = 16 * 1024
+# Room for one more descriptor than any request has, so that it is seen and refused. The kernel opens no more than fit.
+_ANCILLARY_BYTES = socket.CMSG_SPACE(2 * array.array("i").itemsize)
+
+
+@dataclass(slots=True)
+class Packet:
+    """What arrived. It owns its descriptors until they are taken out."""
+
+    data: bytes
+    descriptors: list[int]
+    cut: bool = False
+    """The packet was longer than allowed; `data` is only its beginning."""
+    descriptors_lost: bool = False
+    """It carried more descriptors than the kernel opened here: too many, or this process has too many files open."""
+
+    def close(self) -> None:
+        """Closes the descriptors that nobody took."""
+        while self.descriptors:
+            with contextlib.suppress(OSError):
+                os.close(self.descriptors.pop())
+
+
+def receive(connection: socket.socket) -> Packet | None:
+    """The next packet, None at the end of the connection. Raises BlockingIOError if there is none yet, or OSError."""
+    try:
+        data, ancillary, flags, _ = connection.recvmsg(MAXIMUM_PACKET_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:
+        # The peer closed without reading its last answers. What it sent before (a Goodbye, say) is still there.
+        data, ancillary, flags, _ = connection.recvmsg(MAXIMUM_PACKET_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+    descriptors = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+    packet = Packet(
+        data,
+        descriptors.tolist(),
+        cut=bool(flags & socket.MSG_TRUNC),
+        descriptors_lost=bool(flags & socket.MSG_CTRUNC),
+    )
+    if not data:  # the end, or an empty packet, which nobody sends who speaks this protocol
+        packet.close()
+        return None
+    return packet
+
+
+def send(connection: socket.socket, data: bytes, descriptor: int | None = None) -> None:
+    """Sends a packet. Raises BlockingIOError if the peer does not read, or another OSError."""
+    if descriptor is None:
+        connection.send(data)
+    else:
+        socket.send_fds(connection, [data], [descriptor])

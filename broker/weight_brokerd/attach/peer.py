@@ -1,0 +1,109 @@
+"""Who is at the other end of a unix socket, as the kernel says, and a descriptor that tells when that process ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from weight_broker.errors import BrokerError, NotAttached
+
+# Missing from the socket module of Python 3.11; the numbers are those of asm-generic/socket.h.
+SO_PEERGROUPS = 59
+SO_PEERPIDFD = 77
+
+_CREDENTIALS = struct.Struct("iII")
+_INTEGER = struct.Struct("i")
+_GROUP_BYTES = 4
+# What getsockopt of Python reads at most. A process in more groups than fit is taken to be in none of them.
+_LONGEST_OPTION = 1024
+_FIRST_FIELD_AFTER_NAME = 3
+_START_TIME_FIELD = 22
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCredentials:
+    """Who connected. Fixed at connect(2): what the process does later (setuid, fork) does not change it."""
+
+    pid: int
+    """In the broker's pid namespace; 0 if the process cannot be seen from there."""
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    """All groups: `gid` and the supplementary ones."""
+
+
+def credentials(connection: socket.socket) -> PeerCredentials:
+    """The peer of a connected unix socket."""
+    pid, uid, gid = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return PeerCredentials(pid, uid, gid, frozenset({gid, *_supplementary_groups(connection)}))
+
+
+def open_pidfd(connection: socket.socket, peer: PeerCredentials) -> int:
+    """A pidfd of the peer; the caller closes it. Raises `NotAttached` if there is none or the peer has ended."""
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, _INTEGER.size)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise _unseen(peer, error) from error
+        return _open_pidfd_by_number(connection, peer)
+    pidfd: int = _INTEGER.unpack(raw)[0]
+    return pidfd
+
+
+def _supplementary_groups(connection: socket.socket) -> tuple[int, ...]:
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _LONGEST_OPTION)
+    except OSError:
+        return ()
+    return struct.unpack(f"{len(raw) // _GROUP_BYTES}I", raw)
+
+
+def _open_pidfd_by_number(connection: socket.socket, peer: PeerCredentials) -> int:
+    """For kernels before 6.5. The number may have passed to another process since connect(2), so look twice."""
+    try:
+        before = _start_time(peer.pid)
+        pidfd = os.pidfd_open(peer.pid)
+    except (OSError, ValueError) as error:
+        raise _unseen(peer, error) from error
+    try:
+        same_process = before == _start_time(peer.pid) and os.stat(f"/proc/{peer.pid}").st_uid == peer.uid
+        # While the peer lives its end of the connection is open; if it were closed, the number could be anybody's.
+        if not same_process or _ended(pidfd) or _hung_up(connection):
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    except (OSError, ValueError) as error:
+        os.close(pidfd)
+        raise _unseen(peer, error) from error
+    return pidfd
+
+
+def _start_time(pid: int) -> int:
+    """When the process started, in clock ticks since boot."""
+    # The second field is the program's name in parentheses and may have anything in it, also parentheses and spaces.
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return int(fields[_START_TIME_FIELD - _FIRST_FIELD_AFTER_NAME])
+
+
+def _ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, 0)
+    return bool(poll.poll(0))
+
+
+def _unseen(peer: PeerCredentials, error: Exception) -> BrokerError:
+    number = error.errno if isinstance(error, OSError) else None
+    why = os.strerror(number) if number else str(error)
+    return NotAttached(
+        f"the broker cannot watch process {peer.pid} ({why}). If it runs in a container, the broker needs the host's "
+        "pid namespace (hostPID: true) or Linux 6.5"
+    )

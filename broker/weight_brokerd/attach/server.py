@@ -1,0 +1,214 @@
+"""The attach socket: attests who an instance is, tells when it ends and passes its memory on.
+
+An instance's death is its pidfd becoming readable, not the end of its connection: a child that it forked keeps the
+connection open, and a client may close it and live on. Everything runs on the event loop and nothing here waits: a
+client that does not read its answers, or sends what makes no sense, loses its connection and takes nobody's time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from weight_broker.errors import BrokerError
+from weight_broker.v1 import attach_pb2 as pb
+from weight_brokerd.attach import packets
+from weight_brokerd.attach.conversation import After, Attendance, Conversation, Session, refusal
+from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd
+
+__all__ = ["AttachServer", "Attendance", "PeerCredentials", "Session"]
+
+HELLO_SECONDS = 5.0
+"""A connection that has not said Hello by then is closed."""
+MAXIMUM_STRANGERS = 128
+"""Connections that have not said Hello yet; the oldest gives way to a new one."""
+
+_BACKLOG = 128
+_ACCEPTED_AT_ONCE = 16
+_PAUSE_WITHOUT_FILES_SECONDS = 1.0
+_OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+log = structlog.get_logger("weight_brokerd.attach")
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    """One process at the other end: first a stranger, then an instance, in the end perhaps only a process to watch."""
+
+    conversation: Conversation
+    socket: socket.socket | None
+    pidfd: int
+    hello_timer: asyncio.TimerHandle | None = None
+
+
+class AttachServer:
+    """Serves the attach socket on the running event loop."""
+
+    def __init__(self, attendance: Attendance, *, host_id: str, broker_version: str) -> None:
+        self._attendance = attendance
+        self._host_id = host_id
+        self._broker_version = broker_version
+        self._loop = asyncio.get_running_loop()
+        self._listener: socket.socket | None = None
+        self._strangers: dict[_Connection, None] = {}
+        self._instances: dict[str, _Connection] = {}
+
+    def open(self, path: Path) -> None:
+        """Binds and listens. The caller holds the runtime lock and has set the umask; a stale socket is replaced."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            listener.bind(os.fspath(path))
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        self._listener = listener
+        self._loop.add_reader(listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Closes everything, without telling the attendance. The socket's file stays. Idempotent."""
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        for connection in [*self._strangers, *self._instances.values()]:
+            self._forget(connection)
+
+    # A connection's beginning
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            if self._listener is None:
+                return
+            try:
+                accepted, _address = self._listener.accept()
+            except (BlockingIOError, ConnectionError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_FILES:
+                    raise
+                # The listener stays readable: without a pause the loop would do nothing but fail to accept.
+                log.error("out_of_files", error=os.strerror(error.errno), hint="raise LimitNOFILE")
+                self._loop.remove_reader(self._listener.fileno())
+                self._loop.call_later(_PAUSE_WITHOUT_FILES_SECONDS, self._resume_accepting)
+                return
+            try:
+                self._admit(accepted)
+            except (BrokerError, OSError) as error:
+                log.warning("attach_refused", why=str(error))
+                if isinstance(error, BrokerError):
+                    with contextlib.suppress(OSError):
+                        packets.send(accepted, refusal(error).SerializeToString())
+                accepted.close()
+
+    def _resume_accepting(self) -> None:
+        if self._listener is not None:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _admit(self, accepted: socket.socket) -> None:
+        accepted.setblocking(False)
+        peer = credentials(accepted)
+        pidfd = open_pidfd(accepted, peer)
+        conversation = Conversation(self._attendance, peer, host_id=self._host_id, broker_version=self._broker_version)
+        connection = _Connection(conversation, accepted, pidfd)
+        if len(self._strangers) >= MAXIMUM_STRANGERS:
+            self._forget(next(iter(self._strangers)))
+        self._strangers[connection] = None
+        connection.hello_timer = self._loop.call_later(HELLO_SECONDS, self._forget, connection)
+        self._loop.add_reader(accepted.fileno(), self._readable, connection)
+        self._loop.add_reader(pidfd, self._process_ended, connection)
+
+    # Its requests
+
+    def _readable(self, connection: _Connection) -> None:
+        """Takes one packet; the loop calls again if there are more, after everybody else had a turn."""
+        if connection.socket is None:
+            return
+        try:
+            packet = packets.receive(connection.socket)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            packet = None
+        if packet is None:
+            self._hang_up(connection)
+            return
+        try:
+            answer = connection.conversation.answer(packet)
+        finally:
+            packet.close()
+        if connection in self._strangers and connection.conversation.instance_id:
+            self._greet(connection)
+        if answer.after is After.DEPART:
+            # First what it asked for, then the answer: who has the answer can rely on it.
+            self._tell(self._attendance.departed, connection.conversation.instance_id, "it said goodbye")
+        sent = self._send(connection, answer.response, answer.descriptor)
+        if answer.after is After.DEPART:
+            self._forget(connection)
+        elif answer.after is After.HANG_UP or not sent:
+            self._hang_up(connection)
+
+    def _greet(self, connection: _Connection) -> None:
+        del self._strangers[connection]
+        self._instances[connection.conversation.instance_id] = connection
+        if connection.hello_timer is not None:
+            connection.hello_timer.cancel()
+
+    def _send(self, connection: _Connection, response: pb.AttachResponse, descriptor: int | None) -> bool:
+        if connection.socket is None:
+            return False
+        try:
+            packets.send(connection.socket, response.SerializeToString(), descriptor)
+        except OSError as error:
+            instance_id = connection.conversation.instance_id
+            log.warning("attach_answer_not_sent", instance_id=instance_id, error=error.strerror)
+            return False
+        return True
+
+    # Its end
+
+    def _hang_up(self, connection: _Connection) -> None:
+        """Ends the connection, whoever wanted it. An instance is watched until its process ends."""
+        if not connection.conversation.instance_id:
+            self._forget(connection)
+            return
+        self._close_socket(connection)
+        self._tell(self._attendance.disconnected, connection.conversation.instance_id)
+
+    def _process_ended(self, connection: _Connection) -> None:
+        self._forget(connection)
+        if connection.conversation.instance_id:
+            self._tell(self._attendance.departed, connection.conversation.instance_id, "the process ended")
+
+    def _forget(self, connection: _Connection) -> None:
+        self._strangers.pop(connection, None)
+        self._instances.pop(connection.conversation.instance_id, None)
+        if connection.hello_timer is not None:
+            connection.hello_timer.cancel()
+        self._close_socket(connection)
+        if connection.pidfd >= 0:
+            self._loop.remove_reader(connection.pidfd)
+            os.close(connection.pidfd)
+            connection.pidfd = -1
+
+    def _close_socket(self, connection: _Connection) -> None:
+        if connection.socket is not None:
+            self._loop.remove_reader(connection.socket.fileno())
+            connection.socket.close()
+            connection.socket = None
+
+    def _tell(self, event: Callable[..., None], *arguments: str) -> None:
+        try:
+            event(*arguments)
+        except Exception:  # a defect in there must not end the watch over this and all other processes
+            log.exception("attendance_failed", arguments=arguments)

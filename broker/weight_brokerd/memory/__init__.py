@@ -1,0 +1,1 @@
+"""What instances share with the broker, one module for each kind of memory."""

@@ -1,0 +1,203 @@
+"""The settings: where they come from, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import grp
+import os
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weight_brokerd import config
+from weight_brokerd.config import Config, ConfigError, environment_variable, load
+from weight_brokerd.config_rules import split_address
+
+SECTIONS = ("broker", "limits", "metrics", "log")
+SETTINGS = [(section, one.name) for section in SECTIONS for one in fields(getattr(Config(), section))]
+EXISTING_GROUP = grp.getgrgid(os.getgid()).gr_name
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "broker.toml"
+
+
+def problems_of(file: Path | None, environment: dict[str, str] | None = None) -> list[config.Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load(file, environment or {})
+    assert str(caught.value).splitlines() == [str(problem) for problem in caught.value.problems]
+    return caught.value.problems
+
+
+def test_without_anything_the_defaults_hold() -> None:
+    assert load(None, {}) == Config()
+    assert Config().metrics.listen == ""
+    assert Config().broker.socket_permissions == 0o660
+
+
+def test_the_file_changes_only_what_it_names(file: Path) -> None:
+    file.write_text('[limits]\npublications = 7\ndrain_seconds = 2\n[log]\nlevel = "debug"\n')
+    loaded = load(file, {})
+    assert (loaded.limits.publications, loaded.limits.drain_seconds, loaded.log.level) == (7, 2.0, "debug")
+    assert loaded.limits.instances == Config().limits.instances
+
+
+def test_the_environment_wins_over_the_file(file: Path) -> None:
+    file.write_text("[limits]\npublications = 7\ninstances = 8\n")
+    loaded = load(file, {"WEIGHT_BROKER_LIMITS_PUBLICATIONS": "9"})
+    assert (loaded.limits.publications, loaded.limits.instances) == (9, 8)
+
+
+def test_the_clients_variable_also_moves_the_broker(file: Path) -> None:
+    file.write_text('[broker]\nruntime_directory = "/run/from-file"\n')
+    loaded = load(file, {"WEIGHT_BROKER_RUNTIME_DIRECTORY": "/run/from-environment"})
+    assert loaded.broker.runtime_directory == "/run/from-environment"
+
+
+@pytest.mark.parametrize(("section", "key"), SETTINGS)
+def test_every_setting_is_an_environment_variable(section: str, key: str) -> None:
+    other = {
+        "runtime_directory": "/run/other",
+        "host_id": "other",
+        "admin_group": EXISTING_GROUP,
+        "socket_group": EXISTING_GROUP,
+        "socket_mode": "0600",
+        "listen": "127.0.0.1:9464",
+        "level": "error",
+        "format": "console",
+    }.get(key, "3")
+    loaded = load(None, {environment_variable(section, key): other})
+    changed = getattr(getattr(loaded, section), key)
+    assert changed != getattr(getattr(Config(), section), key)
+    assert str(changed) in (other, f"{other}.0")
+
+
+def test_settings_cannot_be_changed_later() -> None:
+    with pytest.raises(FrozenInstanceError):
+        load(None, {}).limits.instances = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("[limits]\npublications = 0\n", "limits.publications", "a whole number from 1 to 1000000"),
+        ("[limits]\npublications = true\n", "limits.publications", "a whole number from 1 to 1000000"),
+        ("[limits]\npublications = 1.5\n", "limits.publications", "a whole number from 1 to 1000000"),
+        ('[limits]\npublications = "many"\n', "limits.publications", "a whole number from 1 to 1000000"),
+        ("[limits]\ndrain_seconds = nan\n", "limits.drain_seconds", "a number of seconds from 0 to 3600"),
+        ("[limits]\ndrain_seconds = -1\n", "limits.drain_seconds", "a number of seconds from 0 to 3600"),
+        ("[broker]\nsocket_mode = 660\n", "broker.socket_mode", "permissions in octal"),
+        ('[broker]\nsocket_mode = "0777"\n', "broker.socket_mode", "permissions in octal"),
+        ('[broker]\nsocket_mode = "0066"\n', "broker.socket_mode", "permissions in octal"),
+        ('[broker]\nruntime_directory = "relative"\n', "broker.runtime_directory", "an absolute path"),
+        (f'[broker]\nruntime_directory = "/{"x" * 107}"\n', "broker.runtime_directory", "at most 95 bytes"),
+        ('[broker]\nhost_id = "two words"\n', "broker.host_id", "at most 64 letters"),
+        ('[broker]\nadmin_group = "no-such-group"\n', "broker.admin_group", "a group that exists"),
+        ('[metrics]\nlisten = "9464"\n', "metrics.listen", "HOST:PORT"),
+        ('[metrics]\nlisten = "localhost:99999"\n', "metrics.listen", "HOST:PORT"),
+        ('[log]\nlevel = "loud"\n', "log.level", "one of 'debug', 'info', 'warning', 'error'"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key_and_what_is_expected(
+    file: Path, text: str, key: str, expected: str
+) -> None:
+    file.write_text(text)
+    (problem,) = problems_of(file)
+    assert problem.key == key
+    assert expected in problem.expected
+    assert key in str(problem)
+    assert str(file) in str(problem)
+    assert repr(problem.value) in str(problem)
+
+
+def test_a_wrong_variable_is_named() -> None:
+    (problem,) = problems_of(None, {"WEIGHT_BROKER_LIMITS_INSTANCES": "lots"})
+    assert str(problem).startswith(
+        "limits.instances is 'lots' (environment variable WEIGHT_BROKER_LIMITS_INSTANCES); expected a whole number"
+    )
+
+
+def test_all_problems_are_told_at_once(file: Path) -> None:
+    file.write_text('[limits]\npublications = 0\n[log]\nlevel = "loud"\n')
+    keys = {problem.key for problem in problems_of(file, {"WEIGHT_BROKER_LOG_FORMAT": "xml"})}
+    assert keys == {"limits.publications", "log.level", "log.format"}
+
+
+def test_an_unknown_key_is_refused_with_the_known_ones(file: Path) -> None:
+    file.write_text("[log]\nlevle = 'info'\n")
+    (problem,) = problems_of(file)
+    assert problem.key == "log.levle"
+    assert problem.expected == "one of the keys level, format"
+
+
+def test_an_unknown_table_is_refused_with_the_known_ones(file: Path) -> None:
+    file.write_text("level = 'info'\n[logs]\n")
+    problems = problems_of(file)
+    assert [problem.key for problem in problems] == ["level", "logs"]
+    assert all("[broker], [limits], [metrics], [log]" in problem.expected for problem in problems)
+
+
+def test_a_table_must_be_a_table(file: Path) -> None:
+    file.write_text("log = 'info'\n")
+    (problem,) = problems_of(file)
+    assert (problem.key, problem.expected) == ("log", "a table: [log] on a line of its own")
+
+
+def test_a_misspelt_variable_is_refused_and_the_clients_are_left_alone() -> None:
+    (problem,) = problems_of(None, {"WEIGHT_BROKER_LOG_LEVLE": "info", "WEIGHT_BROKER_CACHE": "/x"})
+    assert problem.key == "WEIGHT_BROKER_LOG_LEVLE"
+    assert "WEIGHT_BROKER_LOG_LEVEL" in problem.expected
+
+
+@pytest.mark.parametrize("content", [b"[log", b"\xff\xfe", None])
+def test_a_file_that_cannot_be_used_is_named(file: Path, content: bytes | None) -> None:
+    if content is not None:
+        file.write_bytes(content)
+    (problem,) = problems_of(file)
+    assert (problem.key, problem.value) == ("--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:9464", ("127.0.0.1", 9464)), ("[::1]:1", ("::1", 1)), ("localhost:65535", ("localhost", 65535))],
+)
+def test_an_address_has_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
+    assert split_address(text) == address
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
+NAMES = st.sampled_from([*SECTIONS, *(key for _, key in SETTINGS)]) | st.text(max_size=5)
+
+
+@given(document=st.dictionaries(NAMES, st.dictionaries(NAMES, VALUES, max_size=4) | VALUES, max_size=4))
+def test_whatever_the_file_says_the_settings_are_valid_or_refused(document: dict[str, object]) -> None:
+    with patch.object(config, "_read", lambda path: document):
+        loaded, problems = outcome(Path("broker.toml"), {})
+    assert problems if loaded is None else load(None, as_environment(loaded)) == loaded
+
+
+@given(values=st.dictionaries(st.sampled_from([environment_variable(*one) for one in SETTINGS]), st.text(max_size=12)))
+def test_whatever_the_environment_says_the_settings_are_valid_or_refused(values: dict[str, str]) -> None:
+    loaded, problems = outcome(None, values)
+    assert {problem.key for problem in problems} <= {f"{section}.{key}" for section, key in SETTINGS}
+    assert problems if loaded is None else load(None, as_environment(loaded)) == loaded
+
+
+def outcome(file: Path | None, environment: dict[str, str]) -> tuple[Config | None, list[config.Problem]]:
+    try:
+        return load(file, environment), []
+    except ConfigError as error:
+        return None, error.problems
+
+
+def as_environment(loaded: Config) -> dict[str, str]:
+    return {
+        environment_variable(section, key): str(getattr(getattr(loaded, section), key)) for section, key in SETTINGS
+    }
