@@ -115,10 +115,12 @@ class Driver:
     def offer_region(self, instance_id: str, region_id: str, size_bytes: int, fd: int) -> None:
         """An instance hands a memfd over; `fd` is taken in every case."""
         self.regions.offer(instance_id, region_id, size_bytes, fd)
+        audit("offer_region", instance_id=instance_id, region_id=region_id, size_bytes=size_bytes)
 
     def withdraw_region(self, instance_id: str, region_id: str) -> None:
         """An instance takes a region back."""
         self.regions.withdraw(instance_id, region_id)
+        audit("withdraw_region", instance_id=instance_id, region_id=region_id)
 
     def claim_region(self, instance_id: str, transfer_id: str, region_index: int) -> int:
         """The file descriptor of a region of a running transfer's source, to be passed to the receiver."""
