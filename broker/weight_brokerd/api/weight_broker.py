@@ -13,7 +13,7 @@ from weight_broker.errors import InvalidArgument
 from weight_broker.v1 import resources_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceServicer
-from weight_broker.wire import key_from_wire, layout_to_wire
+from weight_broker.wire import MAX_REASON_CHARACTERS, key_from_wire, layout_to_wire
 from weight_brokerd.api import validation
 from weight_brokerd.api.ending import on_end
 from weight_brokerd.api.identity import identify
@@ -95,7 +95,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             case "failed":
                 cause = validation.cause(request.failed.cause)
                 detail = validation.text(
-                    "failed.detail", request.failed.detail, limit=validation.MAX_REASON_CHARACTERS, required=False
+                    "failed.detail", request.failed.detail, limit=MAX_REASON_CHARACTERS, required=False
                 )
                 self._driver.transfer_failed(session.instance_id, transfer_id, cause, detail)
             case _:
@@ -124,7 +124,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         match request.WhichOneof("action"):
             case "give_up":
                 reason = validation.text(
-                    "give_up.reason", request.give_up.reason, limit=validation.MAX_REASON_CHARACTERS, required=False
+                    "give_up.reason", request.give_up.reason, limit=MAX_REASON_CHARACTERS, required=False
                 )
                 await self._driver.give_up_lease(*held, reason)
                 return pb.ReportLoadResponse()
