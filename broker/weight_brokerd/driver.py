@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import structlog
 
 from weight_broker.errors import BrokerError, InvalidArgument, NotAttached, Reason, from_reason
-from weight_broker.v1 import weight_set_pb2
 from weight_brokerd.attach.server import PeerCredentials, Session
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
@@ -40,12 +39,21 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class PublishedMemory:
-    """Where a publication's tensors lie, as its instance told it; kept as messages because nothing here reads them."""
+class PublishedRegion:
+    """A region that a publication lies in."""
 
-    regions: tuple[weight_set_pb2.Region, ...]
-    placements: tuple[weight_set_pb2.TensorPlacement, ...]
-    digests: tuple[weight_set_pb2.ContentDigests, ...]
+    region_id: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedMemory:
+    """Where a publication's tensors lie, as its instance told it."""
+
+    regions: tuple[PublishedRegion, ...]
+    grant: bytes
+    """The regions, placements and digests as a serialized Granted. Nothing here reads them, every acquire sends them,
+    and as messages they would take ten times the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +340,7 @@ class Driver:
             self.regions.withdraw(instance_id, region.region_id)
         self._carry_out(self.coordinator.mapped(publication, self.clock()))
 
-    def _check_size(self, instance_id: str, region: weight_set_pb2.Region) -> None:
+    def _check_size(self, instance_id: str, region: PublishedRegion) -> None:
         offered = self.regions.size_bytes(instance_id, region.region_id)
         if region.size_bytes > offered:
             raise InvalidArgument(

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from weight_broker.errors import InvalidArgument
 
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 64
 MAX_NAME_CHARACTERS = 1024
 MAX_TENSOR_BYTES = 1 << 46

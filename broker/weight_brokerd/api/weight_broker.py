@@ -166,13 +166,11 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
 
     def _granted(self, granted: Granted, acquisition: Acquisition) -> pb.Granted:
         source = granted.transfer.publication
-        return pb.Granted(
-            transfer_id=granted.transfer.transfer_id,
-            source=self._messages.publication(source),
-            data_plane=resources_pb2.DATA_PLANE_LOCAL,
-            path=PATHS[granted.transfer.path],
-            regions=granted.memory.regions,
-            placements=granted.memory.placements,
-            digests=granted.memory.digests,
-            layout=layout_to_wire(source.layout) if acquisition.layout is None else None,
-        )
+        message = pb.Granted.FromString(granted.memory.grant)
+        message.transfer_id = granted.transfer.transfer_id
+        message.source.CopyFrom(self._messages.publication(source))
+        message.data_plane = resources_pb2.DATA_PLANE_LOCAL
+        message.path = PATHS[granted.transfer.path]
+        if acquisition.layout is None:
+            message.layout.CopyFrom(layout_to_wire(source.layout))
+        return message
