@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -75,6 +75,8 @@ class Driver:
         self.regions = regions
         self.directory = directory
         self.watch = WatchHub()
+        self.on_drain: Callable[[], None] = lambda: None
+        """Called when a drain begins, whoever wants it."""
         self.clock = time.monotonic
         self.wall_offset = time.time() - time.monotonic()
         """Add it to a time of the clock for the time of day."""
@@ -233,6 +235,7 @@ class Driver:
 
     def lease_free(self, lease: ColdLoadLease) -> None:
         """The directory reports that a lease ended (weight_brokerd.directory.protocol.DirectoryEvents)."""
+        audit("end_lease", instance_id=lease.instance_id, weight_set_id=lease.weight_set_id)
         self._carry_out(self.coordinator.lease_free(lease, self.clock()))
 
     # Drain
@@ -242,6 +245,7 @@ class Driver:
         if not self.coordinator.draining:
             audit("drain")
             self._carry_out(self.coordinator.drain())
+            self.on_drain()
 
     async def drain(self, timeout_seconds: float) -> bool:
         """Refuses new work and waits for running transfers; False if some still run after the timeout."""
@@ -359,6 +363,8 @@ class Driver:
         claim = await self.directory.claim_lease(
             weight_set_id, instance_id=instance_id, instance_name=instance.name if instance is not None else ""
         )
+        if claim.granted:
+            audit("grant_lease", instance_id=instance_id, weight_set_id=weight_set_id)
         self._carry_out(self.coordinator.lease_claimed(weight_set_id, claim, self.clock()))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

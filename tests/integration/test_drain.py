@@ -186,6 +186,25 @@ def test_a_publication_can_be_retracted_while_the_broker_drains(broker: BrokerPr
     assert broker.publications() == []
 
 
+def test_an_administrators_drain_turns_health_but_not_liveness(broker: BrokerProcess, source: RawClient) -> None:
+    assert health.check(broker.channel) == health_pb2.HealthCheckResponse.SERVING
+    drain(source, 1)
+    assert health.check(broker.channel) == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert health.check(broker.channel, "liveness") == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_retraction_that_runs_late_says_why(broker: BrokerProcess, source: RawClient, receiver: RawClient) -> None:
+    acquire = receiver.acquire()
+    transfer_id = next(acquire).granted.transfer_id
+    [publication] = broker.publications()
+    request = pb.RetractRequest(publication_id=publication.publication_id)
+    late = refusal(lambda: source.weight_broker.Retract(request, metadata=source.metadata, timeout=1))
+    assert (late.code, late.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.RETRACT_TIMEOUT)
+    receiver.report_success(transfer_id)
+    again = refusal(lambda: source.weight_broker.Retract(request, metadata=source.metadata, timeout=5))
+    assert again.reason is Reason.PUBLICATION_NOT_FOUND, "it went with its last reader"
+
+
 def test_a_wrong_request_is_told_so_also_while_the_broker_drains(broker: BrokerProcess, source: RawClient) -> None:
     drain(source, 1)
     request = publish_request()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import grpc
 import structlog
 
-from weight_broker.errors import InvalidArgument
+from weight_broker.errors import InvalidArgument, RetractTimeout
 from weight_broker.v1 import resources_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceServicer
@@ -25,6 +26,8 @@ from weight_brokerd.driver import Driver, Granted
 log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_SHARE_OF_DEADLINE = 0.95
 
 _WAIT_REASONS = {
     WaitReason.COLD_LOAD: pb.Waiting.REASON_COLD_LOAD,
@@ -113,7 +116,16 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         """See the proto."""
         session = identify(self._driver, context)
         publication_id = validation.text("publication_id", request.publication_id)
-        publication = await self._driver.retract(session.instance_id, publication_id)
+        remaining = context.time_remaining()
+        try:
+            # A little less than the caller has, so that it hears the reason instead of gRPC's own deadline.
+            async with asyncio.timeout(remaining * _SHARE_OF_DEADLINE if remaining is not None else None):
+                publication = await self._driver.retract(session.instance_id, publication_id)
+        except TimeoutError:
+            raise RetractTimeout(
+                f"publication {publication_id} still has readers; no new ones are let in, call again",
+                metadata={"publication_id": publication_id},
+            ) from None
         return pb.RetractResponse(publication=self._messages.publication(publication))
 
     async def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:
