@@ -170,24 +170,24 @@ class Driver:
 
     async def retract(self, instance_id: str, publication_id: str) -> Publication:
         """Withdraws a publication and waits until nobody reads it."""
-        publication, decisions = self.coordinator.retract(instance_id, publication_id)
+        publication, decisions = self.coordinator.retract(instance_id, publication_id, self.clock())
         audit("retract", instance_id=instance_id, publication_id=publication_id)
         gone = self._gone.setdefault(publication_id, asyncio.Event())
         self._carry_out(decisions)
         await gone.wait()
         return publication
 
-    def evict(self, publication_id: str) -> Publication:
-        """Takes a publication out of service without waiting for readers."""
-        publication, decisions = self.coordinator.evict(publication_id)
-        audit("evict", publication_id=publication_id)
+    def evict(self, instance_id: str, publication_id: str) -> Publication:
+        """Takes a publication out of service without waiting for readers; `instance_id` is the administrator's."""
+        publication, decisions = self.coordinator.evict(publication_id, self.clock())
+        audit("evict", instance_id=instance_id, publication_id=publication_id)
         self._carry_out(decisions)
         return publication
 
-    def quarantine(self, publication_id: str, reason: str) -> Publication:
-        """Sets a publication aside."""
-        publication, decisions = self.coordinator.quarantine(publication_id, reason)
-        audit("quarantine", publication_id=publication_id, reason=reason)
+    def quarantine(self, instance_id: str, publication_id: str, reason: str) -> Publication:
+        """Sets a publication aside; `instance_id` is the administrator's."""
+        publication, decisions = self.coordinator.quarantine(publication_id, reason, self.clock())
+        audit("quarantine", instance_id=instance_id, publication_id=publication_id, reason=reason)
         self._carry_out(decisions)
         return publication
 
@@ -202,8 +202,12 @@ class Driver:
         return mailbox
 
     def end_acquisition(self, acquisition_id: str) -> None:
-        """The call is over, however it ended; its reader slot is free."""
-        self._mailboxes.pop(acquisition_id, None)
+        """The call is over, however it ended; its reader slot is free, and so is a lease that it never heard of."""
+        mailbox = self._mailboxes.pop(acquisition_id, None)
+        while mailbox is not None and not mailbox.empty():
+            unheard = mailbox.get_nowait()
+            if isinstance(unheard, decide.TellColdLoad):
+                self._spawn(self.directory.release_lease(unheard.lease))
         self._carry_out(self.coordinator.abandon(acquisition_id, self.clock()))
 
     def transfer_succeeded(self, instance_id: str, transfer_id: str, arrival: Arrival) -> None:
@@ -212,8 +216,9 @@ class Driver:
 
     def transfer_failed(self, instance_id: str, transfer_id: str, cause: FailureCause, detail: str) -> None:
         """The receiver has not."""
+        decisions = self.coordinator.transfer_failed(transfer_id, instance_id, cause, detail, self.clock())
         audit("transfer_failed", instance_id=instance_id, transfer_id=transfer_id, cause=str(cause), detail=detail)
-        self._carry_out(self.coordinator.transfer_failed(transfer_id, instance_id, cause, detail, self.clock()))
+        self._carry_out(decisions)
 
     # Cold-load leases
 
@@ -240,16 +245,16 @@ class Driver:
 
     # Drain
 
-    def begin_drain(self) -> None:
-        """Refuses new work from now on."""
+    def begin_drain(self, instance_id: str = "") -> None:
+        """Refuses new work from now on; `instance_id` is the administrator's, empty if the broker stops."""
         if not self.coordinator.draining:
-            audit("drain")
+            audit("drain", instance_id=instance_id)
             self._carry_out(self.coordinator.drain())
             self.on_drain()
 
-    async def drain(self, timeout_seconds: float) -> bool:
+    async def drain(self, timeout_seconds: float, instance_id: str = "") -> bool:
         """Refuses new work and waits for running transfers; False if some still run after the timeout."""
-        self.begin_drain()
+        self.begin_drain(instance_id)
         try:
             async with asyncio.timeout(timeout_seconds):
                 while self.coordinator.transfers.running:
@@ -360,9 +365,15 @@ class Driver:
 
     async def _claim_lease(self, weight_set_id: str, instance_id: str) -> None:
         instance = self.coordinator.instances.get(instance_id)
-        claim = await self.directory.claim_lease(
-            weight_set_id, instance_id=instance_id, instance_name=instance.name if instance is not None else ""
-        )
+        try:
+            claim = await self.directory.claim_lease(
+                weight_set_id, instance_id=instance_id, instance_name=instance.name if instance is not None else ""
+            )
+        except Exception:  # whatever it is, nobody may wait for an answer that does not come
+            log.exception("directory_claim_failed", weight_set_id=weight_set_id)
+            why = "the directory did not say who loads this weight set"
+            self._carry_out(self.coordinator.claim_failed(weight_set_id, why, self.clock()))
+            return
         if claim.granted:
             audit("grant_lease", instance_id=instance_id, weight_set_id=weight_set_id)
         self._carry_out(self.coordinator.lease_claimed(weight_set_id, claim, self.clock()))

@@ -18,6 +18,7 @@ from weight_broker.runtime_directory import (
 from weight_brokerd.config import BrokerSettings
 
 _READABLE_BY_OTHERS = 0o006
+_OWNER_ONLY = 0o700
 
 
 class StartError(RuntimeError):
@@ -58,14 +59,17 @@ class RuntimeDirectory:
 
     @contextlib.contextmanager
     def binding(self, path: Path) -> Iterator[None]:
-        """The socket `path`, which is bound in here, has the configured permissions from its first moment."""
-        before = os.umask(0o777 & ~self._permissions)
+        """The socket `path`, which is bound in here, never lets anybody in whom the configuration does not."""
+        # Until the group is the configured one it is the broker's own, whose members are not meant.
+        first = self._permissions if self._group is None else self._permissions & _OWNER_ONLY
+        before = os.umask(0o777 & ~first)
         try:
             yield
         finally:
             os.umask(before)
         if self._group is not None:
             os.chown(path, -1, self._group)
+            path.chmod(self._permissions)
 
     def remove_sockets(self) -> None:
         """Only for the holder of the lock. The directory and the lock file stay."""

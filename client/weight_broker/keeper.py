@@ -125,6 +125,9 @@ def _restore(kept: Iterable[Kept]) -> bool:
             broken = True
             if isinstance(error, BrokerUnavailable):
                 blocked.add(id(one.route))
+        except Exception:  # the thread serves every client of the process: one that is closed meanwhile must not end it
+            _logger.exception("%r cannot be published now", one)
+            broken = True
     return broken
 
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 from weight_broker.errors import InvalidArgument
 
@@ -114,7 +115,13 @@ class Layout(Sequence[TensorSpec]):
     def __len__(self) -> int:
         return len(self.tensors)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> TensorSpec: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorSpec, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> TensorSpec | tuple[TensorSpec, ...]:
         return self.tensors[index]
 
     def __iter__(self) -> Iterator[TensorSpec]:

@@ -41,7 +41,7 @@ class ColdLoadLease:
             raise self._lost() from error
 
     def extend(self, seconds: float | None = None) -> None:
-        """Makes the lease end `seconds` from now (the broker's default if None). Raises `LeaseLost`."""
+        """Makes the lease last at least `seconds` from now (the broker's default if None). Raises `LeaseLost`."""
         from weight_broker import calls
 
         self._check_session()

@@ -82,9 +82,10 @@ def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
 def layout_to_wire(layout: Layout) -> pb.Layout:
     """The layout as a message."""
     message = pb.Layout(fingerprint=layout.fingerprint)
+    add = message.tensors.add
     for spec in layout.tensors:
-        # Field by field takes half the time of a call with keywords, and this is on the way of every acquire.
-        tensor = message.tensors.add()
+        # Field by field takes less time than a call with keywords, and this is on the way of every acquire.
+        tensor = add()
         tensor.name = spec.name
         tensor.dtype = spec.dtype
         tensor.shape.extend(spec.shape)
@@ -164,6 +165,6 @@ def coverage_to_wire(coverage: DigestCoverage | None) -> pb.DigestCoverage.Value
     return _COVERAGE_VALUES[coverage] if coverage is not None else pb.DIGEST_COVERAGE_UNSPECIFIED
 
 
-def coverage_from_wire(value: int) -> DigestCoverage | None:
+def coverage_from_wire(value: pb.DigestCoverage.ValueType) -> DigestCoverage | None:
     """The coverage in a message value; None if it is not set or not known."""
-    return _COVERAGES.get(value)  # type: ignore[call-overload, no-any-return]
+    return _COVERAGES.get(value)

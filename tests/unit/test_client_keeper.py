@@ -102,6 +102,20 @@ def test_where_one_finds_no_broker_the_others_do_not_try() -> None:
     assert [len(lamp.attempts) for lamp in (first, second, elsewhere)] == [1, 0, 1]
 
 
+class Broken(Lamp):
+    """What a channel that another thread has closed raises is no `BrokerError`."""
+
+    def restore(self) -> None:
+        raise ValueError("test")
+
+
+def test_a_defect_in_one_does_not_keep_the_others_from_being_restored() -> None:
+    other = Lamp()
+    other.far.close()
+    assert _restore([Broken(), other])
+    assert other.restored == 1
+
+
 def test_idle_it_uses_no_processor_time(keeper: Keeper) -> None:
     keeper.add(Lamp())
     time.sleep(0.05)

@@ -49,9 +49,7 @@ def coordinator() -> Coordinator:
     return made
 
 
-def publish(
-    coordinator: Coordinator, instance_id: str = "a", *, token: int = 0, layout: Layout = LAYOUT
-) -> Publication:
+def publish(coordinator: Coordinator, instance_id: str = "a", *, layout: Layout = LAYOUT) -> Publication:
     offer = Offer(KEY, layout, instance_id, "cpu", "", 0, f"request-{instance_id}")
     publication, _ = coordinator.publish(offer, 0.0)
     coordinator.mapped(publication, 0.0)
@@ -103,6 +101,25 @@ def test_a_busy_source_is_waited_for_in_order(coordinator: Coordinator) -> None:
     assert only(decide.Grant, done).acquisition_id == "two"
 
 
+@pytest.mark.parametrize("end", ["depart", "evict", "quarantine", "retract"])
+def test_who_waits_for_a_slot_is_told_at_once_that_the_source_is_none_any_more(
+    coordinator: Coordinator, end: str
+) -> None:
+    publication = publish(coordinator)
+    coordinator.acquire(acquisition("one"), 1.0)
+    only(decide.Wait, coordinator.acquire(acquisition("two", "c"), 1.0))
+    match end:
+        case "depart":
+            decisions = coordinator.depart("a", 2.0)
+        case "evict":
+            decisions = coordinator.evict(publication.publication_id, 2.0)[1]
+        case "quarantine":
+            decisions = coordinator.quarantine(publication.publication_id, "test", 2.0)[1]
+        case _:
+            decisions = coordinator.retract("a", publication.publication_id, 2.0)[1]
+    assert only(decide.ClaimLease, decisions).instance_id == "c"
+
+
 def test_another_layout_is_refused_naming_the_difference(coordinator: Coordinator) -> None:
     publish(coordinator, layout=OTHER_LAYOUT)
     error = failure(coordinator.acquire(acquisition("one"), 1.0))
@@ -137,6 +154,16 @@ def test_the_lease_holder_is_told_to_load_and_its_publication_serves_the_others(
     mapped = coordinator.mapped(publication, 2.0)
     assert only(decide.Grant, mapped).acquisition_id == "two"
     assert only(decide.ReleaseLease, mapped).lease == answer.lease
+
+
+def test_where_the_directory_does_not_answer_each_waiter_is_sent_to_the_disk_in_turn(coordinator: Coordinator) -> None:
+    claim = only(decide.ClaimLease, coordinator.acquire(acquisition("one"), 1.0))
+    coordinator.acquire(acquisition("two", "c"), 1.0)
+    failed = coordinator.claim_failed(claim.weight_set_id, "no answer", 2.0)
+    assert (only(decide.Fail, failed).acquisition_id, failure(failed).reason) == ("one", Reason.BROKER_UNAVAILABLE)
+    assert only(decide.ClaimLease, failed).instance_id == "c"
+    assert only(decide.Fail, coordinator.claim_failed(claim.weight_set_id, "", 3.0)).acquisition_id == "two"
+    assert not list(coordinator.weight_sets)
 
 
 def test_a_lease_is_reported_on_by_its_holder_only(coordinator: Coordinator) -> None:
@@ -180,6 +207,14 @@ def test_a_drain_answers_who_waits_and_lets_transfers_run(coordinator: Coordinat
     assert only(decide.Complete, done).acquisition_id == "one"
 
 
+def test_whose_source_fails_during_a_drain_is_not_told_to_load(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    running = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0)).transfer
+    coordinator.drain()
+    failed = coordinator.transfer_failed(running.transfer_id, "b", FailureCause.SOURCE_UNREACHABLE, "", 2.0)
+    assert failure(failed).reason is Reason.DRAINING
+
+
 def test_a_waiting_acquisition_is_answered_at_its_deadline(coordinator: Coordinator) -> None:
     coordinator.acquire(acquisition("one"), 1.0)
     assert coordinator.next_deadline() == 100.0
@@ -206,7 +241,7 @@ def test_explain_tells_what_an_acquisition_then_gets(coordinator: Coordinator) -
     coordinator.acquire(acquisition("one"), 1.0)
     assert outcome() is Outcome.WAIT_FOR_SOURCE
     coordinator.abandon("one", 2.0)
-    coordinator.quarantine(publication.publication_id, "test")
+    coordinator.quarantine(publication.publication_id, "test", 2.0)
     assert outcome() is Outcome.COLD_LOAD
     coordinator.drain()
     assert outcome() is Outcome.DRAINING

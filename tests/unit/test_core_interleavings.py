@@ -54,6 +54,7 @@ class Core(RuleBasedStateMachine):
         self.abandoned: set[str] = set()
         self.loading: dict[str, ColdLoadLease] = {}
         self.generations: set[int] = set()
+        self.evicted: set[str] = set()
         self.held: dict[str, set[str]] = {}
         """Transfers that hold a publication's memory, by publication."""
 
@@ -104,10 +105,10 @@ class Core(RuleBasedStateMachine):
         publication = self.coordinator.registry.find(publication_id)
         if publication is None:
             return
-        _, decisions = self.coordinator.retract(publication.instance_id, publication_id)
+        _, decisions = self.coordinator.retract(publication.instance_id, publication_id, self.now)
         self.carry_out(decisions)
         try:
-            self.coordinator.retract("another", publication_id)
+            self.coordinator.retract("another", publication_id, self.now)
         except PublicationNotFound:
             return
         raise AssertionError("another instance could retract it")
@@ -115,7 +116,13 @@ class Core(RuleBasedStateMachine):
     @rule(publication_id=publications)
     def quarantine(self, publication_id: str) -> None:
         if self.coordinator.registry.find(publication_id) is not None:
-            self.carry_out(self.coordinator.quarantine(publication_id, "test")[1])
+            self.carry_out(self.coordinator.quarantine(publication_id, "test", self.now)[1])
+
+    @rule(publication_id=publications)
+    def evict(self, publication_id: str) -> None:
+        if self.coordinator.registry.find(publication_id) is not None:
+            self.evicted.add(publication_id)
+            self.carry_out(self.coordinator.evict(publication_id, self.now)[1])
 
     @rule(
         instance_id=instances,
@@ -191,6 +198,13 @@ class Core(RuleBasedStateMachine):
             )
             self.carry_out(self.coordinator.lease_claimed(claim.weight_set_id, answer, self.now))
 
+    @rule(data=st.data())
+    def fail_claim(self, data: st.DataObject) -> None:
+        if self.claims:
+            claim = data.draw(st.sampled_from(self.claims))
+            self.claims.remove(claim)
+            self.carry_out(self.coordinator.claim_failed(claim.weight_set_id, "test", self.now))
+
     @rule(seconds=st.floats(0.1, 100.0))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -215,7 +229,8 @@ class Core(RuleBasedStateMachine):
                 case decide.Unmap(publication):
                     readers = self.held.get(publication.publication_id, set())
                     died = publication.instance_id not in self.coordinator.instances
-                    assert died or not readers, "memory was given back while somebody read it"
+                    forced = died or publication.publication_id in self.evicted
+                    assert forced or not readers, "memory was given back while somebody read it"
                 case decide.Map(publication):
                     self.carry_out(self.coordinator.mapped(publication, self.now))
                 case decide.ClaimLease():
@@ -267,7 +282,7 @@ class Core(RuleBasedStateMachine):
         for record in self.coordinator.weight_sets:
             loads = [one for one in record.waiting.values() if one.if_absent is IfAbsent.LOAD]
             busy = any(
-                len(publication.readers) == publication.reader_limit
+                publication.state is PublicationState.RESIDENT and len(publication.readers) == publication.reader_limit
                 for publication in self.coordinator.registry.of_weight_set(record.key.id)
             )
             if loads and not busy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import socket
 import stat
@@ -103,6 +104,25 @@ def test_a_socket_has_its_permissions_from_its_first_moment(tmp_path: Path, mode
         assert stat.S_IMODE(directory.attach_socket.stat().st_mode) == int(mode, 8)
     after = os.umask(before)
     assert after == before, "the process's umask changed"
+
+
+def test_a_socket_lets_nobody_else_in_before_its_group_is_the_configured_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = grp.getgrgid(os.getegid()).gr_name
+    directory = RuntimeDirectory(BrokerSettings(runtime_directory=str(tmp_path), socket_group=group))
+    seen: list[str] = []
+    chown = os.chown
+
+    def watched(path: Path, uid: int, gid: int) -> None:
+        seen.append(permissions(path))
+        chown(path, uid, gid)
+
+    monkeypatch.setattr(os, "chown", watched)
+    with socket.socket(socket.AF_UNIX) as bound, directory.binding(directory.attach_socket):
+        bound.bind(str(directory.attach_socket))
+    assert seen == ["srw-------"]
+    assert permissions(directory.attach_socket) == "srw-rw----"
 
 
 def test_removing_the_sockets_leaves_the_rest(tmp_path: Path) -> None:

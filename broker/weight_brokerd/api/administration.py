@@ -32,11 +32,11 @@ class AdministrationServicer(AdministrationServiceServicer):
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         """See the proto."""
-        self._authorise(context)
+        instance_id = self._authorise(context)
         timeout_seconds = self._drain_seconds
         if request.HasField("timeout"):
             timeout_seconds = validation.seconds("timeout", request.timeout, limit=MAXIMUM_DRAIN_SECONDS)
-        if not await self._driver.drain(timeout_seconds):
+        if not await self._driver.drain(timeout_seconds, instance_id):
             running = len(self._driver.coordinator.transfers.running)
             raise DrainTimeout(
                 f"{running} transfers still run after {timeout_seconds:g} s; the broker stays draining",
@@ -46,17 +46,20 @@ class AdministrationServicer(AdministrationServiceServicer):
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         """See the proto."""
-        self._authorise(context)
-        publication = self._driver.evict(validation.text("publication_id", request.publication_id))
+        instance_id = self._authorise(context)
+        publication = self._driver.evict(instance_id, validation.text("publication_id", request.publication_id))
         return pb.EvictResponse(publication=self._messages.publication(publication))
 
     async def Quarantine(self, request: pb.QuarantineRequest, context: Context) -> pb.QuarantineResponse:
         """See the proto."""
-        self._authorise(context)
+        instance_id = self._authorise(context)
         publication_id = validation.text("publication_id", request.publication_id)
         reason = validation.text("reason", request.reason, limit=MAX_REASON_CHARACTERS)
-        publication = self._driver.quarantine(publication_id, reason)
+        publication = self._driver.quarantine(instance_id, publication_id, reason)
         return pb.QuarantineResponse(publication=self._messages.publication(publication))
 
-    def _authorise(self, context: Context) -> None:
-        require_administrator(identify(self._driver, context), self._admin_gid)
+    def _authorise(self, context: Context) -> str:
+        """The administrator's instance id, for the audit."""
+        session = identify(self._driver, context)
+        require_administrator(session, self._admin_gid)
+        return session.instance_id

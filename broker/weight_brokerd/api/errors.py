@@ -20,8 +20,7 @@ from weight_broker.errors import ERROR_DOMAIN, TABLE, BrokerError, InvalidArgume
 log = structlog.get_logger()
 
 # A status travels in HTTP/2 headers, of which a gRPC client takes 8 KiB. The message is in there twice, once with every
-# byte that is not ASCII written as three; the metadata once, in base64, and what
-# is said of a field.
+# byte that is not ASCII written as three; the metadata, and what is said of a field, once, in base64.
 _MESSAGE_BYTES = 900
 _METADATA_BYTES = 1536
 

@@ -7,19 +7,18 @@ from typing import Any
 
 import grpc
 
+from weight_broker.channel import TOKEN_METADATA_KEY
 from weight_broker.errors import NotAdministrator, NotAttached
 from weight_brokerd.attach.server import Session
 from weight_brokerd.driver import Driver
-
-SESSION_METADATA = "weight-broker-session-bin"
 
 
 def identify(driver: Driver, context: grpc.aio.ServicerContext[Any, Any]) -> Session:
     """The caller's session; raises `NotAttached`."""
     for name, value in context.invocation_metadata() or ():
-        if name == SESSION_METADATA:
+        if name == TOKEN_METADATA_KEY:
             return driver.session(value if isinstance(value, bytes) else value.encode())
-    raise NotAttached(f"this call needs metadata {SESSION_METADATA}; attach to attach.sock first")
+    raise NotAttached(f"this call needs metadata {TOKEN_METADATA_KEY}; attach to attach.sock first")
 
 
 def require_administrator(session: Session, admin_gid: int | None) -> None:

@@ -94,28 +94,28 @@ def seconds(field: str, value: Duration, *, limit: float) -> float:
     return total
 
 
-def if_absent(value: int) -> IfAbsent:
+def if_absent(value: weight_broker_service_pb2.IfAbsent.ValueType) -> IfAbsent:
     """What to do if nobody holds the weight set."""
-    found = _IF_ABSENT.get(value)  # type: ignore[call-overload]
+    found = _IF_ABSENT.get(value)
     if found is None:
         raise InvalidArgument("if_absent", value, "IF_ABSENT_FAIL, IF_ABSENT_WAIT or IF_ABSENT_LOAD")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-def path(value: int) -> TransferPath:
+def path(value: resources_pb2.TransferPath.ValueType) -> TransferPath:
     """How the bytes are to reach the receiver."""
-    found = _PATHS.get(value)  # type: ignore[call-overload]
+    found = _PATHS.get(value)
     if found is None:
         raise InvalidArgument("path", value, "TRANSFER_PATH_COPY or TRANSFER_PATH_ZERO_COPY")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-def cause(value: int) -> FailureCause:
+def cause(value: weight_broker_service_pb2.TransferFailed.Cause.ValueType) -> FailureCause:
     """Why a transfer failed."""
-    found = _CAUSES.get(value)  # type: ignore[call-overload]
+    found = _CAUSES.get(value)
     if found is None:
         raise InvalidArgument("failed.cause", value, "a cause other than CAUSE_UNSPECIFIED")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def arrival(message: weight_broker_service_pb2.TransferSucceeded) -> Arrival:

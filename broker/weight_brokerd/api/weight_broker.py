@@ -59,9 +59,9 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             instance_id=session.instance_id,
             weight_set_id=acquisition.key.id,
         )
-        mailbox = self._driver.begin_acquisition(acquisition)
         # However the call ends - done, cancelled, past its deadline - its reader slot is free then.
         on_end(context, lambda: self._driver.end_acquisition(acquisition_id))
+        mailbox = self._driver.begin_acquisition(acquisition)
         logger.info("acquire", model=acquisition.key.model, if_absent=str(acquisition.if_absent))
         while True:
             match await mailbox.get():

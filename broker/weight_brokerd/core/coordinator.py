@@ -103,11 +103,18 @@ class Coordinator:
         """The process died or said goodbye: everything it held ends."""
         if self.instances.pop(instance_id, None) is None:
             return []
+        published = self.registry.of_instance(instance_id)
+        acquiring = [one for one in self.acquisitions.values() if one.instance_id == instance_id]
         decisions: Decisions = []
-        for acquisition in [one for one in self.acquisitions.values() if one.instance_id == instance_id]:
-            decisions += self.abandon(acquisition.acquisition_id, now)
-        for publication in self.registry.of_instance(instance_id):
+        for publication in published:
             decisions += self._end_publication(publication)
+        for acquisition in acquiring:
+            decisions += self._drop(acquisition, now)
+        # Only now: nobody is to read from it any more, and it is to be told nothing.
+        for weight_set_id in dict.fromkeys(
+            [*(one.weight_set_id for one in published), *(one.key.id for one in acquiring)]
+        ):
+            decisions += self._serve_id(weight_set_id, now)
         for record in self.weight_sets:
             if record.lease is not None and record.lease.instance_id == instance_id:
                 decisions.append(ReleaseLease(record.lease))
@@ -155,7 +162,7 @@ class Coordinator:
             return self._end_publication(publication)
         return []
 
-    def retract(self, instance_id: str, publication_id: str) -> tuple[Publication, Decisions]:
+    def retract(self, instance_id: str, publication_id: str, now: float) -> tuple[Publication, Decisions]:
         """The instance wants its memory back: no new readers. It is gone when the last one has ended."""
         publication = self.registry.find(publication_id)
         if publication is None or publication.instance_id != instance_id:
@@ -167,20 +174,20 @@ class Coordinator:
             return publication, self._end_publication(publication)
         if publication.state is not PublicationState.RETRACTING:
             self.registry.move(publication, PublicationState.RETRACTING)
-        return publication, [WeightSetChanged(publication.weight_set_id)]
+        return publication, self._left(publication, now)
 
-    def evict(self, publication_id: str) -> tuple[Publication, Decisions]:
+    def evict(self, publication_id: str, now: float) -> tuple[Publication, Decisions]:
         """An administrator takes a publication out of service, without waiting for readers."""
         publication = self.registry.get(publication_id)
-        return publication, self._end_publication(publication)
+        return publication, self._end_publication(publication) + self._serve_id(publication.weight_set_id, now)
 
-    def quarantine(self, publication_id: str, reason: str) -> tuple[Publication, Decisions]:
+    def quarantine(self, publication_id: str, reason: str, now: float) -> tuple[Publication, Decisions]:
         """The publication is never read again, but shown."""
         publication = self.registry.get(publication_id)
         if publication.state is PublicationState.RESIDENT:
             self.registry.move(publication, PublicationState.QUARANTINED)
             publication.quarantine_reason = reason
-        return publication, [WeightSetChanged(publication.weight_set_id)]
+        return publication, self._left(publication, now)
 
     # Acquisitions
 
@@ -213,7 +220,7 @@ class Coordinator:
             acquisition.saw_wrong_bytes = True
             if publication.state is not PublicationState.GONE:
                 decisions += self.quarantine(
-                    publication.publication_id, f"delivered wrong bytes in {transfer_id}: {detail}"
+                    publication.publication_id, f"delivered wrong bytes in {transfer_id}: {detail}", now
                 )[1]
         if cause is FailureCause.RECEIVER:
             decisions.append(self._fail(acquisition, TransferFailed(f"the receiver gave up: {detail}")))
@@ -228,13 +235,7 @@ class Coordinator:
         acquisition = self.acquisitions.get(acquisition_id)
         if acquisition is None:
             return []
-        decisions: Decisions = []
-        transfer = self.transfers.running.get(acquisition.transfer_id)
-        if transfer is not None:
-            decisions += self._end_transfer(transfer, TransferState.FAILED, "the receiver went away", now)
-        self._forget(acquisition)
-        decisions.append(WeightSetChanged(acquisition.key.id))
-        return decisions + self._serve_id(acquisition.key.id, now)
+        return self._drop(acquisition, now) + self._serve_id(acquisition.key.id, now)
 
     # Cold-load leases
 
@@ -251,6 +252,17 @@ class Coordinator:
                 return [*decisions, ReleaseLease(claim.lease)]
             self._forget(claimant)
             decisions.append(TellColdLoad(claimant.acquisition_id, claim.lease))
+        return decisions + self._serve(record, now)
+
+    def claim_failed(self, weight_set_id: str, why: str, now: float) -> Decisions:
+        """The directory did not answer `ClaimLease`: its asker loads without a lease, the next waiter asks again."""
+        record = self.weight_sets.find(weight_set_id)
+        if record is None or record.claim_pending is None:
+            raise AssertionError(f"no claim is pending for weight set {weight_set_id}")
+        claimant, record.claim_pending = record.waiting.get(record.claim_pending), None
+        decisions: Decisions = [WeightSetChanged(weight_set_id)]
+        if claimant is not None:
+            decisions.append(self._fail(claimant, BrokerUnavailable(f"{why}; load from disk")))
         return decisions + self._serve(record, now)
 
     def lease_free(self, lease: ColdLoadLease, now: float) -> Decisions:
@@ -359,6 +371,8 @@ class Coordinator:
         ]
 
     def _without_source(self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection) -> Decisions:
+        if self.draining:  # its source failed while the broker drains
+            return [self._fail(acquisition, _draining())]
         if selection.has(Refusal.BUSY):
             return self._wait(acquisition, WaitReason.SOURCES_BUSY, None)
         if selection.has(Refusal.LAYOUT_DIFFERS):
@@ -395,6 +409,16 @@ class Coordinator:
             record.waiting.pop(acquisition.acquisition_id, None)
             self.weight_sets.tidy(record.key.id)
 
+    def _drop(self, acquisition: Acquisition, now: float) -> Decisions:
+        """Ends an acquisition that nobody hears the end of."""
+        decisions: Decisions = []
+        transfer = self.transfers.running.get(acquisition.transfer_id)
+        if transfer is not None:
+            decisions += self._end_transfer(transfer, TransferState.FAILED, "the receiver went away", now)
+        self._forget(acquisition)
+        decisions.append(WeightSetChanged(acquisition.key.id))
+        return decisions
+
     def _end_transfer(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> Decisions:
         publication = transfer.publication
         self.transfers.end(transfer, state, failure, now)
@@ -414,6 +438,10 @@ class Coordinator:
             WeightSetChanged(publication.weight_set_id),
             InstanceChanged(publication.instance_id),
         ]
+
+    def _left(self, publication: Publication, now: float) -> Decisions:
+        """Nobody else may read from it: who waited for one of its slots need not wait for its readers."""
+        return [WeightSetChanged(publication.weight_set_id), *self._serve_id(publication.weight_set_id, now)]
 
     def _running(self, transfer_id: str, instance_id: str) -> tuple[Transfer, Acquisition]:
         transfer = self.transfers.running.get(transfer_id)

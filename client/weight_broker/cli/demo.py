@@ -25,6 +25,7 @@ from weight_broker.cli.demo_progress import Progress
 from weight_broker.cli.demo_report import DemoReport
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.memory.capacity import available_bytes
 from weight_broker.runtime_directory import MAXIMUM_SOCKET_PATH_BYTES
 
 _PACKAGES = ("torch", "transformers", "safetensors", "weight_brokerd")
@@ -144,7 +145,7 @@ class _Stage:
 def _model(options: argparse.Namespace, progress: Progress) -> Path:
     """The directory of the model to load; makes one if none is given."""
     plan = demo_memory.Plan(copying=(options.instances + 1) // 2, mapping=options.instances // 2)
-    available = demo_memory.available_bytes()
+    available = available_bytes()
     if options.model_dir is not None:
         if options.size is not None:
             raise CommandError("--size is for the random model; it does not go with --model-dir", ExitCode.USAGE)

@@ -83,7 +83,7 @@ def describe(tensors: Mapping[str, object]) -> DescribedTensors:
 
 def _describe_torch(name: str, tensor: torch.Tensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
     torch_strided, dtype_names = _torch_names()
-    if tensor.device.type not in DEVICE_KINDS:
+    if not tensor.is_cpu:
         _refuse_torch_device(name, tensor)
     if tensor.layout is not torch_strided:
         raise _refusal(name, "layout", tensor.layout, "torch.strided", "Use .to_dense().")

@@ -491,7 +491,7 @@ class Region(google.protobuf.message.Message):
     NPU_SEGMENT_FIELD_NUMBER: builtins.int
     CUDA_ALLOCATION_FIELD_NUMBER: builtins.int
     region_id: builtins.str
-    """Required. Chosen by the instance, unique among its regions, at most 64 bytes."""
+    """Required. Chosen by the instance, unique among its regions, at most 64 characters."""
     device_kind: global___DeviceKind.ValueType
     """Required. The kind of memory."""
     size_bytes: builtins.int
