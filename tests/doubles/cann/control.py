@@ -20,7 +20,7 @@ from typing import Self
 from doubles.cann.build import build
 
 FAULTS_OFFSET, FAULTS, FAULT = 16, 64, struct.Struct("=iiiid")
-SEGMENTS_OFFSET, SEGMENTS, SEGMENT = 2080, 16384, struct.Struct("=QQi112x48i72x")
+SEGMENTS_OFFSET, SEGMENTS, SEGMENT = 2080, 16384, struct.Struct("=QQi116x48i72x")
 SHEET_HEAD, SHEET_ENTRY = struct.Struct("=8sQ"), struct.Struct("=24sq")
 
 LIVE = (
