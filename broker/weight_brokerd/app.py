@@ -64,6 +64,7 @@ class Application:
         self._driver = self._make_driver(first=generations.start)
         self._metrics = self._make_metrics()
         self._health = Health(SERVICE_NAMES)
+        self._driver.on_drain = self._health.stop_serving
         self._attach_server = AttachServer(self._driver, host_id=self._host_id, broker_version=__version__)
 
     async def run(self) -> None:
@@ -168,7 +169,6 @@ class Application:
         running = self._driver.counts().running_transfers
         log.info("draining", running_transfers=running, limit_seconds=seconds)
         self._notifier.stopping(f"draining: {running} transfers run")
-        self._health.stop_serving()
         self._driver.begin_drain()
         drained = self._loop.create_task(self._driver.drain(seconds))
         hurried = self._loop.create_task(self._hurry.wait())

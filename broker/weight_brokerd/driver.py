@@ -10,13 +10,12 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 
 import structlog
 
 from weight_broker.errors import BrokerError, InvalidArgument, NotAttached, Reason, from_reason
-from weight_broker.v1 import weight_set_pb2
 from weight_brokerd.attach.server import PeerCredentials, Session
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
@@ -40,12 +39,21 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class PublishedMemory:
-    """Where a publication's tensors lie, as its instance told it; kept as messages because nothing here reads them."""
+class PublishedRegion:
+    """A region that a publication lies in."""
 
-    regions: tuple[weight_set_pb2.Region, ...]
-    placements: tuple[weight_set_pb2.TensorPlacement, ...]
-    digests: tuple[weight_set_pb2.ContentDigests, ...]
+    region_id: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedMemory:
+    """Where a publication's tensors lie, as its instance told it."""
+
+    regions: tuple[PublishedRegion, ...]
+    grant: bytes
+    """The regions, placements and digests as a serialized Granted. Nothing here reads them, every acquire sends them,
+    and as messages they would take ten times the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,8 @@ class Driver:
         self.regions = regions
         self.directory = directory
         self.watch = WatchHub()
+        self.on_drain: Callable[[], None] = lambda: None
+        """Called when a drain begins, whoever wants it."""
         self.clock = time.monotonic
         self.wall_offset = time.time() - time.monotonic()
         """Add it to a time of the clock for the time of day."""
@@ -115,10 +125,12 @@ class Driver:
     def offer_region(self, instance_id: str, region_id: str, size_bytes: int, fd: int) -> None:
         """An instance hands a memfd over; `fd` is taken in every case."""
         self.regions.offer(instance_id, region_id, size_bytes, fd)
+        audit("offer_region", instance_id=instance_id, region_id=region_id, size_bytes=size_bytes)
 
     def withdraw_region(self, instance_id: str, region_id: str) -> None:
         """An instance takes a region back."""
         self.regions.withdraw(instance_id, region_id)
+        audit("withdraw_region", instance_id=instance_id, region_id=region_id)
 
     def claim_region(self, instance_id: str, transfer_id: str, region_index: int) -> int:
         """The file descriptor of a region of a running transfer's source, to be passed to the receiver."""
@@ -223,6 +235,7 @@ class Driver:
 
     def lease_free(self, lease: ColdLoadLease) -> None:
         """The directory reports that a lease ended (weight_brokerd.directory.protocol.DirectoryEvents)."""
+        audit("end_lease", instance_id=lease.instance_id, weight_set_id=lease.weight_set_id)
         self._carry_out(self.coordinator.lease_free(lease, self.clock()))
 
     # Drain
@@ -232,6 +245,7 @@ class Driver:
         if not self.coordinator.draining:
             audit("drain")
             self._carry_out(self.coordinator.drain())
+            self.on_drain()
 
     async def drain(self, timeout_seconds: float) -> bool:
         """Refuses new work and waits for running transfers; False if some still run after the timeout."""
@@ -330,7 +344,7 @@ class Driver:
             self.regions.withdraw(instance_id, region.region_id)
         self._carry_out(self.coordinator.mapped(publication, self.clock()))
 
-    def _check_size(self, instance_id: str, region: weight_set_pb2.Region) -> None:
+    def _check_size(self, instance_id: str, region: PublishedRegion) -> None:
         offered = self.regions.size_bytes(instance_id, region.region_id)
         if region.size_bytes > offered:
             raise InvalidArgument(
@@ -349,6 +363,8 @@ class Driver:
         claim = await self.directory.claim_lease(
             weight_set_id, instance_id=instance_id, instance_name=instance.name if instance is not None else ""
         )
+        if claim.granted:
+            audit("grant_lease", instance_id=instance_id, weight_set_id=weight_set_id)
         self._carry_out(self.coordinator.lease_claimed(weight_set_id, claim, self.clock()))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,35 +20,17 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-class _EndingHealthServicer(health.aio.HealthServicer):
-    """The stock one never ends a Watch: the server's stop then waits for it, cuts it off and logs that as an error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ending = asyncio.Event()
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802 - the name in the proto
-        """See grpc.health.v1; ends once `ending` is set."""
-        watching = asyncio.ensure_future(super().Watch(request, context))
-        ending = asyncio.ensure_future(self.ending.wait())
-        try:
-            await asyncio.wait({watching, ending}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            watching.cancel()
-            ending.cancel()
-
-
 class Health:
     """Health of each service, of the whole ("") and of the process."""
 
     def __init__(self, service_names: Iterable[str]) -> None:
         self._names = ("", *service_names)
-        self._servicer = _EndingHealthServicer()
+        self._servicer = HealthServicer()
 
-    async def serve(self, server: grpc.aio.Server) -> None:
+    def serve(self, server: grpc.aio.Server) -> None:
         """Adds the service; everything is NOT_SERVING except the process."""
-        await self._servicer.set(LIVENESS, SERVING)
-        await self.stop_serving()
+        self._servicer.set(LIVENESS, SERVING)
+        self.stop_serving()
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     def start_serving(self) -> None:
@@ -65,7 +45,7 @@ class Health:
 
     def end_watches(self) -> None:
         """Ends the calls of those who watch; what was set before has been sent to them."""
-        self._servicer.ending.set()
+        self._servicer.end_watches()
 
 
 def add_reflection(server: grpc.aio.Server, service_names: Iterable[str]) -> None:

@@ -73,10 +73,13 @@ class WatchHub:
 
     def __init__(self) -> None:
         self._watchers: set[Watcher] = set()
+        self._closed = False
 
     def open(self) -> Watcher:
         """A new watcher; it sees what changes from now on."""
         watcher = Watcher()
+        if self._closed:
+            watcher.close()
         self._watchers.add(watcher)
         return watcher
 
@@ -85,7 +88,8 @@ class WatchHub:
         self._watchers.discard(watcher)
 
     def close(self) -> None:
-        """Ends all calls."""
+        """Ends all calls, those to come too."""
+        self._closed = True
         for watcher in self._watchers:
             watcher.close()
 

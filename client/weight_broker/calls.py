@@ -17,7 +17,7 @@ from weight_broker.session import Session
 from weight_broker.shared import SharedWeights
 from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
-from weight_broker.wire import coverage_to_wire, digests_to_wire, key_to_wire, layout_to_wire
+from weight_broker.wire import MAX_REASON_CHARACTERS, coverage_to_wire, digests_to_wire, key_to_wire, layout_to_wire
 
 REPORT_TIMEOUT_SECONDS = 10.0
 PHASES = {
@@ -97,7 +97,7 @@ def report_failure(
     timeout: float = REPORT_TIMEOUT_SECONDS,
 ) -> None:
     """Reports that a transfer did not complete."""
-    failed = pb.TransferFailed(cause=cause, detail=detail[:1000])
+    failed = pb.TransferFailed(cause=cause, detail=detail[:MAX_REASON_CHARACTERS])
     _report_transfer(session, pb.ReportTransferRequest(transfer_id=transfer_id, failed=failed), timeout)
 
 
@@ -108,7 +108,7 @@ def give_up_lease(session: Session, weight_set_id: str, fencing_token: int, reas
         pb.ReportLoadRequest(
             weight_set_id=weight_set_id,
             fencing_token=fencing_token,
-            give_up=pb.ReportLoadRequest.GiveUp(reason=reason[:1000]),
+            give_up=pb.ReportLoadRequest.GiveUp(reason=reason[:MAX_REASON_CHARACTERS]),
         ),
     )
 

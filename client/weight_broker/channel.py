@@ -21,8 +21,10 @@ _OPTIONS = (
     # A channel shared through the process-wide pool breaks in forked children.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # In gRPC's core this is also what one attempt may take. A unix socket refuses at once, so it costs nothing to let a
+    # broker on a busy host take its time with the handshake.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),

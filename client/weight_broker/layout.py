@@ -9,13 +9,14 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from weight_broker.errors import InvalidArgument
 
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 64
 MAX_NAME_CHARACTERS = 1024
 MAX_TENSOR_BYTES = 1 << 46
@@ -82,10 +83,7 @@ class TensorSpec:
     @property
     def element_count(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def is_dense(self) -> bool:
@@ -101,7 +99,9 @@ class TensorSpec:
         0 for an alias."""
         if self.alias_of:
             return 0
-        return self.storage_bytes if self.is_dense else self.element_count * ITEM_SIZES[self.dtype]
+        if self.memory_format is not MemoryFormat.STRIDED:
+            return self.storage_bytes
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]  # what a dense tensor's memory amounts to as well
 
 
 class Layout(Sequence[TensorSpec]):

@@ -9,16 +9,23 @@ import threading
 import time
 import uuid
 import weakref
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, PublicationNotFound
+from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, PublicationNotFound, Reason
 from weight_broker.keeper import KEEPER
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout
 from weight_broker.session import Attachment, Session
 from weight_broker.shared import SharedWeights
 
+if TYPE_CHECKING:
+    from weight_broker.v1 import resources_pb2
+
 _RESTORE_TIMEOUT_SECONDS = 10.0
+_UNDO_TIMEOUT_SECONDS = 2.0
 
 _logger = logging.getLogger("weight_broker")
 
@@ -139,20 +146,24 @@ class Publication:
         batch = uuid.uuid4().hex
         region_ids = [f"{batch}-{index}" for index in range(len(self._shared.regions))]
         offered: list[str] = []
+        publish = partial(
+            calls.publish,
+            session,
+            self.key,
+            self._shared,
+            region_ids,
+            fencing_token=fencing_token,
+            request_id=batch,
+        )
         try:
             for region_id, (descriptor, size_bytes) in zip(region_ids, self._shared.regions, strict=True):
                 session.connection.offer_region(region_id, descriptor, size_bytes)
                 offered.append(region_id)
-            published = calls.publish(
-                session,
-                self.key,
-                self._shared,
-                region_ids,
-                fencing_token=fencing_token,
-                request_id=batch,
-                timeout=max(deadline - time.monotonic(), 0.001),
-            )
-        except BaseException:
+            published = publish(timeout=max(deadline - time.monotonic(), 0.001))
+        except BaseException as error:
+            answer_lost = isinstance(error, BrokerUnavailable) and error.reason is Reason.BROKER_UNAVAILABLE
+            if answer_lost and not session.is_over:
+                _undo(session, publish)
             _withdraw(session, offered)
             raise
         self.id, self.generation = published.publication_id, published.generation
@@ -184,6 +195,14 @@ def publications_of(attachment: Attachment) -> list[Publication]:
         for publication in list(_publications)
         if publication._attachment is attachment and not publication.is_retracted
     ]
+
+
+def _undo(session: Session, publish: Callable[..., resources_pb2.Publication]) -> None:
+    """For a request whose answer was lost: asks again, which tells what became of it, and takes that back."""
+    from weight_broker import calls
+
+    with contextlib.suppress(BrokerError):  # it cannot be known; the end of the session ends it too
+        calls.retract(session, publish(timeout=_UNDO_TIMEOUT_SECONDS).publication_id, timeout=_UNDO_TIMEOUT_SECONDS)
 
 
 def _withdraw(session: Session, region_ids: list[str]) -> None:

@@ -15,6 +15,9 @@ from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
 from weight_broker.layout import Layout, MemoryFormat, TensorSpec
 from weight_broker.v1 import weight_set_pb2 as pb
 
+MAX_REASON_CHARACTERS = 1024
+"""Longest reason or detail that a report carries."""
+
 _ROLES = {pb.ROLE_TARGET: Role.TARGET, pb.ROLE_DRAFT: Role.DRAFT}
 _STAGES = {pb.STAGE_LOADED: Stage.LOADED, pb.STAGE_RUNTIME: Stage.RUNTIME}
 _FORMATS = {

@@ -37,7 +37,7 @@ def refusal_of(error: grpc.RpcError) -> Refusal:
     code, text = error.code(), error.details() or ""
     status = rpc_status.from_call(error)
     assert status is not None, f"{code.name} without details: {text!r}"
-    [detail] = status.details
+    [detail] = [one for one in status.details if one.Is(error_details_pb2.ErrorInfo.DESCRIPTOR)]
     information = error_details_pb2.ErrorInfo()
     assert detail.Unpack(information), f"{code.name} has {detail.type_url}, not ErrorInfo"
     assert information.domain == ERROR_DOMAIN

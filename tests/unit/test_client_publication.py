@@ -106,6 +106,16 @@ def test_a_refused_publication_leaves_nothing_behind(broker: ScriptedBroker, cli
     assert not keeper_runs()
 
 
+def test_a_publication_whose_answer_was_lost_is_taken_back(broker: ScriptedBroker, client: BrokerClient) -> None:
+    broker.refusals["Publish"] = [Reason.BROKER_UNAVAILABLE]
+    with pytest.raises(BrokerUnavailable):
+        client.publish(KEY, tensors())
+    asked_again = broker.publish_requests.get(timeout=5)
+    assert asked_again.request_id, "the same request, so that the broker answers with what became of it"
+    assert broker.retractions.get(timeout=5) == "publication-1"
+    assert open_memfds() == 0
+
+
 def test_a_refused_region_leaves_nothing_behind(broker: ScriptedBroker, client: BrokerClient) -> None:
     def refuse(request: attach_pb2.AttachRequest) -> attach_pb2.AttachResponse | None:
         return refused(Reason.REGION_REFUSED, "no") if request.WhichOneof("request") == "offer_region" else None

@@ -130,7 +130,7 @@ def test_who_may_not_enter_the_hosts_directory_is_told_which_group_to_join(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "run-weight-broker").mkdir()
-    monkeypatch.setattr(rule.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(BrokerUnavailable, match="Add the user to group"):
         rule.runtime_directory()
     assert rule.runtime_directory(serving=True) == tmp_path / f"weight-broker-{os.geteuid()}"

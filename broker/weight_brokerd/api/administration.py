@@ -9,6 +9,7 @@ import grpc
 from weight_broker.errors import DrainTimeout
 from weight_broker.v1 import administration_service_pb2 as pb
 from weight_broker.v1.administration_service_pb2_grpc import AdministrationServiceServicer
+from weight_broker.wire import MAX_REASON_CHARACTERS
 from weight_brokerd.api import validation
 from weight_brokerd.api.identity import identify, require_administrator
 from weight_brokerd.api.inspection import host_message
@@ -53,7 +54,7 @@ class AdministrationServicer(AdministrationServiceServicer):
         """See the proto."""
         self._authorise(context)
         publication_id = validation.text("publication_id", request.publication_id)
-        reason = validation.text("reason", request.reason, limit=validation.MAX_REASON_CHARACTERS)
+        reason = validation.text("reason", request.reason, limit=MAX_REASON_CHARACTERS)
         publication = self._driver.quarantine(publication_id, reason)
         return pb.QuarantineResponse(publication=self._messages.publication(publication))
 

@@ -20,9 +20,10 @@ from weight_broker.errors import ERROR_DOMAIN, TABLE, BrokerError, InvalidArgume
 log = structlog.get_logger()
 
 # A status travels in HTTP/2 headers, of which a gRPC client takes 8 KiB. The message is in there twice, once with every
-# byte that is not ASCII written as three; the metadata once, in base64.
-_MESSAGE_BYTES = 1024
-_METADATA_BYTES = 2048
+# byte that is not ASCII written as three; the metadata once, in base64, and what
+# is said of a field.
+_MESSAGE_BYTES = 900
+_METADATA_BYTES = 1536
 
 
 def to_status(error: BrokerError) -> grpc.Status:
@@ -34,6 +35,11 @@ def to_status(error: BrokerError) -> grpc.Status:
     status.details.add().Pack(
         error_details_pb2.ErrorInfo(reason=str(error.reason), domain=ERROR_DOMAIN, metadata=metadata)
     )
+    if isinstance(error, InvalidArgument):
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=_cut(error.field, share), description=f"expected {metadata.get('expected', '')}"
+        )
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     return rpc_status.to_status(status)
 
 

@@ -16,13 +16,17 @@ from google.protobuf.duration_pb2 import Duration
 from weight_broker.errors import InvalidArgument, PublishRefused
 from weight_broker.layout import Layout
 from weight_broker.v1 import resources_pb2, weight_broker_service_pb2, weight_set_pb2
-from weight_broker.wire import coverage_from_wire, digests_from_wire, key_from_wire, layout_from_wire
+from weight_broker.wire import (
+    coverage_from_wire,
+    digests_from_wire,
+    key_from_wire,
+    layout_from_wire,
+)
 from weight_brokerd.api.messages import DEVICE_KIND_NAMES, PHASE_NAMES
 from weight_brokerd.core.model import Arrival, FailureCause, IfAbsent, Offer, TransferPath
-from weight_brokerd.driver import PublishedMemory
+from weight_brokerd.driver import PublishedMemory, PublishedRegion
 
 MAX_ID_CHARACTERS = 64
-MAX_REASON_CHARACTERS = 1024
 MAX_EXTENSION_SECONDS = 24 * 3600.0
 SERVED_DEVICE_KINDS = frozenset({"cpu"})
 """Kinds of memory that a data plane of this broker can reach."""
@@ -156,7 +160,13 @@ def offer(
     digests_from_wire(request.digests, len(layout))
     kind, device_id = _regions(request.regions, layout)
     _placements(request.placements, request.regions, layout)
-    memory = PublishedMemory(tuple(request.regions), tuple(request.placements), tuple(request.digests))
+    grant = weight_broker_service_pb2.Granted(
+        regions=request.regions, placements=request.placements, digests=request.digests
+    )
+    memory = PublishedMemory(
+        tuple(PublishedRegion(region.region_id, region.size_bytes) for region in request.regions),
+        grant.SerializeToString(),
+    )
     return (
         Offer(
             key=key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import grpc
 import structlog
 
-from weight_broker.errors import InvalidArgument
+from weight_broker.errors import InvalidArgument, RetractTimeout
 from weight_broker.v1 import resources_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceServicer
-from weight_broker.wire import key_from_wire, layout_to_wire
+from weight_broker.wire import MAX_REASON_CHARACTERS, key_from_wire, layout_to_wire
 from weight_brokerd.api import validation
 from weight_brokerd.api.ending import on_end
 from weight_brokerd.api.identity import identify
@@ -25,6 +26,8 @@ from weight_brokerd.driver import Driver, Granted
 log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_SHARE_OF_DEADLINE = 0.95
 
 _WAIT_REASONS = {
     WaitReason.COLD_LOAD: pb.Waiting.REASON_COLD_LOAD,
@@ -95,7 +98,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             case "failed":
                 cause = validation.cause(request.failed.cause)
                 detail = validation.text(
-                    "failed.detail", request.failed.detail, limit=validation.MAX_REASON_CHARACTERS, required=False
+                    "failed.detail", request.failed.detail, limit=MAX_REASON_CHARACTERS, required=False
                 )
                 self._driver.transfer_failed(session.instance_id, transfer_id, cause, detail)
             case _:
@@ -113,7 +116,16 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         """See the proto."""
         session = identify(self._driver, context)
         publication_id = validation.text("publication_id", request.publication_id)
-        publication = await self._driver.retract(session.instance_id, publication_id)
+        remaining = context.time_remaining()
+        try:
+            # A little less than the caller has, so that it hears the reason instead of gRPC's own deadline.
+            async with asyncio.timeout(remaining * _SHARE_OF_DEADLINE if remaining is not None else None):
+                publication = await self._driver.retract(session.instance_id, publication_id)
+        except TimeoutError:
+            raise RetractTimeout(
+                f"publication {publication_id} still has readers; no new ones are let in, call again",
+                metadata={"publication_id": publication_id},
+            ) from None
         return pb.RetractResponse(publication=self._messages.publication(publication))
 
     async def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:
@@ -124,7 +136,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         match request.WhichOneof("action"):
             case "give_up":
                 reason = validation.text(
-                    "give_up.reason", request.give_up.reason, limit=validation.MAX_REASON_CHARACTERS, required=False
+                    "give_up.reason", request.give_up.reason, limit=MAX_REASON_CHARACTERS, required=False
                 )
                 await self._driver.give_up_lease(*held, reason)
                 return pb.ReportLoadResponse()
@@ -166,13 +178,11 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
 
     def _granted(self, granted: Granted, acquisition: Acquisition) -> pb.Granted:
         source = granted.transfer.publication
-        return pb.Granted(
-            transfer_id=granted.transfer.transfer_id,
-            source=self._messages.publication(source),
-            data_plane=resources_pb2.DATA_PLANE_LOCAL,
-            path=PATHS[granted.transfer.path],
-            regions=granted.memory.regions,
-            placements=granted.memory.placements,
-            digests=granted.memory.digests,
-            layout=layout_to_wire(source.layout) if acquisition.layout is None else None,
-        )
+        message = pb.Granted.FromString(granted.memory.grant)
+        message.transfer_id = granted.transfer.transfer_id
+        message.source.CopyFrom(self._messages.publication(source))
+        message.data_plane = resources_pb2.DATA_PLANE_LOCAL
+        message.path = PATHS[granted.transfer.path]
+        if acquisition.layout is None:
+            message.layout.CopyFrom(layout_to_wire(source.layout))
+        return message

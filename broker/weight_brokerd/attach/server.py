@@ -19,9 +19,8 @@ from pathlib import Path
 import structlog
 
 from weight_broker.errors import BrokerError
-from weight_broker.v1 import attach_pb2 as pb
 from weight_brokerd.attach import packets
-from weight_brokerd.attach.conversation import After, Attendance, Conversation, Session, refusal
+from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Session, refusal
 from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd
 
 __all__ = ["AttachServer", "Attendance", "PeerCredentials", "Session"]
@@ -152,7 +151,7 @@ class AttachServer:
         if answer.after is After.DEPART:
             # First what it asked for, then the answer: who has the answer can rely on it.
             self._tell(self._attendance.departed, connection.conversation.instance_id, "it said goodbye")
-        sent = self._send(connection, answer.response, answer.descriptor)
+        sent = self._send(connection, answer)
         if answer.after is After.DEPART:
             self._forget(connection)
         elif answer.after is After.HANG_UP or not sent:
@@ -164,14 +163,15 @@ class AttachServer:
         if connection.hello_timer is not None:
             connection.hello_timer.cancel()
 
-    def _send(self, connection: _Connection, response: pb.AttachResponse, descriptor: int | None) -> bool:
+    def _send(self, connection: _Connection, answer: Answer) -> bool:
         if connection.socket is None:
             return False
         try:
-            packets.send(connection.socket, response.SerializeToString(), descriptor)
+            packets.send(connection.socket, answer.response.SerializeToString(), answer.descriptor)
         except OSError as error:
-            instance_id = connection.conversation.instance_id
-            log.warning("attach_answer_not_sent", instance_id=instance_id, error=error.strerror)
+            if answer.after is not After.DEPART:  # who says goodbye need not stay for the answer
+                instance_id = connection.conversation.instance_id
+                log.warning("attach_answer_not_sent", instance_id=instance_id, error=error.strerror)
             return False
         return True
 

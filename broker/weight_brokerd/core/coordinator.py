@@ -143,8 +143,10 @@ class Coordinator:
             InstanceChanged(publication.instance_id),
         ]
         record = self.weight_sets.record(publication.key)
-        if record.lease is not None and record.lease.fencing_token == publication.fencing_token:
-            decisions.append(ReleaseLease(record.lease))
+        lease = record.lease
+        fulfilled = (publication.instance_id, publication.fencing_token)
+        if lease is not None and (lease.instance_id, lease.fencing_token) == fulfilled:
+            decisions.append(ReleaseLease(lease))
         return decisions + self._serve(record, now)
 
     def mapping_failed(self, publication: Publication) -> Decisions:

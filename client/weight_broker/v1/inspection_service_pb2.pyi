@@ -303,9 +303,7 @@ class Candidate(google.protobuf.message.Message):
         """Its host does not answer."""
         REFUSAL_ALREADY_FAILED: Candidate._Refusal.ValueType  # 6
         """It was tried in this acquisition and failed."""
-        REFUSAL_OWN_PUBLICATION: Candidate._Refusal.ValueType  # 7
-        """It belongs to the instance that asks."""
-        REFUSAL_DEVICE_KIND: Candidate._Refusal.ValueType  # 8
+        REFUSAL_DEVICE_KIND: Candidate._Refusal.ValueType  # 7
         """Its kind of memory cannot be read into the receiver's."""
 
     class Refusal(_Refusal, metaclass=_RefusalEnumTypeWrapper):
@@ -325,9 +323,7 @@ class Candidate(google.protobuf.message.Message):
     """Its host does not answer."""
     REFUSAL_ALREADY_FAILED: Candidate.Refusal.ValueType  # 6
     """It was tried in this acquisition and failed."""
-    REFUSAL_OWN_PUBLICATION: Candidate.Refusal.ValueType  # 7
-    """It belongs to the instance that asks."""
-    REFUSAL_DEVICE_KIND: Candidate.Refusal.ValueType  # 8
+    REFUSAL_DEVICE_KIND: Candidate.Refusal.ValueType  # 7
     """Its kind of memory cannot be read into the receiver's."""
 
     PUBLICATION_FIELD_NUMBER: builtins.int

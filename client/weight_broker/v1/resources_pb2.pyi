@@ -621,7 +621,7 @@ class Host(google.protobuf.message.Message):
     region_count: builtins.int
     """Regions that the broker holds."""
     region_bytes: builtins.int
-    """Bytes in those regions."""
+    """Bytes of the memory behind them; what several instances share counts once."""
     running_transfer_count: builtins.int
     """Transfers that run now."""
     waiting_acquisition_count: builtins.int

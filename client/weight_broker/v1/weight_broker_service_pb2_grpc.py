@@ -94,7 +94,7 @@ class WeightBrokerServiceServicer(object):
 
     def Retract(self, request, context):
         """Withdraws a publication. Called before its memory changes or is freed. Returns when no reader is left: the memory
-        may be changed after that, not before. Idempotent.
+        may be changed after that, not before. Whoever repeats it takes PUBLICATION_NOT_FOUND for success.
 
         INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
         NOT_FOUND (PUBLICATION_NOT_FOUND): this instance has no such publication.

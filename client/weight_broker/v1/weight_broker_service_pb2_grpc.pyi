@@ -70,7 +70,7 @@ class WeightBrokerServiceStub:
         weight_broker.v1.weight_broker_service_pb2.RetractResponse,
     ]
     """Withdraws a publication. Called before its memory changes or is freed. Returns when no reader is left: the memory
-    may be changed after that, not before. Idempotent.
+    may be changed after that, not before. Whoever repeats it takes PUBLICATION_NOT_FOUND for success.
 
     INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
     NOT_FOUND (PUBLICATION_NOT_FOUND): this instance has no such publication.
@@ -139,7 +139,7 @@ class WeightBrokerServiceAsyncStub:
         weight_broker.v1.weight_broker_service_pb2.RetractResponse,
     ]
     """Withdraws a publication. Called before its memory changes or is freed. Returns when no reader is left: the memory
-    may be changed after that, not before. Idempotent.
+    may be changed after that, not before. Whoever repeats it takes PUBLICATION_NOT_FOUND for success.
 
     INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
     NOT_FOUND (PUBLICATION_NOT_FOUND): this instance has no such publication.
@@ -216,7 +216,7 @@ class WeightBrokerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[weight_broker.v1.weight_broker_service_pb2.RetractResponse, collections.abc.Awaitable[weight_broker.v1.weight_broker_service_pb2.RetractResponse]]:
         """Withdraws a publication. Called before its memory changes or is freed. Returns when no reader is left: the memory
-        may be changed after that, not before. Idempotent.
+        may be changed after that, not before. Whoever repeats it takes PUBLICATION_NOT_FOUND for success.
 
         INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
         NOT_FOUND (PUBLICATION_NOT_FOUND): this instance has no such publication.

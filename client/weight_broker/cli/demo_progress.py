@@ -1,0 +1,54 @@
+"""How the demo shows that it is at work: bars on a terminal, plain lines without rich or on --json."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from weight_broker.cli import output
+
+
+class Progress:
+    """Writes to standard error; standard output is for the result."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        """`quiet` needs no rich and shows nothing that moves."""
+        self._console = None if quiet else output.console(stderr=True)
+
+    def say(self, sentence: str) -> None:
+        """Says something once."""
+        print(sentence, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """Something of unknown duration: a moving bar with the time that it has taken."""
+        if self._console is None or not self._console.is_terminal:
+            self.say(title)
+            yield
+            return
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        with Bars(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(), console=self._console
+        ) as bars:
+            task = bars.add_task(title, total=None)
+            yield
+            bars.update(task, total=1, completed=1)
+
+    @contextmanager
+    def bytes_written(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        """Something of a known size; the bar appears with the first report."""
+        if self._console is None or not self._console.is_terminal:
+            self.say(title)
+            yield lambda done, of: None
+            return
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        with Bars(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=self._console) as bars:
+            task = bars.add_task(title, total=total)
+            yield lambda done, of: bars.update(task, completed=done, total=of)
+            bars.update(task, completed=total)

@@ -1,0 +1,163 @@
+"""Reads the broker's state over its gRPC socket. Inspection needs no attachment."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import grpc
+
+from weight_broker.channel import decode_error, open_channel
+from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.errors import BrokerUnavailable, Reason
+from weight_broker.runtime_directory import GRPC_SOCKET, runtime_directory
+from weight_broker.v1 import inspection_service_pb2 as pb
+from weight_broker.v1 import resources_pb2
+from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
+
+ID_CHARACTERS = 32
+_PAGE_SIZE = 1000
+
+Answer = TypeVar("Answer")
+Item = TypeVar("Item")
+
+
+class _Page(Protocol):
+    next_page_token: str
+
+
+PageAnswer = TypeVar("PageAnswer", bound=_Page)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the broker knows, read in one go."""
+
+    host: resources_pb2.Host
+    weight_sets: list[resources_pb2.WeightSet] = field(default_factory=list)
+    instances: list[resources_pb2.Instance] = field(default_factory=list)
+    transfers: list[resources_pb2.Transfer] = field(default_factory=list)
+    """Newest first."""
+
+    @property
+    def leases(self) -> list[resources_pb2.ColdLoadLease]:
+        """The cold-load leases that are held."""
+        return [one.cold_load_lease for one in self.weight_sets if one.HasField("cold_load_lease")]
+
+
+class Inspector:
+    """The Inspection service behind plain calls. All of them raise the `BrokerError` tree."""
+
+    def __init__(self, directory: Path | None = None, timeout: float = 10.0) -> None:
+        self.directory = directory if directory is not None else runtime_directory()
+        self._timeout = timeout
+        socket_path = self.directory / GRPC_SOCKET
+        if not socket_path.is_socket():
+            # gRPC would only find out at the deadline.
+            raise BrokerUnavailable(f"no broker: {socket_path} does not exist")
+        self._channel = open_channel(socket_path)
+        self._stub = InspectionServiceStub(self._channel)
+
+    def state(self, *, transfer_limit: int = 20) -> State:
+        """Everything, with the newest `transfer_limit` transfers."""
+        return State(
+            host=self.host(),
+            weight_sets=list(self.weight_sets()),
+            instances=list(self.instances()),
+            transfers=self.transfers(transfer_limit),
+        )
+
+    def host(self) -> resources_pb2.Host:
+        """The broker and its host."""
+        return self._call(lambda timeout: self._stub.GetHost(pb.GetHostRequest(), timeout=timeout)).host
+
+    def weight_sets(self) -> Iterator[resources_pb2.WeightSet]:
+        """All weight sets."""
+
+        def ask(token: str, timeout: float) -> pb.ListWeightSetsResponse:
+            request = pb.ListWeightSetsRequest(page_size=_PAGE_SIZE, page_token=token)
+            return self._stub.ListWeightSets(request, timeout=timeout)
+
+        return self._pages(ask, lambda answer: answer.weight_sets)
+
+    def instances(self) -> Iterator[resources_pb2.Instance]:
+        """All instances."""
+
+        def ask(token: str, timeout: float) -> pb.ListInstancesResponse:
+            request = pb.ListInstancesRequest(page_size=_PAGE_SIZE, page_token=token)
+            return self._stub.ListInstances(request, timeout=timeout)
+
+        return self._pages(ask, lambda answer: answer.instances)
+
+    def transfers(self, limit: int) -> list[resources_pb2.Transfer]:
+        """The newest transfers, at most `limit` (1 to 1000)."""
+        request = pb.ListTransfersRequest(page_size=min(limit, _PAGE_SIZE))
+        answer = self._call(lambda timeout: self._stub.ListTransfers(request, timeout=timeout))
+        return list(answer.transfers)
+
+    def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
+        """What an Acquire would get."""
+        return self._call(lambda timeout: self._stub.Explain(request, timeout=timeout))
+
+    def watch(self) -> Iterator[pb.WatchResponse]:
+        """The full state, then changes, until the broker ends."""
+        stream = self._stub.Watch(pb.WatchRequest())
+        try:
+            yield from stream
+        except grpc.RpcError as error:
+            raise decode_error(error) from error
+        finally:
+            stream.cancel()
+
+    def resolve(self, prefix: str) -> str:
+        """The id of the only weight set whose id starts with `prefix`; a whole id is returned as it is."""
+        wanted = prefix.lower()
+        if not wanted or set(wanted) - set("0123456789abcdef") or len(wanted) > ID_CHARACTERS:
+            raise CommandError(f"{prefix!r} is neither a weight set's id nor a key in JSON", ExitCode.USAGE)
+        if len(wanted) == ID_CHARACTERS:
+            return wanted
+        found = [one.weight_set_id for one in self.weight_sets() if one.weight_set_id.startswith(wanted)]
+        if not found:
+            raise CommandError(f"no weight set's id starts with {wanted}", ExitCode.NOT_FOUND)
+        if len(found) > 1:
+            raise CommandError(f"{wanted} is the start of {len(found)} ids: {', '.join(found[:4])}", ExitCode.USAGE)
+        return found[0]
+
+    def close(self) -> None:
+        """Closes the channel."""
+        self._channel.close()
+
+    def __enter__(self) -> Inspector:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pages(
+        self, ask: Callable[[str, float], PageAnswer], items: Callable[[PageAnswer], Iterable[Item]]
+    ) -> Iterator[Item]:
+        token = ""
+        while True:
+            answer = self._call(functools.partial(ask, token))
+            yield from items(answer)
+            token = answer.next_page_token
+            if not token:
+                return
+
+    def _call(self, call: Callable[[float], Answer]) -> Answer:
+        try:
+            return call(self._timeout)
+        except grpc.RpcError as error:
+            raise decode_error(error, on_deadline=Reason.BROKER_UNAVAILABLE) from error
+
+
+def age_seconds(seconds_since_epoch: float) -> float:
+    """How long ago that was; 0 for a time to come."""
+    return max(time.time() - seconds_since_epoch, 0.0)

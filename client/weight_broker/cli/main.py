@@ -1,0 +1,141 @@
+"""The command `weight-broker`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from weight_broker import __version__
+from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
+from weight_broker.errors import BrokerError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        # A command is imported when it is asked for: --help needs neither gRPC nor torch.
+        module = importlib.import_module(f"weight_broker.cli.{options.command}")
+        code: int = module.run(options)
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
+        print(f"weight-broker: {error}", file=sys.stderr)
+        return error.code
+    except BrokerError as error:
+        print(f"weight-broker: {error.message} ({error.reason})", file=sys.stderr)
+        return exit_code_of(error)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone (`| head`). Without this Python complains again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="weight-broker",
+        description="Shows and administers this host's weight broker.",
+        epilog=EXIT_CODES_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--version", action="version", version=f"weight-broker {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_status(commands)
+    _add_explain(commands)
+    _add(commands, "watch", "print the state, then every change as it happens")
+    _add_drain(commands)
+    _add_demo(commands)
+    return made
+
+
+_Commands = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def _add(commands: _Commands[argparse.ArgumentParser], name: str, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=EXIT_CODES_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="print JSON (needs no rich)")
+    if name != "demo":
+        command.add_argument(
+            "--runtime-directory",
+            type=Path,
+            metavar="DIR",
+            help="where the broker's sockets are (default: $WEIGHT_BROKER_RUNTIME_DIRECTORY and the usual places)",
+        )
+    return command
+
+
+def _add_answer_timeout(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--timeout", type=_positive, default=10.0, metavar="SECONDS", help="for each answer of the broker (10)"
+    )
+
+
+def _add_status(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "status", "show weight sets, publications, instances, leases and transfers")
+    _add_answer_timeout(command)
+    command.add_argument(
+        "--transfers", type=_count, default=20, metavar="N", help="how many transfers to show, newest first (20)"
+    )
+
+
+def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "explain", "say what an acquire of a weight set would get now, and why")
+    _add_answer_timeout(command)
+    command.add_argument("key", nargs="?", metavar="KEY", help="id of a weight set or its start, or a key in JSON")
+    command.add_argument("--model-dir", metavar="DIR", help="instead of KEY: the key that loading this directory has")
+    command.add_argument("--model", metavar="NAME", help="instead of KEY: the key's model, with the options below")
+    for name in ("revision", "dtype", "checkpoint-digest", "quantization"):
+        command.add_argument(f"--{name}", metavar="TEXT", help="field of the key")
+    command.add_argument("--role", choices=("target", "draft"), help="field of the key")
+    command.add_argument("--stage", choices=("loaded", "runtime"), help="field of the key")
+    command.add_argument("--attribute", action="append", metavar="NAME=VALUE", help="engine attribute of the key")
+
+
+def _add_drain(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "drain", "stop granting new work and wait until no transfer runs (administrators)")
+    command.add_argument(
+        "--timeout",
+        type=_positive,
+        metavar="SECONDS",
+        help="how long to wait for running transfers (default: the broker's drain_seconds)",
+    )
+
+
+def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "demo", "run the main job: one cold load from disk, then instances filled from it")
+    command.add_argument(
+        "--model-dir", type=Path, metavar="DIR", help="a model to load (default: one with random weights)"
+    )
+    command.add_argument("--instances", type=_count, default=3, metavar="N", help="instances to start at once (3)")
+    command.add_argument("--size", metavar="SIZE", help="size of the random model, for example 64M (about 1 GB)")
+
+
+def _positive(given: str) -> float:
+    value = float(given)
+    if not 0 < value <= 24 * 3600:
+        raise argparse.ArgumentTypeError("must be above 0 and at most a day")
+    return value
+
+
+def _count(given: str) -> int:
+    value = int(given)
+    if not 1 <= value <= 1000:
+        raise argparse.ArgumentTypeError("must be from 1 to 1000")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

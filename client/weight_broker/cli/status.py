@@ -1,0 +1,173 @@
+"""`weight-broker status`: weight sets, instances, leases and transfers of this host."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from weight_broker.cli import output, text
+from weight_broker.cli.failure import ExitCode
+from weight_broker.cli.inspector import Inspector, State, age_seconds
+from weight_broker.v1 import resources_pb2 as pb
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_SHORT_ID = 12
+
+
+def run(options: argparse.Namespace) -> ExitCode:
+    """Prints the state once."""
+    with Inspector(options.runtime_directory, options.timeout) as inspector:
+        state = inspector.state(transfer_limit=options.transfers)
+    if options.json:
+        output.print_json(state_to_json(state))
+    else:
+        console = output.console()
+        for one in renderables(state):
+            console.print(one)
+    return ExitCode.DONE
+
+
+def state_to_json(state: State) -> dict[str, Any]:
+    """The state in protobuf's JSON form."""
+    return {
+        "host": output.message_to_json(state.host),
+        "weight_sets": [output.message_to_json(one) for one in state.weight_sets],
+        "instances": [output.message_to_json(one) for one in state.instances],
+        "cold_load_leases": [output.message_to_json(one) for one in state.leases],
+        "transfers": [output.message_to_json(one) for one in state.transfers],
+    }
+
+
+def renderables(state: State) -> list[RenderableType]:
+    """The state as a line about the host and tables; those that would be empty are left out."""
+    from rich.text import Text
+
+    tables = [_weight_sets(state), _publications(state), _instances(state), _leases(state), _transfers(state)]
+    found: list[RenderableType] = [Text(host_line(state.host), style="bold red" if state.host.draining else "")]
+    found += [one for one in tables if one.row_count]
+    return found
+
+
+def host_line(host: pb.Host) -> str:
+    """The host in one line."""
+    return (
+        f"{text.plain(host.hostname)}: broker {host.version}, pid {host.pid}, "
+        f"up {text.age(age_seconds(host.start_time.ToNanoseconds() / 1e9))}"
+        f"{', DRAINING' if host.draining else ''}; directory {host.directory}; "
+        f"{host.instance_count} instances, {host.publication_count} publications, "
+        f"{text.size(host.region_bytes)} in {host.region_count} regions, "
+        f"{host.running_transfer_count} transfers running, {host.waiting_acquisition_count} waiting"
+    )
+
+
+def _weight_sets(state: State) -> Any:
+    table = output.table("Weight sets", "id|model|revision|dtype|rank|>size|>sources|>waiting|loading")
+    for one in state.weight_sets:
+        resident = [source for source in one.publications if source.state == pb.Publication.STATE_RESIDENT]
+        largest = max((source.size_bytes for source in one.publications), default=0)
+        table.add_row(
+            one.weight_set_id[:_SHORT_ID],
+            text.plain(one.key.model),
+            text.plain(one.key.revision)[:_SHORT_ID],
+            text.plain(one.key.dtype),
+            rank(one),
+            text.size(largest) if one.publications else "",
+            str(len(resident)),
+            str(one.waiting_count),
+            text.plain(one.cold_load_lease.instance_name or one.cold_load_lease.instance_id),
+        )
+    return table
+
+
+def _publications(state: State) -> Any:
+    table = output.table("Publications", "id|weight set|instance|state|memory|>tensors|>readers|>served|>age")
+    for weight_set in state.weight_sets:
+        for one in weight_set.publications:
+            reason = f": {text.plain(one.quarantine_reason)}" if one.quarantine_reason else ""
+            table.add_row(
+                one.publication_id,
+                one.weight_set_id[:_SHORT_ID],
+                text.plain(one.instance_name or one.instance_id),
+                text.state(pb.Publication.State.Name(one.state)) + reason,
+                device(one),
+                str(one.tensor_count),
+                f"{one.reader_count}/{one.reader_limit}",
+                str(one.served_count),
+                text.age(age_seconds(one.publish_time.ToNanoseconds() / 1e9)),
+            )
+    return table
+
+
+def _instances(state: State) -> Any:
+    table = output.table("Instances", "id|name|>pid|>uid|state|>publications|>attached for")
+    for one in state.instances:
+        table.add_row(
+            one.instance_id,
+            text.plain(one.name),
+            str(one.pid) if one.pid else "?",
+            str(one.uid),
+            text.state(pb.Instance.State.Name(one.state)),
+            str(one.publication_count),
+            text.age(age_seconds(one.attach_time.ToNanoseconds() / 1e9)),
+        )
+    return table
+
+
+def _leases(state: State) -> Any:
+    table = output.table("Cold-load leases", "weight set|holder|>fencing token|>held for|>ends in")
+    for one in state.leases:
+        table.add_row(
+            one.weight_set_id[:_SHORT_ID],
+            text.plain(one.instance_name or one.instance_id),
+            str(one.fencing_token),
+            text.age(age_seconds(one.acquire_time.ToNanoseconds() / 1e9)),
+            text.age(max(one.expire_time.ToNanoseconds() / 1e9 - time.time(), 0.0)),
+        )
+    return table
+
+
+def _transfers(state: State) -> Any:
+    names = {one.instance_id: text.plain(one.name or one.instance_id) for one in state.instances}
+    table = output.table("Transfers, newest first", "id|weight set|from|to|path|state|>size|>duration|failure")
+    for one in state.transfers:
+        begun, ended = one.start_time.ToNanoseconds() / 1e9, one.end_time.ToNanoseconds() / 1e9
+        duration = ended - begun if one.HasField("end_time") else age_seconds(begun)
+        table.add_row(
+            one.transfer_id,
+            one.weight_set_id[:_SHORT_ID],
+            names.get(one.source_instance_id, one.source_instance_id),
+            names.get(one.receiver_instance_id, one.receiver_instance_id),
+            path_name(one.path),
+            text.state(pb.Transfer.State.Name(one.state)),
+            text.size(one.size_bytes),
+            text.seconds(max(duration, 0.0)),
+            text.plain(one.failure),
+        )
+    return table
+
+
+def rank(weight_set: pb.WeightSet) -> str:
+    """The rank as people write it, for example "tp 1/4"; empty for a model on one device."""
+    ranks = weight_set.key.rank
+    found = [
+        f"{short} {getattr(ranks, f'{kind}_parallel_rank')}/{getattr(ranks, f'{kind}_parallel_size')}"
+        for short, kind in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert"), ("dp", "data"))
+        if getattr(ranks, f"{kind}_parallel_size") > 1
+    ]
+    return " ".join(found)
+
+
+def device(publication: pb.Publication) -> str:
+    """Kind and, where there are several, identity of the memory."""
+    from weight_broker.v1 import weight_set_pb2
+
+    kind = text.state(weight_set_pb2.DeviceKind.Name(publication.device_kind)).removeprefix("kind ")
+    return f"{kind} {text.plain(publication.device_id)}".strip()
+
+
+def path_name(path: pb.TransferPath.ValueType) -> str:
+    """How bytes reach the receiver, for example "zero copy"."""
+    return text.state(pb.TransferPath.Name(path)).removeprefix("path ")

@@ -1,0 +1,74 @@
+"""`weight-broker watch`: the state, then every change as it happens."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Iterator
+
+from weight_broker.cli import output, text
+from weight_broker.cli.failure import ExitCode
+from weight_broker.cli.inspector import Inspector
+from weight_broker.cli.status import path_name
+from weight_broker.v1 import inspection_service_pb2 as pb
+from weight_broker.v1 import resources_pb2
+
+
+def run(options: argparse.Namespace) -> ExitCode:
+    """Prints a line for each change until interrupted; with --json each message of the stream."""
+    with Inspector(options.runtime_directory) as inspector:
+        for response in inspector.watch():
+            if options.json:
+                output.print_json(output.message_to_json(response), line=True)
+                continue
+            for line in lines(response):
+                now = datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
+                print(f"{now} {line}", flush=True)
+    return ExitCode.DONE
+
+
+def lines(response: pb.WatchResponse) -> Iterator[str]:
+    """One line for each change; those of a full state begin with "=", new ones with "+", gone ones with "-"."""
+    sign = "=" if response.snapshot else "+"
+    if response.snapshot_start:
+        yield "= full state"
+    for change in response.changes:
+        match change.WhichOneof("change"):
+            case "weight_set":
+                yield f"{sign} {_weight_set(change.weight_set)}"
+            case "removed_weight_set_id":
+                yield f"- weight set {change.removed_weight_set_id}"
+            case "instance":
+                one = change.instance
+                state = text.state(resources_pb2.Instance.State.Name(one.state))
+                yield f"{sign} instance {one.instance_id} {text.plain(one.name)} (pid {one.pid}): {state}"
+            case "removed_instance_id":
+                yield f"- instance {change.removed_instance_id}"
+            case "transfer":
+                yield f"{sign} {_transfer(change.transfer)}"
+            case _:  # from a newer broker
+                pass
+
+
+def _weight_set(one: resources_pb2.WeightSet) -> str:
+    states = [
+        f"{text.plain(source.instance_name or source.instance_id)} "
+        f"{text.state(resources_pb2.Publication.State.Name(source.state))}"
+        for source in one.publications
+    ]
+    parts = [f"sources: {', '.join(states) or 'none'}"]
+    if one.HasField("cold_load_lease"):
+        holder = one.cold_load_lease.instance_name or one.cold_load_lease.instance_id
+        parts.append(f"loading: {text.plain(holder)}")
+    if one.waiting_count:
+        parts.append(f"waiting: {one.waiting_count}")
+    return f"weight set {one.weight_set_id} {text.plain(one.key.model)}: {'; '.join(parts)}"
+
+
+def _transfer(one: resources_pb2.Transfer) -> str:
+    state = text.state(resources_pb2.Transfer.State.Name(one.state))
+    failure = f" ({text.plain(one.failure)})" if one.failure else ""
+    return (
+        f"transfer {one.transfer_id} of {one.weight_set_id}, {text.size(one.size_bytes)}, {path_name(one.path)}, "
+        f"{one.source_instance_id} to {one.receiver_instance_id}: {state}{failure}"
+    )

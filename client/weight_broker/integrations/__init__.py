@@ -1,0 +1,1 @@
+"""Adapters: one file per loader that fills its tensors through the broker."""

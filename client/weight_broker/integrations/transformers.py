@@ -1,0 +1,324 @@
+"""Loads a `transformers` causal language model through the broker.
+
+The model is built on the meta device, so nothing is initialised at random. Then its weights are the resident ones of
+another instance on this host (mapped copy-on-write, or copied), or they are read from disk and offered to others.
+Weights read from disk are copied out of the checkpoint's mapping into memory of their own, because some kernels give
+other last bits for other alignments: this way the logits are the same bit for bit, wherever the weights came from.
+
+What the broker cannot serve is loaded as `from_pretrained` loads it, without the broker: quantized checkpoints, ones
+that lack weights, and models whose weights on disk do not fit the model on the meta device. `LoadReport.acquire_error`
+then says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from weight_broker.checkpoint import CheckpointError, checkpoint_digest, checkpoint_files, checkpoint_tensors
+from weight_broker.errors import AcquireTimeout, BrokerError, BrokerUnavailable, InvalidArgument, WeightsNotFound
+from weight_broker.integrations.torch import assign_tensors, copy_tensors, materialise_empty, tensors_of
+from weight_broker.key import WeightSetKey
+from weight_broker.lease import ColdLoadLease
+from weight_broker.report import AttachedTensors, LoadReport
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel
+
+    from weight_broker.client import BrokerClient
+    from weight_broker.publication import Publication
+
+_logger = logging.getLogger("weight_broker")
+# Not everything in transformers is typed, and some of it wrongly.
+_auto_model: Any = AutoModelForCausalLM
+_progress: Any = transformers_logging
+
+# While it builds a model, transformers replaces methods of its classes: two threads would see each other's.
+_building = threading.Lock()
+
+_HUB_SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<revision>[^/]+)$")
+_FLOATING = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def load_causal_lm(
+    model_dir: str | os.PathLike[str],
+    client: BrokerClient | None,
+    *,
+    key: WeightSetKey | None = None,
+    dtype: torch.dtype | str | None = None,
+    zero_copy: Literal["auto"] | bool = "auto",
+    publish: bool = True,
+    timeout: float = 300.0,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The model in `model_dir` in evaluation mode, none of its weights requiring gradients, and how it was loaded.
+
+    `key` replaces the one of `weight_set_key`; `dtype` is the checkpoint's own unless given. With `zero_copy` the
+    weights are copy-on-write views of the resident ones, which takes milliseconds and no memory; "auto" falls back to a
+    copy where that is refused, True to disk, False always copies. `timeout` bounds the wait for the broker and for
+    another instance's cold load, in seconds. `client=None`, or no broker, loads from disk.
+
+    Raises what loading from disk raises; a failure of the broker never does more than lead there.
+    """
+    begun = time.monotonic()
+    source = _Source(Path(model_dir), dtype, attn_implementation, trust_remote_code)
+    try:
+        source.check_servable()
+        if client is None:
+            model, report = _from_disk(source)
+        else:
+            if key is None:
+                key = source.key()
+            model, report = _through_broker(client, source, key, zero_copy, publish, begun + timeout)
+    except (_NotServable, CheckpointError) as error:
+        started = time.monotonic()
+        model = source.model_as_read()
+        report = LoadReport("disk", 0.0, 0.0, time.monotonic() - started, acquire_error=str(error))
+    model.train(False).requires_grad_(False)
+    # Measured from the caller's first word: the key and the empty model are part of what a start waits for.
+    seconds = time.monotonic() - begun
+    waited = max(seconds - report.load_seconds - report.publish_seconds, 0.0)
+    return model, replace(report, seconds=seconds, acquire_seconds=waited)
+
+
+def weight_set_key(
+    model_dir: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+) -> WeightSetKey:
+    """The key that `load_causal_lm` uses: name, revision and digest of the checkpoint, type, architecture, and the
+    version of transformers without its patch level, as that decides how a checkpoint becomes weights.
+
+    Raises `CheckpointError` if there is no safetensors checkpoint in `model_dir`.
+    """
+    return _Source(Path(model_dir), dtype, None, trust_remote_code).key()
+
+
+class _NotServable(Exception):
+    """The broker cannot serve this model; the text says why."""
+
+
+class _Source:
+    """A model directory, and the ways to make a model of it."""
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype | str | None, attn_implementation: str | None, trust_remote_code: bool
+    ) -> None:
+        self.directory = directory
+        self._options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        self.config = AutoConfig.from_pretrained(directory, local_files_only=True, **self._options)
+        if attn_implementation is not None:
+            self._options["attn_implementation"] = attn_implementation
+        self.dtype = _resolve_dtype(dtype, self.config, directory)
+        self._read: PreTrainedModel | None = None
+
+    def check_servable(self) -> None:
+        """Raises `_NotServable` for a model that cannot be built empty and then filled."""
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise _NotServable("quantized checkpoints are not served")
+
+    def key(self) -> WeightSetKey:
+        """See `weight_set_key`."""
+        path = self.directory.absolute()
+        snapshot = _HUB_SNAPSHOT.search(str(path))
+        return WeightSetKey(
+            model=f"{snapshot['owner']}/{snapshot['name']}" if snapshot else path.resolve().name or str(path),
+            revision=snapshot["revision"] if snapshot else "",
+            checkpoint_digest=checkpoint_digest(self.directory),
+            dtype=str(self.dtype).removeprefix("torch."),
+            engine_attributes={
+                "architecture": ",".join(self.config.architectures or ()) or self.config.model_type,
+                "transformers": ".".join(transformers.__version__.split(".")[:2]),
+            },
+        )
+
+    def model_on_meta(self) -> PreTrainedModel:
+        """The model without weights."""
+        with _building, torch.device("meta"):
+            model: PreTrainedModel = _auto_model.from_config(self.config, dtype=self.dtype, **self._options)
+        if model.can_generate():
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(self.directory, local_files_only=True)
+            except OSError:  # there is no such file; from_pretrained then looks into the model's configuration
+                model.generation_config = GenerationConfig.from_pretrained(
+                    self.directory, config_file_name="config.json", _from_model_config=True, local_files_only=True
+                )
+        return model
+
+    def model_to_fill(self) -> PreTrainedModel:
+        """The model with memory for its weights, not yet written. Raises `_NotServable`."""
+        model = self.model_on_meta()
+        try:
+            materialise_empty(model)
+        except BrokerError as error:
+            raise _NotServable(str(error)) from error
+        return model
+
+    def model_as_read(self) -> PreTrainedModel:
+        """The model as `from_pretrained` makes it; its weights may be views of the checkpoint's files."""
+        return self._read if self._read is not None else self._from_pretrained()[0]
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Reads the checkpoint into the memory that `model` has. Raises `_NotServable` if it does not fit."""
+        read, problems = self._from_pretrained()
+        wanted, found = tensors_of(model), tensors_of(read)
+        lacking = sorted(map(str, [*problems["missing_keys"], *problems["mismatched_keys"]]))
+        if lacking or _shapes(found) != _shapes(wanted):
+            self._read = read
+            raise _NotServable(
+                f"the checkpoint lacks {', '.join(lacking[:8])}"
+                if lacking
+                else "the weights as read differ in name, shape, type or ties from what the model declares"
+            )
+        copy_tensors(wanted, found)
+
+    def _from_pretrained(self) -> tuple[PreTrainedModel, dict[str, Any]]:
+        with _building, _without_progress_bar():
+            model, problems = _auto_model.from_pretrained(
+                self.directory, dtype=self.dtype, output_loading_info=True, local_files_only=True, **self._options
+            )
+        return model, problems
+
+
+def _through_broker(
+    client: BrokerClient,
+    source: _Source,
+    key: WeightSetKey,
+    zero_copy: Literal["auto"] | bool,
+    publish: bool,
+    deadline: float,
+) -> tuple[PreTrainedModel, LoadReport]:
+    if zero_copy is not False:
+        try:
+            return _mapped(client, source, key, publish, deadline)
+        except BrokerError as error:
+            if zero_copy is True or isinstance(error, BrokerUnavailable | AcquireTimeout | WeightsNotFound):
+                return _from_disk(source, error)
+    model = source.model_to_fill()
+    report = client.acquire_or_load(
+        key,
+        tensors_of(model),
+        lambda: source.fill(model),
+        timeout=max(deadline - time.monotonic(), 0.001),
+        publish=publish,
+    )
+    return model, report
+
+
+def _mapped(
+    client: BrokerClient, source: _Source, key: WeightSetKey, publish: bool, deadline: float
+) -> tuple[PreTrainedModel, LoadReport]:
+    """Views of the resident weights or, if this process is told to load, what it read and published. Raises
+    `BrokerError` if the broker has neither for us."""
+    timeout = max(deadline - time.monotonic(), 0.001)
+    if not publish:  # who does not publish must not hold the lease that others wait for
+        attached = client.attach_tensors(key, framework="torch", timeout=timeout)
+        return _with_views(source, attached), LoadReport("peer", 0.0, 0.0, report=attached.report)
+    outcome = client.attach_and_share(key, framework="torch", timeout=timeout)
+    if isinstance(outcome, ColdLoadLease):
+        return _load_and_publish(client, source, key, outcome)
+    attached, shared = outcome
+    try:
+        model = _with_views(source, attached)
+    except BaseException:
+        shared.close()
+        raise
+    # The memory is sealed, so it is offered as it is: the weights outlive the instance that loaded them.
+    started = time.monotonic()
+    report = LoadReport("peer", 0.0, 0.0, report=attached.report)
+    return model, _published(report, lambda: client.publish_shared(key, shared), started)
+
+
+def _with_views(source: _Source, attached: AttachedTensors) -> PreTrainedModel:
+    model = source.model_on_meta()
+    try:
+        assign_tensors(model, attached)
+    except BrokerError as error:
+        raise _NotServable(str(error)) from error
+    return model
+
+
+def _load_and_publish(
+    client: BrokerClient, source: _Source, key: WeightSetKey, lease: ColdLoadLease
+) -> tuple[PreTrainedModel, LoadReport]:
+    try:
+        model, report = _from_disk(source)
+    except BaseException as error:
+        with suppress(BrokerError):
+            lease.give_up(f"{type(error).__name__}: {error}")
+        raise
+    report = _published(report, lambda: client.publish(key, tensors_of(model), lease=lease), time.monotonic())
+    if report.publication is None:
+        with suppress(BrokerError):
+            lease.give_up(f"publishing failed: {report.publish_error}")
+    return model, report
+
+
+def _published(report: LoadReport, publish: Callable[[], Publication], started: float) -> LoadReport:
+    publication, refusal = None, None
+    try:
+        publication = publish()
+    except (BrokerError, OSError) as error:  # the weights are loaded: that they are not offered must not undo it
+        _logger.warning("loaded but not published: %s", error)
+        refusal = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - started
+    return replace(report, publication=publication, publish_error=refusal, publish_seconds=seconds)
+
+
+def _from_disk(source: _Source, reason: BrokerError | None = None) -> tuple[PreTrainedModel, LoadReport]:
+    if reason is not None:
+        _logger.warning("loading %s from disk: %s", source.directory, reason)
+    started = time.monotonic()
+    model = source.model_to_fill()
+    source.fill(model)
+    error = str(reason) if reason is not None else None
+    return model, LoadReport("disk", 0.0, 0.0, load_seconds=time.monotonic() - started, acquire_error=error)
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[object, ...]]:
+    """What has to be equal for one set of weights to take the other's place; a tie is the name of its first tensor."""
+    first: dict[int, str] = {}
+    return {
+        name: (tensor.dtype, tensor.shape, tensor.stride(), first.setdefault(id(tensor), name))
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def _resolve_dtype(wanted: torch.dtype | str | None, config: Any, directory: Path) -> torch.dtype:
+    """The floating-point type of the weights: as asked for, as configured, or as found in the checkpoint."""
+    if wanted is None or wanted == "auto":
+        wanted = config.dtype
+    if wanted is None:
+        with suppress(CheckpointError):
+            found = (tensor.dtype for file in checkpoint_files(directory) for tensor in checkpoint_tensors(file))
+            wanted = next((_FLOATING[name] for name in found if name in _FLOATING), None)
+    if wanted is None:
+        return torch.get_default_dtype()
+    resolved = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise InvalidArgument("dtype", wanted, 'a floating-point torch.dtype, its name, or "auto"')
+    return resolved
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    shown = _progress.is_progress_bar_enabled()
+    _progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            _progress.enable_progress_bar()

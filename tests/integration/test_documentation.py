@@ -1,0 +1,242 @@
+"""The documents say what the code does: their examples run, their tables are complete, what they point to exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import socket
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.numpy import save_file
+
+from support.broker_process import BrokerProcess
+from support.documents import REPOSITORY, Command, Document, Reader, commands_in, matches
+from weight_broker.cli import failure
+from weight_broker.cli.demo_checkpoint import ensure_checkpoint
+from weight_broker.errors import TABLE
+from weight_brokerd import __main__ as daemon
+from weight_brokerd import config
+from weight_brokerd.core.registry import TRANSITIONS
+
+NAMES = ("README.md", *sorted(f"docs/{path.name}" for path in REPOSITORY.glob("docs/*.md")))
+DOCUMENTS = {name: Document(name) for name in NAMES}
+ARCHITECTURE, ERRORS, OPERATIONS = (DOCUMENTS[f"docs/{name}.md"] for name in ("ARCHITECTURE", "ERRORS", "OPERATIONS"))
+
+NOT_RUN = {
+    r"sudo .*": "needs root and changes the machine; tests/e2e boots the unit under a systemd of its own",
+    r"systemctl .*": "needs a host that systemd has booted; see tests/e2e",
+    r"journalctl .*": "needs a host that systemd has booted; see tests/e2e",
+    r"cd deploy/systemd": "prepares commands that are not run",
+    r"pip install 'weight-broker\[broker,cli\]'": "needs a package index that has it; tests/e2e installs the wheel",
+    r"grpcurl .*": "is not a package that tests can depend on; the same is asked with buf curl",
+}
+"""Commands that cannot run in a test, each with the reason. All others run."""
+
+RUN_INSTEAD = {
+    "make demo": "make --dry-run demo",  # takes minutes and gigabytes; the demo has tests of its own
+    "make test": "make --dry-run test",  # this is part of it
+    # Without an end of its own.
+    "weight-broker watch": "timeout --preserve-status --signal=INT 3 weight-broker watch || test $? = 130",
+}
+"""Commands that run in another form."""
+
+FENCES = {"console", "python", "mermaid"}
+PLACES = {"benchmarks", "broker", "client", "deploy", "docs", "proto", "tests", "weight_broker", "weight_brokerd"}
+ROOTS = (REPOSITORY, REPOSITORY / "client", REPOSITORY / "broker")
+
+
+def cannot_run(command: Command) -> bool:
+    return any(re.fullmatch(pattern, command.line) for pattern in NOT_RUN)
+
+
+def unquoted(cell: str) -> str:
+    return cell.strip("`")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the examples call /models."""
+    directory = tmp_path_factory.mktemp("models")
+    (directory / "linear").mkdir()
+    weights = {"weight": numpy.ones((512, 512), "float32"), "bias": numpy.zeros(512, "float32")}
+    save_file(weights, directory / "linear/model.safetensors")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(directory))
+        (directory / "qwen2").symlink_to(ensure_checkpoint(4 << 20, lambda done, size: None))
+    return directory
+
+
+@pytest.fixture
+def reader(tmp_path: Path, models: Path) -> Iterator[Reader]:
+    """Somebody in a checkout of their own, with models on the disk."""
+    reader = Reader(tmp_path, {"/models/": f"{models}/"})
+    yield reader
+    reader.leave()
+
+
+# Examples
+
+
+@pytest.mark.parametrize("name", [name for name, one in DOCUMENTS.items() if one.examples])
+def test_everything_that_a_document_shows_works_from_top_to_bottom(name: str, reader: Reader) -> None:
+    for language, block in DOCUMENTS[name].examples:
+        assert language in FENCES, f"```{language}: say what it is, so that it is run"
+        if language == "python":
+            reader.paste(block)
+        for command in commands_in(block) if language == "console" else ():
+            if not cannot_run(command):
+                reader.type(Command(RUN_INSTEAD.get(command.line, command.line), command.output))
+
+
+def test_the_lists_of_commands_that_are_not_run_have_nothing_that_no_document_shows() -> None:
+    shown = [command for document in DOCUMENTS.values() for command in document.commands]
+    assert [one for one in NOT_RUN if not any(re.fullmatch(one, command.line) for command in shown)] == []
+    assert RUN_INSTEAD.keys() <= {command.line for command in shown}
+
+
+def test_shown_output_is_compared_except_where_it_has_dots() -> None:
+    assert matches("one ... three\n...\n", "one two three  \nfour\nfive\n")
+    assert not matches("one ... three\n", "one two four\n")
+    assert not matches("one\n", "one\ntwo\n")
+
+
+# Tables
+
+
+def test_errors_lists_every_reason_with_its_code_its_exception_and_its_recovery() -> None:
+    rows = {unquoted(row[0]): row[1:] for row in ERRORS.table("Reason")}
+    assert rows.keys() == {str(reason) for reason in TABLE}
+    for reason, row in TABLE.items():
+        code, exception, meaning, recovery = rows[str(reason)]
+        assert (unquoted(code), unquoted(exception)) == (row.code, row.exception.__name__), reason
+        assert meaning, reason
+        assert row.recovery in recovery, reason
+
+
+@pytest.mark.parametrize(
+    ("heading", "codes"),
+    [("Exit statuses of weight-brokerd", daemon.ExitCode), ("Exit statuses of weight-broker", failure.ExitCode)],
+)
+def test_errors_lists_every_exit_status(heading: str, codes: type[daemon.ExitCode | failure.ExitCode]) -> None:
+    rows = ERRORS.table("Status", below=heading)
+    assert [int(row[0]) for row in rows] == sorted(codes)
+    assert all(row[1] for row in rows)
+
+
+def test_operations_lists_every_setting_with_its_default_and_its_variable() -> None:
+    listed = {
+        unquoted(row[0]): (ast.literal_eval(unquoted(row[1])), unquoted(row[2])) for row in OPERATIONS.table("Setting")
+    }
+    settings = [
+        (f"{section.name}.{one.name}", config.environment_variable(section.name, one.name), one)
+        for section in fields(config.Config)
+        for one in fields(getattr(config.Config(), section.name))
+    ]
+    assert listed == {key: (one.default, variable) for key, variable, one in settings}
+    other_variables = [one.metadata["also"] for _, _, one in settings if one.metadata["also"]]
+    assert set(other_variables) <= set(OPERATIONS.code_spans)
+
+
+def test_operations_lists_every_metric_with_its_labels(start_broker: Callable[..., BrokerProcess]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    start_broker(WEIGHT_BROKER_METRICS_LISTEN=address).host()
+    with urllib.request.urlopen(f"http://{address}/metrics") as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    exposed = {
+        family.name + ("_total" if family.type == "counter" else ""): set(family.samples[0].labels) - {"le"}
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    assert {unquoted(row[0]): set(re.findall(r"`(\w+)`", row[1])) for row in OPERATIONS.table("Metric")} == exposed
+
+
+def test_operations_lists_every_audit_event() -> None:
+    sources = [path.read_text() for path in (REPOSITORY / "broker").rglob("*.py")]
+    written = {name for source in sources for name in re.findall(r'\baudit\(\s*"(\w+)"', source)}
+    assert written
+    assert {unquoted(row[0]) for row in OPERATIONS.table("Event")} == written
+
+
+def test_operations_lists_extras_that_the_wheel_has() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].keys() - {"ascend", "dev"}
+    assert {unquoted(row[0]) for row in OPERATIONS.table("Wheel extra")} == extras | {"(none)"}
+
+
+def test_architecture_has_a_room_for_every_package() -> None:
+    rooms = {unquoted(row[0]) for row in ARCHITECTURE.table("Folder")}
+    packages = {
+        path.parent.relative_to(REPOSITORY).as_posix() for root in ROOTS[1:] for path in root.rglob("*/__init__.py")
+    }
+    assert packages - {"broker/weight_brokerd"} <= rooms
+    assert [room for room in rooms if not (REPOSITORY / room).is_dir()] == []
+
+
+def test_architecture_draws_the_states_of_a_publication_as_they_are() -> None:
+    drawing = next(block for language, block in ARCHITECTURE.examples if language == "mermaid")
+    drawn = set(re.findall(r"^ *(\w+) --> (\w+)", drawing, re.MULTILINE))
+    assert drawn == {(str(begin), str(end)) for begin, ends in TRANSITIONS.items() for end in ends}
+
+
+def test_architecture_names_the_benchmark_of_every_budget() -> None:
+    module = ast.parse((REPOSITORY / "benchmarks/__main__.py").read_text())
+    values = [
+        node.value
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BENCHMARKS"
+    ]
+    assert {unquoted(row[2]) for row in ARCHITECTURE.table("What")} == set(ast.literal_eval(values[0]))
+
+
+# References
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_relative_link_leads_somewhere(name: str) -> None:
+    document = DOCUMENTS[name]
+    for target in document.links:
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (document.path.parent / file).resolve() if file else document.path
+        assert path.exists(), target
+        if anchor:
+            assert anchor in Document(str(path.relative_to(REPOSITORY))).anchors, target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_file_and_function_that_a_document_names_exists(name: str) -> None:
+    for span in DOCUMENTS[name].code_spans:
+        path, _, symbol = span.partition(":")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", path) or path.split("/")[0] not in PLACES:
+            continue
+        found = [root / path for root in ROOTS if (root / path).exists()]
+        assert found, f"{span}: there is no such file"
+        assert not symbol or symbol in defined_in(found[0]), f"{span}: it has no such definition"
+
+
+def test_architecture_names_enough_functions_to_follow_a_call() -> None:
+    assert sum(bool(re.fullmatch(r"weight_brokerd?/[\w/]+\.py:[\w.]+", span)) for span in ARCHITECTURE.code_spans) > 30
+
+
+def defined_in(path: Path) -> set[str]:
+    """Names of the functions, classes and methods in a module, methods with their class's."""
+    names: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: Callable[[str], str]) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(prefix(node.name))
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{node.name}.{{}}".format)
+
+    visit(ast.parse(path.read_text()).body, str)
+    return names
