@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
@@ -147,6 +144,11 @@ def malloc(size: int) -> int:
 def free(address: int) -> None:
     """Of malloc."""
     call("aclrtFree", address)
+
+
+def malloc_host(size: int) -> int:
+    """The address of `size` bytes of pinned host memory."""
+    return _out("aclrtMallocHost", ctypes.c_size_t(size))
 
 
 def write(address: int, content: bytes) -> None:
@@ -311,18 +313,3 @@ def create_communicator(root: bytes, rank: int) -> int:
     call("HcclCommInitRootInfo", 2, root, rank, ctypes.byref(communicator))
     assert communicator.value is not None
     return communicator.value
-
-
-@contextmanager
-def communicator(root: bytes, rank: int) -> Iterator[int]:
-    """A communicator for a while."""
-    handle = create_communicator(root, rank)
-    try:
-        yield handle
-    finally:
-        call("HcclCommDestroy", handle)
-
-
-def is_available() -> bool:
-    """Whether this process was started on the double."""
-    return "CANN_DOUBLE_STATE" in os.environ

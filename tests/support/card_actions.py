@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import threading
 import time
 
@@ -196,6 +195,19 @@ def communicator_error(communicator: int) -> int:
     return error.value
 
 
-def stop_oneself() -> None:
-    """SIGKILL from within."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def destroy_while_another_thread_waits(communicator: int, address: int) -> bool:
+    """Receives from a peer that is lost; whether waiting for the device ends when the stream is destroyed."""
+    stream = acl.create_stream()
+    acl.call("HcclRecv", address, 4096, 0, 0, communicator, stream)
+
+    def wait() -> None:
+        acl.set_device(1)
+        acl.call("aclrtSynchronizeDevice")
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    time.sleep(0.2)
+    waits = thread.is_alive()
+    acl.call("aclrtDestroyStreamForce", stream)
+    thread.join(5)
+    return waits and not thread.is_alive()

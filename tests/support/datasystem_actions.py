@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from support import acl
@@ -24,11 +26,13 @@ class Outcome(NamedTuple):
     error: str
 
 
+def _module() -> Any:
+    return importlib.import_module("yr.datasystem")  # only where the wheel is installed
+
+
 def connect(name: str, port: int) -> None:
     """A HeteroClient of this process under a name."""
-    from yr.datasystem import HeteroClient
-
-    client = HeteroClient("127.0.0.1", port, connect_timeout_ms=10_000)
+    client = _module().HeteroClient("127.0.0.1", port, connect_timeout_ms=10_000)
     client.init()
     _clients[name] = client
 
@@ -80,15 +84,20 @@ def call(name: str, method: str, *arguments: object) -> Outcome:
 
 
 def _blob_list(device: int, blobs: Blobs) -> object:
-    from yr.datasystem import Blob, DeviceBlobList
-
-    return DeviceBlobList(device, [Blob(address, size) for address, size in blobs])
+    module = _module()
+    return module.DeviceBlobList(device, [module.Blob(address, size) for address, size in blobs])
 
 
 def publish(name: str, key: str, device: int, blobs: Blobs) -> Outcome:
     """dev_mset."""
     acl.set_device(device)
     return call(name, "dev_mset", [key], [_blob_list(device, blobs)])
+
+
+def publish_in_a_fresh_thread(name: str, key: str, device: int, blobs: Blobs) -> Outcome:
+    """dev_mset in a thread that has not set its device."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call, name, "dev_mset", [key], [_blob_list(device, blobs)]).result()
 
 
 def fetch(name: str, key: str, device: int, blobs: Blobs, wait_ms: int = 5000) -> Outcome:
@@ -98,9 +107,14 @@ def fetch(name: str, key: str, device: int, blobs: Blobs, wait_ms: int = 5000) -
 
 
 def withdraw(name: str, key: str, device: int) -> Outcome:
-    """dev_local_delete."""
+    """dev_local_delete, again while a reader's acknowledgement, which comes after its dev_mget, is on its way."""
     acl.set_device(device)
-    return call(name, "dev_local_delete", [key])
+    deadline = time.monotonic() + 2
+    while True:
+        outcome = call(name, "dev_local_delete", [key])
+        if "Try again" not in outcome.error or time.monotonic() > deadline:
+            return outcome
+        time.sleep(0.05)
 
 
 def store(name: str, key: str, device: int, blobs: Blobs) -> Outcome:

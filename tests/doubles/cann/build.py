@@ -64,7 +64,8 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _compile(compiler: str, sources: list[Path], library: Path) -> None:
-    command = [compiler, *FLAGS, f"-Wl,-soname,{library.name}", "-o", library, *sources, "-lpthread", "-ldl"]
+    names = [str(path) for path in sources]
+    command = [compiler, *FLAGS, f"-Wl,-soname,{library.name}", "-o", str(library), *names, "-lpthread", "-ldl"]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         shutil.rmtree(library.parent)

@@ -7,7 +7,7 @@
 
 struct stream {
     uint64_t id, put, done, report_thread;
-    int card, error;
+    int card, error, waiters;   /* threads that wait for it keep it from being freed */
     bool stopping, ending;
     pthread_t thread;
     pthread_mutex_t lock;
@@ -17,7 +17,8 @@ struct stream {
 };
 static struct stream *streams;
 static uint64_t last_id;
-static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;   /* also: handles of streams, waiters */
+static pthread_cond_t waiter_left = PTHREAD_COND_INITIALIZER;
 
 int stream_card(const struct stream *stream) { return stream->card; }
 uint64_t stream_id(const struct stream *stream) { return stream->id; }
@@ -125,7 +126,7 @@ API int aclrtCreateStreamWithConfig(void **handle, uint32_t priority, uint32_t f
     return aclrtCreateStream(handle);
 }
 
-static int wait_for(struct stream *stream, int64_t milliseconds)
+static int wait_until_done(struct stream *stream, int64_t milliseconds)
 {
     struct timespec deadline = deadline_after_ms(milliseconds < 0 ? 0 : milliseconds);
     int waited = 0;
@@ -143,22 +144,48 @@ static int wait_for(struct stream *stream, int64_t milliseconds)
     return ACL_SUCCESS;
 }
 
+/* With the list locked, and again when it returns. */
+static int wait_for(struct stream *stream, int64_t milliseconds)
+{
+    stream->waiters++;
+    pthread_mutex_unlock(&list_lock);
+    int code = wait_until_done(stream, milliseconds);
+    pthread_mutex_lock(&list_lock);
+    stream->waiters--;
+    pthread_cond_broadcast(&waiter_left);
+    return code;
+}
+
 API int aclrtSynchronizeStreamWithTimeout(void *handle, int32_t milliseconds)
 {
     int code = enter(NULL);
     if (code) return code;
+    pthread_mutex_lock(&list_lock);
     struct stream *stream = stream_of(handle);
-    return stream ? wait_for(stream, milliseconds) : ACL_ERROR_RT_INVALID_HANDLE;
+    code = stream ? wait_for(stream, milliseconds) : ACL_ERROR_RT_INVALID_HANDLE;
+    pthread_mutex_unlock(&list_lock);
+    return code;
 }
 API int aclrtSynchronizeStream(void *handle) { return aclrtSynchronizeStreamWithTimeout(handle, -1); }
+
+/* Streams are listed by age, newest first, so that the next one can be found by its number after the list was unlocked. */
+static struct stream *next_on_card(int card, uint64_t before)
+{
+    struct stream *stream = streams;
+    while (stream && (stream->card != card || stream->id >= before)) stream = stream->next;
+    return stream;
+}
 
 API int aclrtSynchronizeDeviceWithTimeout(int32_t milliseconds)
 {
     int card, code = enter(&card);
     if (code) return code;
+    uint64_t before = UINT64_MAX;
     pthread_mutex_lock(&list_lock);
-    for (struct stream *stream = streams; stream && !code; stream = stream->next)
-        if (stream->card == card) code = wait_for(stream, milliseconds);
+    for (struct stream *stream; !code && (stream = next_on_card(card, before));) {
+        before = stream->id;
+        code = wait_for(stream, milliseconds);
+    }
     pthread_mutex_unlock(&list_lock);
     return code;
 }
@@ -180,19 +207,21 @@ static int destroy(void *handle, bool at_once)
 {
     int code = attach_process();
     if (code) return code;
-    struct stream *stream = handle_destroy(HANDLE_STREAM, handle);
-    if (!stream) return ACL_ERROR_RT_INVALID_HANDLE;
     pthread_mutex_lock(&list_lock);
-    struct stream **place = &streams;
-    while (*place != stream) place = &(*place)->next;
-    *place = stream->next;
+    struct stream *stream = handle_destroy(HANDLE_STREAM, handle), **place = &streams;
+    while (stream && *place != stream) place = &(*place)->next;
+    if (stream) *place = stream->next;
     pthread_mutex_unlock(&list_lock);
+    if (!stream) return ACL_ERROR_RT_INVALID_HANDLE;
     pthread_mutex_lock(&stream->lock);
     stream->ending = true;
     if (at_once) __atomic_store_n(&stream->stopping, true, __ATOMIC_RELEASE);
     pthread_cond_broadcast(&stream->changed);
     pthread_mutex_unlock(&stream->lock);
     pthread_join(stream->thread, NULL);
+    pthread_mutex_lock(&list_lock);
+    while (stream->waiters) pthread_cond_wait(&waiter_left, &list_lock);
+    pthread_mutex_unlock(&list_lock);
     hazard_synchronised(stream->id, UINT64_MAX);
     free(stream);
     count(COUNT_STREAMS, -1);

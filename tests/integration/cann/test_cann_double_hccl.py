@@ -82,6 +82,31 @@ def test_two_ranks_on_one_card_are_refused(start_process: StartProcess) -> None:
     assert caught.value.code == HCCL_PARAMETER
 
 
+def test_a_card_of_another_host_is_another_card(start_process: StartProcess) -> None:
+    with CannHost() as other_host:
+        one, other = start_process(), CardProcess(other_host)
+        try:
+            one.call(acl.set_device, 0)
+            other.call(acl.set_device, 0)
+            root = one.call(acl.root_info)
+            waiting = one.begin(card_actions.meet, root, 0)
+            other.call(card_actions.meet, root, 1)
+            waiting(10)
+        finally:
+            other.close()
+
+
+def test_a_stream_that_hangs_can_be_destroyed_while_another_thread_waits_for_it(
+    cann_host: CannHost, start_process: StartProcess
+) -> None:
+    one, other = connect(start_process)
+    destination = other.process.call(acl.malloc, SIZE)
+    one.process.kill()
+    assert other.process.call(card_actions.destroy_while_another_thread_waits, other.communicator, destination)
+    assert "pending_tasks" not in other.process.live
+    assert cann_host.violations() == []
+
+
 def test_different_sizes_break_both_streams(start_process: StartProcess) -> None:
     one, other = connect(start_process)
     source, destination = one.process.call(acl.malloc, SIZE), other.process.call(acl.malloc, SIZE)
@@ -94,7 +119,7 @@ def test_different_sizes_break_both_streams(start_process: StartProcess) -> None
 
 def test_host_memory_cannot_be_sent(start_process: StartProcess) -> None:
     one, _ = connect(start_process)
-    address = one.process.call(acl._out, "aclrtMallocHost", 4096)
+    address = one.process.call(acl.malloc_host, 4096)
     with pytest.raises(AclError) as caught:
         send(one, address, 4096)(10)
     assert caught.value.code == HCCL_PARAMETER

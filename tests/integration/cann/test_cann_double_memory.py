@@ -140,9 +140,7 @@ def test_a_batch_of_copies_is_made_in_both_directions(start_process: StartProces
     process = on_card(start_process)
     source, destination = process.call(acl.malloc, 8192), process.call(acl.malloc, 8192)
     process.call(acl.write, source, b"a" * 4096 + b"b" * 4096)
-    process.call(
-        card_actions.copy_batch, [(destination, source + 4096, 4096), (destination + 4096, source, 4096)]
-    )
+    process.call(card_actions.copy_batch, [(destination, source + 4096, 4096), (destination + 4096, source, 4096)])
     assert process.call(acl.read, destination, 8192) == b"b" * 4096 + b"a" * 4096
 
 

@@ -162,9 +162,7 @@ def test_an_import_pins_the_memory_of_a_dead_exporter(
     assert importer.live == {}
 
 
-def test_an_import_can_be_refused_on_demand(
-    cann_host: CannHost, exporter: CardProcess, importer: CardProcess
-) -> None:
+def test_an_import_can_be_refused_on_demand(cann_host: CannHost, exporter: CardProcess, importer: CardProcess) -> None:
     key = exporter.call(acl.export, exporter.call(acl.malloc, SIZE), SIZE)
     cann_host.inject(Fault.IMPORT_REFUSED, pid=importer.pid, times=1)
     with pytest.raises(AclError, match="refuses this import") as caught:
@@ -191,9 +189,7 @@ def test_reserved_addresses_without_memory_cannot_be_read(exporter: CardProcess)
         exporter.call(acl.release, address)
 
 
-def test_imported_chunks_are_the_same_memory(
-    cann_host: CannHost, exporter: CardProcess, importer: CardProcess
-) -> None:
+def test_imported_chunks_are_the_same_memory(cann_host: CannHost, exporter: CardProcess, importer: CardProcess) -> None:
     address, handles = exporter.call(card_actions.map_chunks, 2, 0)
     shareables = [exporter.call(acl.export_chunk, handle) for handle in handles]
     imported, imported_handles = importer.call(card_actions.map_shared, shareables, 0)
