@@ -35,7 +35,7 @@ _HUGE_PAGES = 1
 
 _POINTER, _SIZE, _FLAGS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
 _INT32, _UINT32, _TEXT = ctypes.c_int32, ctypes.c_uint32, ctypes.c_char_p
-_ARGUMENTS: Mapping[str, Sequence[Any]] = {
+ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "aclInit": (_TEXT,),
     "aclrtSetDevice": (_INT32,),
     "aclrtResetDevice": (_INT32,),
@@ -264,7 +264,7 @@ class Acl:
             if not self.has(name):
                 raise AclUnavailable(name, 0, "this CANN does not have it; 8.3.RC1 is the oldest that shares memory")
             function = getattr(self._library, name)
-            function.argtypes = _ARGUMENTS.get(name, ())
+            function.argtypes = ARGUMENTS.get(name, ())
             self._functions[name] = function
         return function
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from support import acl as calls
-from weight_broker.acl import load
+from weight_broker.acl import MemcpyKind, load
 from weight_broker.layout import ITEM_SIZES, MemoryFormat
 from weight_broker.memory import npu
+from weight_broker.memory.npu_digest import TorchEngine
 from weight_broker.memory.npu_registry import EXPORTS
 
 
@@ -116,6 +117,16 @@ def exports() -> int:
 def digests(places: Sequence[Place]) -> tuple[int, ...]:
     """MULTILINEAR_64 of each tensor, in the layout's order."""
     return npu.digest_tensors(npu.describe_device(tensors_of(places))).values
+
+
+def digests_by_torch(places: Sequence[Place]) -> tuple[int, ...]:
+    """The same, summed up by torch: here on the processor, where there is no torch for the double's cards."""
+
+    def copy(destination: int, source: int, size: int) -> None:
+        load().memcpy(destination, size, source, size, MemcpyKind.DEVICE_TO_HOST)
+
+    engine = TorchEngine("cpu", copy, lambda: None)
+    return npu.digest_tensors(npu.describe_device(tensors_of(places)), engine=engine).values
 
 
 def current_device() -> int | None:

@@ -84,7 +84,8 @@ def _describe(name: str, tensor: DeviceTensor, targets: dict[tuple[object, ...],
         tensor.memory_format,
         alias_of,
     )
-    return DescribedTensor(spec, tensor.address if tensor.storage_bytes else 0, tensor.owner or tensor, "device")
+    owner = tensor if tensor.owner is None else tensor.owner
+    return DescribedTensor(spec, tensor.address if tensor.storage_bytes else 0, owner, "device")
 
 
 def _is_dense(tensor: DeviceTensor) -> bool:

@@ -38,7 +38,11 @@ def from_tensor(name: str, tensor: torch.Tensor) -> DeviceTensor:
     if tensor.is_neg() or tensor.is_conj():
         hint = "Use .resolve_conj().resolve_neg()."
         raise _refusal(name, "memory", "a lazy conjugate or negative", "plain memory", hint)
-    offset, available = int(tensor.storage_offset()), tensor.untyped_storage().nbytes()
+    try:
+        offset, available, address = int(tensor.storage_offset()), tensor.untyped_storage().nbytes(), tensor.data_ptr()
+    except (RuntimeError, ValueError) as error:  # uninitialised parameters and wrappers without memory say so this way
+        hint = "Materialise it first."
+        raise _refusal(name, "memory", "not there", "a tensor with memory of its own", hint) from error
     number = int(torch_npu.get_npu_format(tensor))
     if number == FRACTAL_NZ:
         memory_format = MemoryFormat.FRACTAL_NZ
@@ -56,7 +60,7 @@ def from_tensor(name: str, tensor: torch.Tensor) -> DeviceTensor:
         hint = "Its storage was freed or resized."
         raise _refusal(name, "memory", f"{available} bytes", f"a storage of {storage_bytes} bytes", hint)
     return DeviceTensor(
-        address=tensor.data_ptr() if storage_bytes else 0,
+        address=address if storage_bytes else 0,
         dtype=dtype,
         shape=tuple(tensor.shape),
         stride=tuple(tensor.stride()),
