@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.torch_npu_double import TorchNpu, on_npu
 from weight_broker.acl import Acl, AclError, MemcpyKind
 from weight_broker.errors import PublishRefused, RetractTimeout
 from weight_broker.memory.npu import (
@@ -247,6 +251,34 @@ def test_an_export_that_the_driver_does_not_end_can_be_ended_later(monkeypatch: 
     assert acl.keys
     exported.close()
     assert acl.holds_nothing
+
+
+def test_in_a_forked_child_closing_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    acl = CountingAcl()
+    with export(acl, TENSORS, PLAIN, CHUNKED) as exported:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: -1)
+            exported.close()
+        assert not acl.holds_nothing
+    assert acl.holds_nothing
+
+
+def test_what_torch_npu_has_in_its_queue_is_done_first_and_its_segments_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    acl, weights = CountingAcl(), torch.zeros(1000)
+    base = weights.data_ptr() // PAGE * PAGE
+    row = {"device": 2, "address": base, "total_size": 2 * PAGE, "segment_type": "small"}
+    calls_before: list[tuple[int, int]] = []
+    double = TorchNpu([row])
+    monkeypatch.setattr(double, "synchronized", SimpleNamespace(append=lambda it: calls_before.append((it, acl.calls))))
+    monkeypatch.setitem(sys.modules, "torch_npu", double.module)
+    described = describe_device({"weights": on_npu(weights, index=2)})
+    with export_segments(described, acl=acl, driver_version="25.5.0") as exported:
+        assert calls_before == [(2, 0)]
+        assert exported.regions[0].npu_allocation.export_key == b"%x+%x" % (base, 2 * PAGE)
+        assert exported.regions[0].device_id == "npu:6"
+        assert exported.placements == ((0, weights.data_ptr() - base),)
 
 
 def test_without_a_library_publishing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
