@@ -6,7 +6,9 @@ It prints nothing, does what comes over the socket, and ends when the other end 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import socket
 import threading
 import time
@@ -23,6 +25,7 @@ from weight_brokerd.cards.packets import PACKET_BYTES, Joiner, split
 
 THREADS = 16
 _STOP_SECONDS = 1.5
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -32,8 +35,17 @@ def main() -> None:
     parser.add_argument("--device", type=int, required=True)
     parser.add_argument("--socket", type=int, required=True)
     options = parser.parse_args()
+    # The service manager and the terminal signal every process of the daemon; this one ends when the daemon is done.
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    _die_with_parent()
     with socket.socket(fileno=options.socket) as connection:
         os._exit(_Child(connection, options.role, options.device).serve())
+
+
+def _die_with_parent() -> None:
+    """For when the daemon is killed while an engine's call keeps this process from noticing that the socket closed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Child:

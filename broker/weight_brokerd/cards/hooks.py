@@ -19,7 +19,8 @@ class Hooks:
     """All are called on the loop."""
 
     authorize: Callable[[str, int], Awaitable[None]] = _nobody_asks
-    """(region, bare TGID): before a process imports a region. The exporter is to put the process on its whitelist."""
+    """(region, bare TGID): before a process imports a region. The exporter is to put the process on its whitelist;
+    raises CardRefused if it does not."""
     on_offers_lost: Callable[[Sequence[str], str], None] = _nobody_listens
     """(keys, why): the process that offered them has ended. Their readers wait for nothing and are to be ended."""
     on_region_lost: Callable[[str, str], None] = _nobody_listens

@@ -24,6 +24,7 @@ from weight_brokerd.cards.tasks import uninterrupted
 log = structlog.get_logger()
 AnswerT = TypeVar("AnswerT", bound=messages.Answer)
 _STDERR_BYTES = 4096
+_LAST_WORDS_SECONDS = 0.5
 
 
 class EngineFailed(CardRefused):
@@ -56,7 +57,7 @@ class CardProcess:
         self._stderr = b""
         self._exited = asyncio.Event()
         asyncio.get_running_loop().add_reader(connection.fileno(), self._receive)
-        self._tasks = [asyncio.create_task(self._read_stderr()), asyncio.create_task(self._await_exit())]
+        self._tasks = asyncio.create_task(self._read_stderr()), asyncio.create_task(self._await_exit())
 
     @classmethod
     async def start(cls, role: Role, device: int, configuration: CardsConfiguration) -> CardProcess:
@@ -207,6 +208,7 @@ class CardProcess:
 
     async def _await_exit(self) -> None:
         await self._process.wait()
+        await asyncio.wait({self._tasks[0]}, timeout=_LAST_WORDS_SECONDS)
         self._receive_rest()
         self._exited.set()
         for future in self._waiting.values():

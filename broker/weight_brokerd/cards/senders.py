@@ -61,7 +61,7 @@ class SenderSide:
         self._current: _Sender | None = None
         self._retiring: list[_Sender] = []
         self._starting: asyncio.Task[_Sender] | None = None
-        self._restarting = False
+        self._restarting: asyncio.Task[object] | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._background = Background()
         self._is_closed = False
@@ -162,9 +162,10 @@ class SenderSide:
         self._is_closed = True
         if self._idle is not None:
             self._idle.cancel()
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
+        for task in (self._starting, self._restarting):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await self._background.close()
         senders = self._all()
         self._current = None
@@ -210,7 +211,7 @@ class SenderSide:
             try:
                 await self._import(sender, region)
             except CardRefused as error:
-                if self._restarting:  # otherwise whoever registers it hears of it
+                if self._restarting is not None:  # otherwise whoever registers it hears of it
                     self.regions.pop(region.region_id, None)
                     self._hooks.on_region_lost(region.region_id, str(error))
             except (CardLost, CardTimeout) as error:
@@ -232,9 +233,8 @@ class SenderSide:
                 raise
 
     def _restart(self) -> None:
-        if not self._restarting and not self._is_closed:
-            self._restarting = True
-            self._background.spawn(self._restart_until_ready())
+        if self._restarting is None and not self._is_closed:
+            self._restarting = self._background.spawn(self._restart_until_ready())
 
     async def _restart_until_ready(self) -> None:
         wait, most = self._configuration.restart_seconds
@@ -248,7 +248,7 @@ class SenderSide:
                 else:
                     return
         finally:
-            self._restarting = False
+            self._restarting = None
 
     # Ending
 
