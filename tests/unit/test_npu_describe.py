@@ -133,7 +133,7 @@ def test_base_formats_are_plain_memory(torch_npu: TorchNpu, number: int) -> None
         (r"memory is '36 bytes'", lambda: on_npu(torch.zeros(9), format_number=29, elements=10)),
         (r"stride is \(2,\); .*contiguous", lambda: on_npu(torch.zeros(9)[::2])),
         (r"memory is .*resolve_conj", lambda: on_npu(torch.zeros(3, dtype=torch.complex64).conj())),
-        (r"dtype is torch\.uint1; .*Share the integers", lambda: on_npu(torch.empty(8, dtype=torch.uint1))),
+        (r"dtype is torch\.bits8; .*Share the integers", lambda: on_npu(torch.empty(8, dtype=torch.bits8))),
     ],
 )
 def test_what_torch_npu_cannot_share_is_refused_with_a_way_out(torch_npu: TorchNpu, said: str, tensor: Any) -> None:

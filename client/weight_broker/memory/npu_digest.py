@@ -104,7 +104,7 @@ class HostEngine:
 
 
 class TorchEngine:
-    """Computes with torch operations on `device`, in `SCRATCH_BYTES` and about ten times that for intermediate results.
+    """Computes with torch operations on `device`, in `SCRATCH_BYTES` and twice that for intermediate results.
 
     `copy` copies (destination, source, size) within the device and waits; `synchronize` waits for torch.
     """
@@ -121,25 +121,25 @@ class TorchEngine:
         import torch
 
         digests = [0] * len(blocks)
-        scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self._device)
+        scratch = torch.empty(SCRATCH_BYTES // multilinear.WORD_BYTES, dtype=torch.int32, device=self._device)
         factors = _multipliers(FULL_BLOCK_BYTES // multilinear.WORD_BYTES).to(self._device)
         order: list[int] = []
         sums: list[Any] = []
         with torch.no_grad():
             for indices, row_bytes in _batches(blocks):
                 _check(deadline)
-                rows = scratch[: len(indices) * row_bytes].view(len(indices), row_bytes)
-                self._fill(rows, [blocks[index] for index in indices])
-                words = rows.view(torch.int32).to(torch.int64).bitwise_and_(0xFFFFFFFF)
-                sums.append(words.mul_(factors[: words.shape[1]]).sum(dim=1))
+                row_words = row_bytes // multilinear.WORD_BYTES
+                rows = scratch[: len(indices) * row_words].view(len(indices), row_words)
+                self._fill(rows, row_bytes, [blocks[index] for index in indices])
+                words = rows.to(torch.int64).bitwise_and_(0xFFFFFFFF)
+                sums.append(words.mul_(factors[:row_words]).sum(dim=1))
                 order += indices
             results = torch.cat(sums).tolist() if sums else []
         for index, result in zip(order, results, strict=True):
             digests[index] = (result + blocks[index][1] * multilinear.multiplier(0)) & multilinear.MASK
         return digests
 
-    def _fill(self, rows: torch.Tensor, blocks: Sequence[Block]) -> None:
-        row_bytes = rows.shape[1]
+    def _fill(self, rows: torch.Tensor, row_bytes: int, blocks: Sequence[Block]) -> None:
         if any(length < row_bytes for _, length in blocks):
             rows.zero_()
         self._synchronize()  # the sums of the batch before have been read, the zeros have been written

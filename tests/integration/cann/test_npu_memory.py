@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -335,3 +336,25 @@ def test_digests_of_device_memory_are_those_of_the_same_bytes_anywhere(instance:
     values = (expected(2, 600_000), 0, expected(600_010, 9), 0, expected(0, 512))
     assert instance.call(npu_actions.digests, places) == values
     assert instance.call(npu_actions.digests_by_torch, places) == values
+
+
+def test_exchanged_tensors_are_seen_in_the_digests(instance: CardProcess) -> None:
+    segment = plain_segment(instance)
+    instance.call(acl.write, segment.base, b"one" + b"two")
+    one, two = Place("a", segment.base, (3,), "int8"), Place("b", segment.base + 3, (3,), "int8")
+    right = instance.call(npu_actions.digests, [one, two])
+    exchanged = instance.call(npu_actions.digests, [replace(one, name="b"), replace(two, name="a")])
+    assert exchanged == right[::-1] != right
+
+
+def test_a_model_of_5000_tensors_in_expandable_segments_is_shared_in_a_second(
+    instance: CardProcess, card: CardProcess
+) -> None:
+    segment, _ = chunked_segment(instance, 200)
+    step = segment.size // 5000 // 512 * 512
+    places = [Place(f"{index:04}", segment.base + index * step, (step // 2,)) for index in range(5000)]
+    begun = time.monotonic()
+    shared = instance.call(npu_actions.share, "it", places, [segment], [card.call(acl.bare_tgid)])
+    assert time.monotonic() - begun < 1
+    assert len(shared.regions) == 1
+    assert [offset for _, offset in shared.placements] == [index * step for index in range(5000)]
