@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,9 +58,14 @@ class Owned:
     """Device memory of an instance, exported as one region."""
 
     process: CardProcess
-    card: str
+    device: int
     address: int
     region: ImportRegion
+
+    @property
+    def card(self) -> str:
+        """The card's name on the wire."""
+        return f"npu:{self.device}"
 
     @property
     def size(self) -> int:
@@ -67,17 +74,17 @@ class Owned:
 
     def fill(self, seed: int | None) -> None:
         """Writes the bytes of `seed` or zeros."""
-        self.process.call(acl.set_device, int(self.card))
+        self.process.call(acl.set_device, self.device)
         self.process.call(datasystem_actions.fill, [(self.address, self.size)], seed)
 
     def read(self, offset: int = 0, size: int | None = None) -> bytes:
         """What is there."""
-        self.process.call(acl.set_device, int(self.card))
+        self.process.call(acl.set_device, self.device)
         return self.process.call(acl.read, self.address + offset, self.size - offset if size is None else size)
 
     def digest(self) -> str:
         """Of all of it."""
-        self.process.call(acl.set_device, int(self.card))
+        self.process.call(acl.set_device, self.device)
         return self.process.call(datasystem_actions.digest, [(self.address, self.size)])
 
     def blobs(self, *spans: tuple[int, int]) -> BlobList:
@@ -106,8 +113,8 @@ def own(
         address = process.call(acl.malloc, size)
         process.call(datasystem_actions.fill, [(address, size)], seed)
         key = process.call(acl.export, address, size, any_process=any_process)
-        return Owned(process, str(card), address, ImportRegion(name, size, export_key=key.hex()))
-    owned = Owned(process, str(card), address, region)
+        return Owned(process, card, address, ImportRegion(name, size, export_key=key.hex()))
+    owned = Owned(process, card, address, region)
     owned.fill(seed)
     return owned
 
@@ -133,3 +140,11 @@ async def move(
         await cards.withdraw(source.card, key, OfferEnd.DELIVERED)
         seconds.update(done.seconds)
     return seconds
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits for something that comes by itself."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        await asyncio.sleep(0.02)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from weight_broker import acl
 from weight_broker.acl import AclError
+from weight_broker.memory.npu import device_id
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child_engine import Engine, EngineError
 from weight_brokerd.cards.child_memory import NotPossible
@@ -87,7 +88,7 @@ class _Child:
         at = time.monotonic()
         runtime = acl.load()
         runtime.set_device(self._device)
-        identity, soc = str(runtime.physical_device(self._device)), runtime.soc_name()
+        identity, soc = device_id(runtime, self._device), runtime.soc_name()
         seconds["set_device"] = time.monotonic() - at
         at = time.monotonic()
         engine = Engine(

@@ -38,6 +38,8 @@ class CardMemory:
         self._lock = threading.Lock()
         self._imports: dict[tuple[str, tuple[int, ...]], _Import] = {}
         self._regions: dict[str, tuple[ImportRegion, _Import]] = {}
+        self._chunks: dict[int, tuple[int, int]] = {}
+        """Handle here and number of uses, by shareable handle."""
         self.staging_bytes = 0
 
     @property
@@ -138,11 +140,26 @@ class CardMemory:
         address = self._acl.reserve_address(len(handles) * chunk)
         undo.callback(self._acl.release_address, address)
         for index, shareable in enumerate(handles):
-            handle = self._acl.import_shareable_handle(shareable, self._device)
-            undo.callback(self._acl.free_physical, handle)
+            handle = self._hold_chunk(shareable)
+            undo.callback(self._release_chunk, shareable)
             self._acl.map(address + index * chunk, chunk, handle)
             undo.callback(self._acl.unmap, address + index * chunk)
         return address
+
+    def _hold_chunk(self, shareable: int) -> int:
+        """A chunk can be imported once in a process, but publications of one instance may overlap in chunks."""
+        handle, uses = self._chunks.get(shareable, (0, 0))
+        if not uses:
+            handle = self._acl.import_shareable_handle(shareable, self._device)
+        self._chunks[shareable] = handle, uses + 1
+        return handle
+
+    def _release_chunk(self, shareable: int) -> None:
+        handle, uses = self._chunks.pop(shareable)
+        if uses > 1:
+            self._chunks[shareable] = handle, uses - 1
+        else:
+            self._acl.free_physical(handle)
 
 
 class Staging:

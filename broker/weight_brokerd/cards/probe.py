@@ -17,7 +17,7 @@ class Device:
     index: int
     """For set_device."""
     identity: str
-    """The physical card; what regions name."""
+    """The physical card, as regions name it: `Region.device_id`."""
     soc: str
     problem: str = ""
     """The driver's words if the card cannot be opened."""
@@ -54,6 +54,7 @@ async def find_devices(configuration: CardsConfiguration) -> tuple[tuple[Device,
 def main() -> None:
     """Prints what there is."""
     from weight_broker import acl
+    from weight_broker.memory.npu import device_id
 
     devices, problem = [], ""
     try:
@@ -61,7 +62,7 @@ def main() -> None:
         for index in range(runtime.device_count()):
             identity, words, soc = "", "", ""
             try:
-                identity, soc = str(runtime.physical_device(index)), runtime.soc_name()
+                identity, soc = device_id(runtime, index), runtime.soc_name()
                 runtime.set_device(index)
                 runtime.reset_device(index)
             except acl.AclError as error:

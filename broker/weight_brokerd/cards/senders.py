@@ -44,6 +44,8 @@ class _Sender:
     imported: set[str] = field(default_factory=set)
     offers: dict[str, frozenset[str]] = field(default_factory=dict)
     """The regions of each key."""
+    is_stuck: bool = False
+    """Its engine waits for a reader that is gone: it would not end by itself."""
     importing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -140,6 +142,7 @@ class SenderSide:
         if sender is None:
             return
         if end is OfferEnd.ABANDONED:
+            sender.is_stuck = True
             self._retire(sender)
         wait = self._configuration.withdraw_seconds if end is OfferEnd.DELIVERED else _SHORT_WAIT_MS / 1000
         try:
@@ -287,7 +290,7 @@ class SenderSide:
 
     def _end_if_done(self, sender: _Sender) -> None:
         if sender in self._retiring and not sender.offers and not self._is_closed:
-            self._background.spawn(sender.child.stop())
+            self._background.spawn(sender.child.kill() if sender.is_stuck else sender.child.stop())
 
     def _end_if_idle(self) -> None:
         if not self.regions and self._current is not None:

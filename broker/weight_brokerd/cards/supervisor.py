@@ -94,8 +94,8 @@ class CardSupervisor:
     async def close(self) -> None:
         """Ends all processes. Running fetches are to be cancelled before."""
         await self._worker.close()
-        await asyncio.gather(*(card.senders.close() for card in self._cards.values()))
-        await asyncio.gather(*(card.receivers.close() for card in self._cards.values()))
+        sides = [side for card in self._cards.values() for side in (card.senders, card.receivers)]
+        await asyncio.gather(*(side.close() for side in sides))
 
     # Sources
 

@@ -57,8 +57,8 @@ def test_h3_a_slow_reader_gets_the_right_bytes_although_a_fast_one_is_done_and_w
 
     async def scenario() -> None:
         async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("0", source.region)
-            await asyncio.gather(cards.warm_up("1"), cards.warm_up("2"))
+            await cards.register("npu:0", source.region)
+            await asyncio.gather(cards.warm_up("npu:1"), cards.warm_up("npu:2"))
             cann_host.inject(Fault.SLOW_LINK, card=2, value=12 * MIB)
             slowly = asyncio.create_task(move(cards, source, slow))
             await asyncio.sleep(0.3)
@@ -84,16 +84,18 @@ def test_h3_memory_that_is_taken_back_under_a_reader_is_unmapped_and_the_reader_
     async def scenario() -> None:
         hooks = Hooks(on_offers_lost=lambda keys, _: lost.extend(keys))
         async with supervised(configuration(cann_host, worker), hooks) as cards:
-            await cards.register("0", source.region)
-            await cards.register("0", other.region)
-            await cards.warm_up("1")
+            await cards.register("npu:0", source.region)
+            await cards.register("npu:0", other.region)
+            await cards.warm_up("npu:1")
             cann_host.inject(Fault.SLOW_LINK, value=4 * MIB)
             key = fresh_key()
-            await cards.offer("0", key, source.blobs())
-            fetching = asyncio.create_task(cards.fetch("1", key, destination.blobs(), [destination.region], timeout=30))
+            await cards.offer("npu:0", key, source.blobs())
+            fetching = asyncio.create_task(
+                cards.fetch("npu:1", key, destination.blobs(), [destination.region], timeout=30)
+            )
             await asyncio.sleep(0.7)
             begun = time.monotonic()
-            await cards.unregister("0", source.region.region_id)
+            await cards.unregister("npu:0", source.region.region_id)
             assert time.monotonic() - begun < 4
             assert lost == [key]
             # The driver would refuse this if anybody had it open still.
@@ -104,7 +106,9 @@ def test_h3_memory_that_is_taken_back_under_a_reader_is_unmapped_and_the_reader_
             with pytest.raises(asyncio.CancelledError):
                 await fetching
             cann_host.clear()
-            assert (await cards.offer("0", fresh_key(), other.blobs())).seconds, "what else is published is still there"
+            assert (await cards.offer("npu:0", fresh_key(), other.blobs())).seconds, (
+                "what else is published is still there"
+            )
 
     asyncio.run(scenario())
 
@@ -117,7 +121,7 @@ def test_h4_and_h7_transfers_of_the_same_memory_follow_each_other_without_a_stal
 
     async def scenario() -> None:
         async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("0", source.region)
+            await cards.register("npu:0", source.region)
             for turn in range(5):
                 source.fill(turn)
                 for destination in destinations:
@@ -138,7 +142,7 @@ def test_h9_blobs_that_the_engine_merges_go_to_cards_other_than_the_first(
 
     async def scenario() -> None:
         async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("2", source.region)
+            await cards.register("npu:2", source.region)
             await move(cards, source, destination, [(source.blobs(*spans), destination.blobs(*spans))])
 
     asyncio.run(scenario())
@@ -154,14 +158,14 @@ def test_h11_every_thread_of_a_card_process_has_its_card(
 
     async def scenario() -> None:
         async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("1", source.region)
+            await cards.register("npu:1", source.region)
             keys = [fresh_key() for _ in range(40)]
             packed = source.blobs((0, 100))._replace(blobs=(source.blobs((0, 100)).blobs[0]._replace(size=2 * MIB),))
-            await asyncio.gather(*(cards.offer("1", key, packed) for key in keys))
-            (figures,) = (await cards.figures("1")).values()
+            await asyncio.gather(*(cards.offer("npu:1", key, packed) for key in keys))
+            (figures,) = (await cards.figures("npu:1")).values()
             assert (figures.keys, figures.staging_bytes) == (40, 80 * MIB)
-            await asyncio.gather(*(cards.withdraw("1", key, OfferEnd.UNREAD) for key in keys))
-            (figures,) = (await cards.figures("1")).values()
+            await asyncio.gather(*(cards.withdraw("npu:1", key, OfferEnd.UNREAD) for key in keys))
+            (figures,) = (await cards.figures("npu:1")).values()
             assert (figures.keys, figures.staging_bytes) == (0, 0)
             assert cards.health[0].retiring_pids == ()
 

@@ -11,7 +11,7 @@ import pytest
 from doubles.cann.control import CannHost
 from support import acl
 from support.card_process import CardProcess
-from support.cards import Owned, configuration, move, own, supervised
+from support.cards import Owned, configuration, move, own, supervised, until
 from support.datasystem_worker import DatasystemWorker
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.cards import plan
@@ -75,13 +75,13 @@ def test_a_mixed_weight_set_fills_another_card_bit_for_bit_and_touches_nothing_e
         async with supervised(configuration(cann_host, worker)) as cards:
             await cards.register(source.card, source.region)
             await move(cards, source, destination, planned)
-            (sender,) = (await cards.figures("0")).values()
+            (sender,) = (await cards.figures("npu:0")).values()
             assert (sender.imports, sender.keys, sender.staging_bytes) == (1, 0, 0)
             await asyncio.sleep(0.8)  # the receiver gives its replica back when its late acknowledgement is through
-            (receiver,) = (await cards.figures("1")).values()
+            (receiver,) = (await cards.figures("npu:1")).values()
             assert (receiver.imports, receiver.keys, receiver.staging_bytes) == (0, 0, 0)
             await cards.unregister(source.card, source.region.region_id)
-            (sender,) = (await cards.figures("0")).values()
+            (sender,) = (await cards.figures("npu:0")).values()
             assert sender.imports == 0
 
     asyncio.run(scenario())
@@ -99,12 +99,12 @@ def test_an_instance_on_the_same_card_is_filled_by_a_copy_on_the_card(
             await cards.register(source.card, source.region)  # it is a source for others at the same time
             spans = [(512, 3 * MIB), (5 * MIB, 1000)]
             regions = [source.region, destination.region]
-            await cards.copy("0", source.blobs(*spans), destination.blobs(*spans), regions, timeout=10)
+            await cards.copy("npu:0", source.blobs(*spans), destination.blobs(*spans), regions, timeout=10)
             for offset, length in spans:
                 assert destination.read(offset, length) == source.read(offset, length)
             assert not any(destination.read(4 * MIB, MIB))
             with pytest.raises(CardRefused, match="other sizes"):
-                await cards.copy("0", source.blobs((0, 8)), destination.blobs((0, 9)), regions, timeout=10)
+                await cards.copy("npu:0", source.blobs((0, 8)), destination.blobs((0, 9)), regions, timeout=10)
 
     asyncio.run(scenario())
     assert cann_host.violations() == []
@@ -117,7 +117,7 @@ def test_four_cards_fill_each_other_all_at_once(
     process = start_process()
     sources = [own(process, card, 4 * MIB, seed=10 * card) for card in range(4)]
     destinations = [
-        (own(process, card, 4 * MIB), source) for card in range(4) for source in sources if source.card != str(card)
+        (own(process, card, 4 * MIB), source) for card in range(4) for source in sources if source.card != f"npu:{card}"
     ]
 
     async def scenario() -> None:
@@ -140,16 +140,16 @@ def test_what_does_not_fit_the_regions_is_refused_before_anything_is_touched(
     async def scenario() -> None:
         async with supervised(configuration(cann_host, worker)) as cards:
             with pytest.raises(CardRefused, match="no such regions"):
-                await cards.offer("0", fresh_key(), source.blobs())
-            await cards.register("0", source.region)
+                await cards.offer("npu:0", fresh_key(), source.blobs())
+            await cards.register("npu:0", source.region)
             with pytest.raises(CardRefused, match="not within it"):
-                await cards.offer("0", fresh_key(), source.blobs((4 * MIB - 10, 11)))
+                await cards.offer("npu:0", fresh_key(), source.blobs((4 * MIB - 10, 11)))
             taken = destination.blobs((0, 4 * MIB + 1))
             with pytest.raises(CardRefused, match="not within it") as caught:
-                await cards.fetch("1", fresh_key(), taken, [destination.region], timeout=5)
+                await cards.fetch("npu:1", fresh_key(), taken, [destination.region], timeout=5)
             assert not caught.value.touched
             with pytest.raises(CardRefused, match="not mapped here"):
-                await cards.fetch("1", fresh_key(), destination.blobs(), [], timeout=5)
+                await cards.fetch("npu:1", fresh_key(), destination.blobs(), [], timeout=5)
             pid = cards.health[1].receiver_pids
             await move(cards, source, destination)
             assert cards.health[1].receiver_pids == pid, "a refusal costs no process"
@@ -173,9 +173,9 @@ def test_the_exporter_lets_exactly_the_processes_in_that_are_about_to_import(
     async def scenario() -> None:
         async with supervised(configuration(cann_host, worker)) as cards:
             with pytest.raises(CardRefused, match="not on the exporter's whitelist"):
-                await cards.register("0", source.region)
+                await cards.register("npu:0", source.region)
         async with supervised(configuration(cann_host, worker), Hooks(authorize=authorize)) as cards:
-            await cards.register("0", source.region)
+            await cards.register("npu:0", source.region)
             await move(cards, source, destination)
 
     asyncio.run(scenario())
@@ -190,19 +190,15 @@ def test_processes_that_are_not_needed_end(
     async def scenario() -> None:
         short = configuration(cann_host, worker, receiver_idle_seconds=0.2, sender_idle_seconds=0.2)
         async with supervised(short) as cards:
-            await cards.register("0", source.region)
+            await cards.register("npu:0", source.region)
             await move(cards, source, destination)
-            await asyncio.sleep(0.5)
-            assert cards.health[1].receiver_pids == ()
+            await until(lambda: cards.health[1].receiver_pids == ())
             assert cards.health[0].sender_pid, "there is memory to send"
-            await cards.unregister("0", source.region.region_id)
-            await asyncio.sleep(0.5)
-            assert cards.health[0].sender_pid == 0
-            await asyncio.sleep(1.0)
-            used = cann_host.used_bytes()
-            await cards.register("0", source.region)
+            await cards.unregister("npu:0", source.region.region_id)
+            await until(lambda: (cards.health[0].sender_pid, cards.health[0].retiring_pids) == (0, ()))
+            await until(lambda: cann_host.used_bytes() == {0: 2 * MIB, 1: 2 * MIB})
+            await cards.register("npu:0", source.region)
             await move(cards, source, destination)
-            assert used == {0: 2 * MIB, 1: 2 * MIB}
 
     asyncio.run(scenario())
 
@@ -214,13 +210,13 @@ def test_a_source_is_read_by_one_key_while_another_is_withdrawn_unread(
 
     async def scenario() -> None:
         async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("0", source.region)
+            await cards.register("npu:0", source.region)
             pid = cards.health[0].sender_pid
             unread = fresh_key()
-            await cards.offer("0", unread, source.blobs())
+            await cards.offer("npu:0", unread, source.blobs())
             await move(cards, source, destination)
-            await cards.withdraw("0", unread, OfferEnd.UNREAD)
-            await cards.withdraw("0", unread, OfferEnd.UNREAD)
+            await cards.withdraw("npu:0", unread, OfferEnd.UNREAD)
+            await cards.withdraw("npu:0", unread, OfferEnd.UNREAD)
             assert cards.health[0].sender_pid == pid
             assert cards.health[0].offers == 0
 
