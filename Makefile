@@ -22,7 +22,7 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
 
-.PHONY: help find-python demo test test-slow lint types generate check-generated proto-baseline benchmark clean
+.PHONY: help find-python demo test test-slow test-ascend lint types generate check-generated proto-baseline benchmark clean
 .DEFAULT_GOAL := help
 
 help:  ## show the commands
@@ -49,6 +49,11 @@ test: $(STAMP)  ## run the tests
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(RUN)pytest -m slow $(PYTEST_ARGUMENTS)
+
+# The engine's own wheel and worker, on the double of the driver: minutes, because some tests wait out its timeouts.
+test-ascend: $(STAMP)  ## run the tests that need the datasystem wheel, on a double of Ascend's driver (needs gcc)
+	$(RUN)pip install --quiet openyuanrong-datasystem==0.8.1
+	$(RUN)pytest tests/integration/cann $(PYTEST_ARGUMENTS)
 
 lint: $(STAMP)  ## ruff, buf lint and the breaking-change check
 	$(RUN)ruff check .

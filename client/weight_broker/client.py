@@ -223,6 +223,7 @@ class BrokerClient:
 
         begun = time.monotonic()
         described = describe(tensors)
+        described.require_host_memory()
         described.require_writable()
         phases = {"describe": time.monotonic() - begun}
 

@@ -3,7 +3,7 @@
 A digest covers a tensor block by block and then the block digests in order, so that a flipped bit, two exchanged
 blocks and two exchanged tensors all change it. Full coverage uses XXH3 where the xxhash package is installed: hashing
 a block that a copy has just brought into the cache costs a fraction of the copy (benchmarks/ has the ratio). Without
-it, CRC-32 from the standard library covers a sample.
+it, CRC-32 from the standard library covers a sample. Device memory is digested where it is, with MULTILINEAR_64.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from weight_broker import multilinear
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -34,6 +36,7 @@ class DigestAlgorithm(enum.StrEnum):
 
     XXH3_64 = "xxh3_64"
     CRC32 = "crc32"
+    MULTILINEAR_64 = "multilinear_64"
 
 
 class DigestCoverage(enum.StrEnum):
@@ -54,7 +57,9 @@ class ContentDigests:
 
 
 def is_available(algorithm: DigestAlgorithm) -> bool:
-    """True if this process can compute `algorithm`."""
+    """True if this process can compute `algorithm` for host memory."""
+    if algorithm is DigestAlgorithm.MULTILINEAR_64:
+        return multilinear.is_available()
     return algorithm is DigestAlgorithm.CRC32 or _xxh3_64 is not None
 
 
@@ -64,6 +69,10 @@ def block_function(algorithm: DigestAlgorithm) -> Callable[[Buffer], int]:
         if _xxh3_64 is None:
             raise RuntimeError("XXH3 digests need the xxhash package")
         return _xxh3_64
+    if algorithm is DigestAlgorithm.MULTILINEAR_64:
+        if not multilinear.is_available():
+            raise RuntimeError("MULTILINEAR_64 digests of host memory need NumPy")
+        return multilinear.digest
     return zlib.crc32
 
 

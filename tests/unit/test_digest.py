@@ -11,7 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weight_broker import digest
+from weight_broker import digest, multilinear
 from weight_broker.digest import SAMPLE_BLOCKS, DigestAlgorithm, block_function, combine, is_available, sampled_blocks
 
 
@@ -62,8 +62,11 @@ def test_the_blocks_of_a_sample_are_evenly_spaced() -> None:
     assert max(steps) - min(steps) <= 4096
 
 
-def test_without_xxhash_only_crc32_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_standard_library_only_crc32_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "_xxh3_64", None)
+    monkeypatch.setattr(multilinear, "is_available", lambda: False)
     assert [algorithm for algorithm in DigestAlgorithm if is_available(algorithm)] == [DigestAlgorithm.CRC32]
     with pytest.raises(RuntimeError, match="xxhash"):
         block_function(DigestAlgorithm.XXH3_64)
+    with pytest.raises(RuntimeError, match="NumPy"):
+        block_function(DigestAlgorithm.MULTILINEAR_64)

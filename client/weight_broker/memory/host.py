@@ -69,6 +69,7 @@ def export(
     `deadline` is a time of `time.monotonic`. Raises `PublishRefused` if there is not enough memory, a limit of this
     process is reached or the deadline passes; nothing is left behind then.
     """
+    described.require_host_memory()
     placements, size_bytes = _place(described.layout)
     _require_memory(size_bytes)
     try:

@@ -57,6 +57,7 @@ def copy_in(
     begin = time.monotonic()
     described.require_writable()
     expected = _choose_digests(digests, DigestMode(digest_mode), len(described.tensors))
+    described.require_host_memory()
     check_regions(described.layout, fds, placements)
     with ExitStack() as mappings:
         addresses = _map_all(mappings, fds)

@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from weight_broker.errors import InvalidArgument
 from weight_broker.layout import ITEM_SIZES, Layout, TensorSpec
+from weight_broker.memory.device_tensor import DeviceTensor
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
-DEVICE_KINDS = ("cpu",)
+DEVICE_KINDS = ("cpu", "npu")
 """Kinds of devices whose memory can be shared."""
+
+
+class _OnDevice(Exception):
+    """A tensor is in device memory, which is described in npu.py."""
 
 
 @dataclass(slots=True)
@@ -32,7 +37,7 @@ class DescribedTensor:
     owner: object
     """The tensor itself, which keeps the memory alive."""
     framework: str
-    """"torch" or "numpy"."""
+    """"torch", "numpy", or "device" for device memory of whichever framework."""
     read_only: bool = False
     """True if its memory must not be written."""
 
@@ -53,10 +58,17 @@ class DescribedTensors:
             if tensor.read_only:
                 raise _refusal(tensor.spec.name, "memory", "read-only", "a writable array", "Use numpy.array(array).")
 
+    def require_host_memory(self) -> None:
+        """Raise `InvalidArgument` unless the processor can reach the tensors. What copies through addresses calls it:
+        a device's addresses mean nothing to the processor, or something else."""
+        if self.device_kind != "cpu":
+            raise InvalidArgument("tensors.device", self.device_kind, "host memory (cpu)", hint="Use .cpu().")
+
 
 def describe(tensors: Mapping[str, object]) -> DescribedTensors:
-    """Describe torch tensors and NumPy arrays by name. Tensors that are one another's exact aliases (same address,
-    data type, shape and stride) are found; the first name in sorted order is the one that the others point to.
+    """Describe torch tensors, NumPy arrays or device tensors by name. Tensors that are one another's exact aliases
+    (same address, type, shape and stride) are found; the first name in sorted order is the one the others point to.
+    For tensors on an NPU the answer is a `weight_broker.memory.npu.DescribedDeviceTensors`.
 
     Raises `InvalidArgument` that names the tensor and says what to do about it.
     """
@@ -65,6 +77,15 @@ def describe(tensors: Mapping[str, object]) -> DescribedTensors:
     for name in tensors:
         if not isinstance(name, str):
             raise InvalidArgument("tensors", name, "a mapping whose names are texts")
+    try:
+        return _describe_on_host(tensors)
+    except _OnDevice:
+        from weight_broker.memory.npu import describe_device
+
+        return describe_device(tensors)
+
+
+def _describe_on_host(tensors: Mapping[str, object]) -> DescribedTensors:
     torch_tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     numpy_array = getattr(sys.modules.get("numpy"), "ndarray", None)
     described: list[DescribedTensor] = []
@@ -75,6 +96,8 @@ def describe(tensors: Mapping[str, object]) -> DescribedTensors:
             one = _describe_torch(name, value, targets)
         elif numpy_array is not None and isinstance(value, numpy_array):
             one = _describe_numpy(name, value, targets)
+        elif isinstance(value, DeviceTensor):
+            raise _OnDevice
         else:
             raise _refusal(name, "type", type(value).__name__, "a torch.Tensor or a numpy.ndarray")
         described.append(one)
@@ -84,6 +107,8 @@ def describe(tensors: Mapping[str, object]) -> DescribedTensors:
 def _describe_torch(name: str, tensor: torch.Tensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
     torch_strided, dtype_names = _torch_names()
     if not tensor.is_cpu:
+        if tensor.device.type == "npu":
+            raise _OnDevice
         _refuse_torch_device(name, tensor)
     if tensor.layout is not torch_strided:
         raise _refusal(name, "layout", tensor.layout, "torch.strided", "Use .to_dense().")

@@ -133,6 +133,10 @@ class _DigestAlgorithmEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper
     """XXH3, 64 bits, per block; a tensor's digest is XXH3 over its block digests in order."""
     DIGEST_ALGORITHM_CRC32: _DigestAlgorithm.ValueType  # 2
     """CRC-32 (zlib), per block; a tensor's digest is CRC-32 over its block digests in order."""
+    DIGEST_ALGORITHM_MULTILINEAR_64: _DigestAlgorithm.ValueType  # 3
+    """A sum of products, 64 bits, that devices compute with integer arithmetic (see docs/ARCHITECTURE.md, "Digests"), per
+    block; a tensor's digest is the same function over its block digests in order.
+    """
 
 class DigestAlgorithm(_DigestAlgorithm, metaclass=_DigestAlgorithmEnumTypeWrapper):
     """The function that a content digest is computed with."""
@@ -143,6 +147,10 @@ DIGEST_ALGORITHM_XXH3_64: DigestAlgorithm.ValueType  # 1
 """XXH3, 64 bits, per block; a tensor's digest is XXH3 over its block digests in order."""
 DIGEST_ALGORITHM_CRC32: DigestAlgorithm.ValueType  # 2
 """CRC-32 (zlib), per block; a tensor's digest is CRC-32 over its block digests in order."""
+DIGEST_ALGORITHM_MULTILINEAR_64: DigestAlgorithm.ValueType  # 3
+"""A sum of products, 64 bits, that devices compute with integer arithmetic (see docs/ARCHITECTURE.md, "Digests"), per
+block; a tensor's digest is the same function over its block digests in order.
+"""
 global___DigestAlgorithm = DigestAlgorithm
 
 class _DigestCoverage:

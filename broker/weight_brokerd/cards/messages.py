@@ -1,0 +1,233 @@
+"""What the daemon and a card process say to each other: typed messages, JSON on the wire.
+
+Every request is answered once, with the answer that it names or with `Refusal`; answers carry the request's number and
+may come in any order.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+from weight_brokerd.cards.blobs import BlobList
+
+
+class Role(enum.StrEnum):
+    """What a card process is for. The engine cannot be on both ends of a transfer in one process."""
+
+    SENDER = "sender"
+    RECEIVER = "receiver"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first request: opens the card and connects to the worker. Answer: Ready."""
+
+    worker_host: str
+    worker_port: int
+    connect_timeout_ms: int
+    credentials: dict[str, str] = field(default_factory=dict, repr=False)
+    """Arguments of the client's constructor. They come over the socket because others can read command lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The process serves."""
+
+    bare_tgid: int
+    """The pid that exporters put on their whitelist."""
+    identity: str
+    """The card's physical identity."""
+    soc: str
+    seconds: dict[str, float]
+    """How long each step of the start took."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportRegion:
+    """Maps a region of an instance: a whole allocation by its key, or chunks by their handles. Answer: Done."""
+
+    region_id: str
+    size_bytes: int
+    export_key: str = ""
+    """Hexadecimal."""
+    shareable_handles: tuple[int, ...] = ()
+    chunk_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRegion:
+    """Unmaps a region. Answer: Done."""
+
+    region_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """To a sender: lets one reader fetch the blobs under a key that was never used before. Answer: Done."""
+
+    key: str
+    blobs: BlobList
+    peer: str = ""
+    """Names the process that will read; only for the statistics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """To a sender: ends an offer. Answer: Done, when nobody reads any more."""
+
+    key: str
+    wait_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """To a receiver: fills the blobs from a key. Answer: Done, when all bytes are in place."""
+
+    key: str
+    blobs: BlobList
+    timeout_ms: int
+    peer: str = ""
+    """Names the process that is read from; only for the statistics."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyWithinCard:
+    """To a receiver: copies between regions of this card, part by part. Answer: Done."""
+
+    source: BlobList
+    destination: BlobList
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answer: Done."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskFigures:
+    """Answer: Figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Gives everything back and ends. Answer: Done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """It is done."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each step took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the process has."""
+
+    regions: int
+    region_bytes: int
+    imports: int
+    """Mapped allocations; regions that are the same memory count once."""
+    keys: int
+    """That the engine knows through this process."""
+    staging_bytes: int
+    peers: int
+    """Named processes that it has exchanged bytes with: as many communicators are set up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The request failed; `words` are the driver's or the engine's."""
+
+    words: str
+    started: bool = False
+    """The engine has begun: bytes may have been written, and may go on being written."""
+
+
+Request = Start | ImportRegion | CloseRegion | Offer | Withdraw | Fetch | CopyWithinCard | Ping | AskFigures | Stop
+Answer = Ready | Done | Figures | Refusal
+Message = Request | Answer
+
+
+def encode(number: int, message: Message) -> bytes:
+    """A message on the wire."""
+    values = {one.name: getattr(message, one.name) for one in fields(message)}
+    return json.dumps([number, type(message).__name__, values], separators=(",", ":")).encode()
+
+
+def decode(data: bytes) -> tuple[int, Message]:
+    """The number and the message. Raises ValueError for anything that `encode` does not make."""
+    try:
+        number, kind, values = json.loads(data)
+        hints = _HINTS[kind]
+        taken = {name: _TAKE[hints[name]](value) for name, value in values.items()}
+        message = _KINDS[kind](**taken)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not a message: {error!r}") from error
+    return _integer(number), message
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a text")
+    return value
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    return tuple(map(_integer, value))
+
+
+def _texts_by_name(value: Any) -> dict[str, str]:
+    return {_text(name): _text(text) for name, text in value.items()}
+
+
+def _seconds(value: Any) -> dict[str, float]:
+    return {_text(name): float(number) for name, number in value.items()}
+
+
+_TAKE: Mapping[Any, Callable[[Any], object]] = {
+    str: _text,
+    int: _integer,
+    bool: _flag,
+    tuple[int, ...]: _integers,
+    dict[str, str]: _texts_by_name,
+    dict[str, float]: _seconds,
+    BlobList: BlobList.from_json,
+}
+_KINDS: Mapping[str, Callable[..., Message]] = {
+    kind.__name__: kind
+    for kind in (
+        Start,
+        Ready,
+        ImportRegion,
+        CloseRegion,
+        Offer,
+        Withdraw,
+        Fetch,
+        CopyWithinCard,
+        Ping,
+        AskFigures,
+        Stop,
+        Done,
+        Figures,
+        Refusal,
+    )
+}
+_HINTS = {name: get_type_hints(kind) for name, kind in _KINDS.items()}

@@ -1,0 +1,77 @@
+"""Finds the cards of this host, in a process of its own, because whoever asks the driver opens a device."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass
+
+from weight_brokerd.cards.configuration import CardsConfiguration
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A card as the processes of this daemon see it."""
+
+    index: int
+    """For set_device."""
+    identity: str
+    """The physical card, as regions name it: `Region.device_id`."""
+    soc: str
+    problem: str = ""
+    """The driver's words if the card cannot be opened."""
+
+
+async def find_devices(configuration: CardsConfiguration) -> tuple[tuple[Device, ...], str]:
+    """The cards, and the driver's words if it cannot even be asked."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "weight_brokerd.cards.probe",
+        env=configuration.child_environment(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(configuration.start_seconds):
+            out, err = await process.communicate()
+    except BaseException as error:
+        process.kill()
+        await process.wait()
+        if isinstance(error, TimeoutError):
+            return (), f"the driver does not say what devices there are within {configuration.start_seconds:g} s"
+        raise
+    try:
+        found = json.loads(out)
+        return tuple(Device(**one) for one in found["devices"]), found["problem"]
+    except (ValueError, KeyError, TypeError):
+        words = err.decode(errors="replace").strip().splitlines()
+        return (), f"looking for devices ended with {process.returncode}" + (f": {words[-1]}" if words else "")
+
+
+def main() -> None:
+    """Prints what there is."""
+    from weight_broker import acl
+    from weight_broker.memory.npu import device_id
+
+    devices, problem = [], ""
+    try:
+        runtime = acl.load()
+        for index in range(runtime.device_count()):
+            identity, words, soc = "", "", ""
+            try:
+                identity, soc = device_id(runtime, index), runtime.soc_name()
+                runtime.set_device(index)
+                runtime.reset_device(index)
+            except acl.AclError as error:
+                words = str(error)
+            devices.append({"index": index, "identity": identity or f"?{index}", "soc": soc, "problem": words})
+    except acl.AclError as error:
+        problem = str(error)
+    sys.stdout.write(json.dumps({"devices": devices, "problem": problem}))
+
+
+if __name__ == "__main__":
+    main()

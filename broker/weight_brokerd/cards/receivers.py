@@ -1,0 +1,183 @@
+"""The receiving side of a card: processes that fill memory of this host's instances, one transfer at a time each.
+
+They are started on demand and kept warm for a while. Memory is mapped for the time of one transfer. A receiver whose
+transfer is overdue or has failed in the engine is killed, and its end is awaited: then nobody writes any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+
+from weight_brokerd.cards import messages
+from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.cards.errors import CardLost, CardRefused, CardTimeout, CardUnavailable
+from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.messages import ImportRegion, Role
+from weight_brokerd.cards.probe import Device
+from weight_brokerd.cards.process import CardProcess, EngineFailed
+from weight_brokerd.cards.tasks import Background, uninterrupted
+from weight_brokerd.cards.worker_watch import WorkerWatch
+
+log = structlog.get_logger()
+
+
+class ReceiverSide:
+    """The receivers of one card."""
+
+    def __init__(self, device: Device, configuration: CardsConfiguration, worker: WorkerWatch, hooks: Hooks) -> None:
+        self.problem = ""
+        """Why the last start of a receiver failed, in the driver's or the engine's words."""
+        self.busy: set[CardProcess] = set()
+        self._device = device
+        self._configuration = configuration
+        self._worker = worker
+        self._hooks = hooks
+        self._slots = asyncio.Semaphore(configuration.receivers_per_card)
+        self._idle: dict[CardProcess, asyncio.TimerHandle] = {}
+        self._outdated: set[CardProcess] = set()
+        self._background = Background()
+
+    @property
+    def idle(self) -> list[CardProcess]:
+        """Processes that wait for a transfer."""
+        return list(self._idle)
+
+    async def run(
+        self,
+        request: messages.Fetch | messages.CopyWithinCard,
+        regions: Sequence[ImportRegion],
+        timeout: float,
+    ) -> messages.Done:
+        """Maps the regions, fills them and unmaps them, within `timeout` seconds. What is raised says whether memory
+        was touched, and that nobody writes any more: CardTimeout, CardRefused, CardLost, CardUnavailable."""
+        if isinstance(request, messages.Fetch) and not self._worker.is_there:
+            raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
+        deadline = asyncio.get_running_loop().time() + timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise CardTimeout(f"all receivers of card {self._device.identity} were busy for {timeout:g} s") from None
+        try:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    child = await self._take()
+            except TimeoutError:
+                raise CardTimeout(f"no receiver of card {self._device.identity} started in {timeout:g} s") from None
+            self.busy.add(child)
+            try:
+                return await self._transfer(child, request, regions, deadline)
+            finally:
+                self.busy.discard(child)
+                self._put_back(child)
+        finally:
+            self._slots.release()
+
+    async def warm_up(self) -> None:
+        """Starts a receiver if none waits. Raises CardUnavailable."""
+        if not self._idle and not self.busy:
+            self._put_back(await self._start())
+
+    def replace(self) -> None:
+        """Ends the receivers, those that are busy after their transfer."""
+        self._outdated.update(self.busy)
+        for child in list(self._idle):
+            self._end(child)
+
+    async def close(self) -> None:
+        """Ends all processes; running transfers are to be cancelled first."""
+        children = [*self._idle, *self.busy]
+        for timer in self._idle.values():
+            timer.cancel()
+        self._idle.clear()
+        await self._background.close()
+        await asyncio.gather(*(child.stop() for child in children))
+
+    async def _take(self) -> CardProcess:
+        while self._idle:
+            child, timer = self._idle.popitem()  # the one that was used last
+            timer.cancel()
+            if not child.has_ended:
+                return child
+        return await self._start()
+
+    async def _start(self) -> CardProcess:
+        try:
+            if not self._worker.is_there:
+                raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
+            child = await CardProcess.start(Role.RECEIVER, self._device.index, self._configuration)
+        except CardUnavailable as error:
+            self._set_problem(str(error))
+            raise
+        self._set_problem("")
+        return child
+
+    def _put_back(self, child: CardProcess) -> None:
+        if child.has_ended:
+            self._outdated.discard(child)
+            return
+        loop = asyncio.get_running_loop()
+        self._idle[child] = loop.call_later(self._configuration.receiver_idle_seconds, self._end, child)
+        if child in self._outdated:
+            self._outdated.discard(child)
+            self._end(child)
+
+    def _end(self, child: CardProcess) -> None:
+        timer = self._idle.pop(child, None)
+        if timer is not None:
+            timer.cancel()
+            self._background.spawn(child.stop())
+
+    async def _transfer(
+        self,
+        child: CardProcess,
+        request: messages.Fetch | messages.CopyWithinCard,
+        regions: Sequence[ImportRegion],
+        deadline: float,
+    ) -> messages.Done:
+        touched = False
+        try:
+            async with asyncio.timeout_at(deadline):
+                for region in regions:
+                    await self._hooks.authorize(region.region_id, child.ready.bare_tgid)
+                    await child.ask(region, self._configuration.import_seconds)
+                touched = True
+                done = await child.ask(request, max(0.0, deadline - asyncio.get_running_loop().time()))
+        except TimeoutError:
+            quiesced = await uninterrupted(child.kill())
+            raise CardTimeout(
+                f"card {self._device.identity} was not done in time; its receiver was killed",
+                touched=touched,
+                quiesced=quiesced,
+            ) from None
+        except (EngineFailed, CardLost) as error:
+            quiesced = await uninterrupted(child.kill())
+            raise CardLost(str(error), touched=touched, quiesced=quiesced) from error
+        except CardRefused as error:  # it has not begun, so the receiver is as good as before
+            quiesced = await uninterrupted(self._unmap(child, regions))
+            raise CardRefused(str(error), quiesced=quiesced) from error
+        except BaseException:
+            await uninterrupted(child.kill())
+            raise
+        if not await uninterrupted(self._unmap(child, regions)):
+            raise CardLost("the driver does not let go of the memory", touched=True, quiesced=False)
+        return done
+
+    async def _unmap(self, child: CardProcess, regions: Sequence[ImportRegion]) -> bool:
+        """Whether the memory is unmapped; the process is killed if it does not do it."""
+        try:
+            for region in regions:
+                await child.ask(messages.CloseRegion(region.region_id), self._configuration.import_seconds)
+        except (TimeoutError, CardRefused, CardLost) as error:
+            log.info("region_held_by_receiver", device=self._device.identity, error=str(error))
+            return await child.kill()
+        return True
+
+    def _set_problem(self, problem: str) -> None:
+        changed = problem != self.problem
+        self.problem = problem
+        if changed:
+            self._hooks.on_health_change()

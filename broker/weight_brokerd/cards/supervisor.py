@@ -1,0 +1,222 @@
+"""All cards of this host."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from weight_brokerd.cards import messages
+from weight_brokerd.cards.blobs import BlobList
+from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.cards.errors import CardUnavailable
+from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.probe import Device, find_devices
+from weight_brokerd.cards.receivers import ReceiverSide
+from weight_brokerd.cards.senders import OfferEnd, SenderSide
+from weight_brokerd.cards.worker_watch import WorkerWatch
+
+log = structlog.get_logger()
+MAXIMUM_TIMEOUT_SECONDS = 1800
+"""The engine waits no longer for a key."""
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,255}")
+
+
+class CardState(enum.StrEnum):
+    """Whether a card serves."""
+
+    READY = "ready"
+    """It serves, or would start a process now."""
+    DEGRADED = "degraded"
+    """Its last process did not start, or the datasystem worker is away. It is tried again."""
+    FAILED = "failed"
+    """The driver did not open it when the daemon started."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardHealth:
+    """One card, for people and for health checks."""
+
+    identity: str
+    device_index: int
+    soc: str
+    state: CardState
+    problem: str
+    """The driver's or the engine's words; empty if it is ready."""
+    sender_pid: int
+    """0: none runs."""
+    retiring_pids: tuple[int, ...]
+    receiver_pids: tuple[int, ...]
+    regions: int
+    offers: int
+    fetches: int
+
+
+@dataclass(slots=True)
+class _Card:
+    device: Device
+    senders: SenderSide
+    receivers: ReceiverSide
+
+
+def fresh_key() -> str:
+    """A key that nobody has used or will use: a key is a transfer."""
+    return f"weight-broker-{secrets.token_hex(16)}"
+
+
+class CardSupervisor:
+    """Starts, uses and replaces the card processes. Cards are named by their physical identity."""
+
+    def __init__(self, configuration: CardsConfiguration, hooks: Hooks | None = None) -> None:
+        self._configuration = configuration
+        self._hooks = hooks or Hooks()
+        self._cards: dict[str, _Card] = {}
+        self._worker = WorkerWatch(configuration.worker_host, configuration.worker_port, self._worker_changed)
+        self.problem = ""
+        """The driver's words if it could not be asked for its cards."""
+
+    async def start(self) -> None:
+        """Finds the cards and the worker. What fails is told by `health`; this raises nothing for it."""
+        if self._configuration.log_directory is not None:
+            self._configuration.log_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (devices, self.problem), _ = await asyncio.gather(find_devices(self._configuration), self._worker.start())
+        for device in devices:
+            parts = device, self._configuration, self._worker, self._hooks
+            self._cards[device.identity] = _Card(device, SenderSide(*parts), ReceiverSide(*parts))
+        log.info("cards_found", cards=list(self._cards), problem=self.problem)
+
+    async def close(self) -> None:
+        """Ends all processes. Running fetches are to be cancelled before."""
+        await self._worker.close()
+        sides = [side for card in self._cards.values() for side in (card.senders, card.receivers)]
+        await asyncio.gather(*(side.close() for side in sides))
+
+    # Sources
+
+    async def register(self, card: str, region: ImportRegion) -> None:
+        """Maps a region of a publication in the card's sender, and again in every later one. Idempotent.
+        Raises CardRefused, CardUnavailable, CardTimeout; then the region is not registered."""
+        await self._card(card).senders.register(region)
+
+    async def unregister(self, card: str, region_id: str) -> None:
+        """Unmaps a region: its memory may be freed when this returns. Drain its readers first; those that are left are
+        cut off. Idempotent. Raises CardError with `quiesced` False if the driver does not let go."""
+        await self._card(card).senders.unregister(region_id)
+
+    async def offer(self, card: str, key: str, blobs: BlobList, *, peer: str = "") -> messages.Done:
+        """Lets one reader fetch registered memory under a fresh key. Raises CardError."""
+        return await self._card(card).senders.offer(_checked(key), blobs, peer)
+
+    async def withdraw(self, card: str, key: str, end: OfferEnd) -> None:
+        """Ends an offer, when its reader has ended as `end` says. Idempotent; never fails."""
+        await self._card(card).senders.withdraw(key, end)
+
+    # Destinations
+
+    async def fetch(
+        self,
+        card: str,
+        key: str,
+        blobs: BlobList,
+        regions: Sequence[ImportRegion],
+        *,
+        timeout: float,
+        peer: str = "",
+    ) -> messages.Done:
+        """Fills `blobs`, which lie in `regions`, from an offer of another card. When this returns or raises, nobody
+        writes to the regions any more, unless the error has `quiesced` False. May be cancelled, at the price of the
+        receiver. Raises CardError."""
+        milliseconds = int(min(timeout, MAXIMUM_TIMEOUT_SECONDS) * 1000)
+        request = messages.Fetch(_checked(key), blobs, milliseconds, peer)
+        return await self._card(card).receivers.run(request, regions, timeout)
+
+    async def copy(
+        self,
+        card: str,
+        source: BlobList,
+        destination: BlobList,
+        regions: Sequence[ImportRegion],
+        *,
+        timeout: float,
+    ) -> messages.Done:
+        """`fetch` for a source on the same card, which the engine does not do. The regions are those of both sides."""
+        request = messages.CopyWithinCard(source, destination)
+        return await self._card(card).receivers.run(request, regions, timeout)
+
+    async def warm_up(self, card: str) -> None:
+        """Has a receiver ready before it is needed. Raises CardUnavailable."""
+        await self._card(card).receivers.warm_up()
+
+    # Health
+
+    @property
+    def worker_is_there(self) -> bool:
+        """Whether the datasystem worker answers."""
+        return self._worker.is_there
+
+    @property
+    def health(self) -> list[CardHealth]:
+        """Every card."""
+        return [self._health(card) for card in self._cards.values()]
+
+    async def figures(self, card: str) -> Mapping[int, messages.Figures]:
+        """What each process of the card has, by pid. For people: it asks the processes."""
+        sides = self._card(card)
+        children = [*sides.senders.retiring, *sides.receivers.idle, *sides.receivers.busy]
+        if sides.senders.current is not None:
+            children.append(sides.senders.current)
+        limit = self._configuration.request_seconds
+        return {
+            child.pid: await child.request(messages.AskFigures(), messages.Figures, limit)
+            for child in children
+            if not child.has_ended
+        }
+
+    def _health(self, card: _Card) -> CardHealth:
+        device, senders, receivers = card.device, card.senders, card.receivers
+        problem = device.problem or senders.problem or receivers.problem
+        if not problem and not self._worker.is_there:
+            problem = f"no datasystem worker answers at {self._worker.address}"
+        state = CardState.FAILED if device.problem else CardState.DEGRADED if problem else CardState.READY
+        return CardHealth(
+            identity=device.identity,
+            device_index=device.index,
+            soc=device.soc,
+            state=state,
+            problem=problem,
+            sender_pid=senders.current.pid if senders.current is not None else 0,
+            retiring_pids=tuple(child.pid for child in senders.retiring),
+            receiver_pids=tuple(child.pid for child in [*receivers.idle, *receivers.busy]),
+            regions=len(senders.regions),
+            offers=senders.offers,
+            fetches=len(receivers.busy),
+        )
+
+    def _card(self, identity: str) -> _Card:
+        card = self._cards.get(identity)
+        if card is None:
+            known = ", ".join(self._cards) or self.problem or "none"
+            raise CardUnavailable(f"this host has no card {identity!r}; it has: {known}")
+        if card.device.problem:
+            raise CardUnavailable(f"card {identity} does not open: {card.device.problem}")
+        return card
+
+    def _worker_changed(self, is_there: bool) -> None:
+        """A worker that came back knows nothing of the clients of the one before: they would wait for a minute."""
+        if is_there:
+            for card in self._cards.values():
+                card.senders.replace()
+                card.receivers.replace()
+        self._hooks.on_health_change()
+
+
+def _checked(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is not a key: letters, digits, - and _, at most 255")
+    return key

@@ -1,0 +1,65 @@
+"""Knows whether the datasystem worker is there, without asking the engine, which would wait for a minute.
+
+A plain connection is held open: it breaks when the worker ends. The worker may drop a connection that says nothing; it
+is there for as long as the next connection succeeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+log = structlog.get_logger()
+_RETRY_SECONDS = 0.25
+_CONNECT_SECONDS = 2.0
+
+
+class WorkerWatch:
+    """Watches one address. `on_change` is called with whether the worker is there, whenever that changes."""
+
+    def __init__(self, host: str, port: int, on_change: Callable[[bool], None]) -> None:
+        self.address = f"{host}:{port}"
+        self.is_there = False
+        self._host, self._port = host, port
+        self._on_change = on_change
+        self._task: asyncio.Task[None] | None = None
+        self._looked = asyncio.Event()
+
+    async def start(self) -> None:
+        """Begins, and looks once."""
+        self._task = asyncio.create_task(self._watch())
+        await self._looked.wait()
+
+    async def close(self) -> None:
+        """Ends."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_CONNECT_SECONDS):
+                    reader, writer = await asyncio.open_connection(self._host, self._port)
+            except OSError:  # TimeoutError is one
+                self._set(False)
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            self._set(True)
+            try:
+                while await reader.read(4096):
+                    pass
+            except OSError:
+                pass
+            finally:
+                writer.close()
+
+    def _set(self, is_there: bool) -> None:
+        changed = is_there != self.is_there
+        self.is_there = is_there
+        self._looked.set()
+        if changed:
+            log.log(20 if is_there else 40, "datasystem_worker_changed", address=self.address, is_there=is_there)
+            self._on_change(is_there)

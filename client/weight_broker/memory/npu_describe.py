@@ -1,0 +1,103 @@
+"""What the caller's tensors are and where they lie in the memory of an NPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from weight_broker.errors import InvalidArgument
+from weight_broker.layout import ITEM_SIZES, Layout, MemoryFormat, TensorSpec
+from weight_broker.memory import npu_torch
+from weight_broker.memory.device_tensor import DeviceTensor, SegmentProvider
+from weight_broker.memory.tensors import DescribedTensor, DescribedTensors
+
+
+@dataclass(slots=True)
+class DescribedDeviceTensors(DescribedTensors):
+    """Tensors on one NPU, described."""
+
+    device_index: int
+    """The device as this process counts."""
+    synchronize: Callable[[], None] | None
+    """Submits what the framework holds back; None if nothing does."""
+    segments: SegmentProvider | None
+    """The framework's segments; None if it cannot tell."""
+
+
+def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
+    """Describe tensors of an NPU by name: `DeviceTensor`s, torch tensors, or some of each. Exact aliases are found.
+
+    Raises `InvalidArgument` that names the tensor and says what to do about it.
+    """
+    described: list[DescribedTensor] = []
+    targets: dict[tuple[object, ...], str] = {}
+    device_index, by_torch = -1, False
+    for name in sorted(tensors):
+        value = tensors[name]
+        by_torch = by_torch or not isinstance(value, DeviceTensor)
+        tensor = value if isinstance(value, DeviceTensor) else _from_framework(name, value)
+        if described and tensor.device_index != device_index:
+            first = described[0].spec.name
+            hint = "Publish the tensors of each device on their own: a weight set is one rank's."
+            raise _refusal(name, "device", f"npu:{tensor.device_index}", f"npu:{device_index}, as {first!r} is", hint)
+        device_index = tensor.device_index
+        described.append(_describe(name, tensor, targets))
+    return DescribedDeviceTensors(
+        Layout([one.spec for one in described]),
+        tuple(described),
+        "npu",
+        device_index,
+        partial(npu_torch.synchronize, device_index) if by_torch else None,
+        partial(npu_torch.segments, device_index) if by_torch else None,
+    )
+
+
+def _from_framework(name: str, value: object) -> DeviceTensor:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise _refusal(name, "type", type(value).__name__, "a tensor on the device that the others are on", "Move it.")
+    if value.device.type != "npu":
+        raise _refusal(name, "device", str(value.device), "npu, as the others", "Move it, or publish it on its own.")
+    return npu_torch.from_tensor(name, value)
+
+
+def _describe(name: str, tensor: DeviceTensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
+    if tensor.storage_bytes and tensor.address <= 0:
+        raise _refusal(name, "address", tensor.address, "a device address", "Give the tensor memory first.")
+    if tensor.memory_format is MemoryFormat.STRIDED and not _is_dense(tensor):
+        hint = "Use .contiguous(), or share the tensor that it is a part of."
+        raise _refusal(name, "stride", tensor.stride, "elements without gaps and overlaps", hint)
+    alias_of = ""
+    if tensor.storage_bytes:
+        identity = (tensor.address, tensor.dtype, tensor.shape, tensor.stride, tensor.memory_format)
+        target = targets.setdefault(identity, name)
+        alias_of = target if target != name else ""
+    spec = TensorSpec(
+        name,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride,
+        tensor.storage_bytes,
+        tensor.storage_offset,
+        tensor.memory_format,
+        alias_of,
+    )
+    owner = tensor if tensor.owner is None else tensor.owner
+    return DescribedTensor(spec, tensor.address if tensor.storage_bytes else 0, owner, "device")
+
+
+def _is_dense(tensor: DeviceTensor) -> bool:
+    if 0 in tensor.shape:
+        return True
+    filled = 1
+    for step, size in sorted(zip(tensor.stride, tensor.shape, strict=False)):
+        if size > 1 and step != filled:
+            return False
+        filled *= size
+    return tensor.storage_bytes == filled * ITEM_SIZES.get(tensor.dtype, 0) or tensor.dtype not in ITEM_SIZES
+
+
+def _refusal(name: str, field: str, value: object, expected: str, hint: str) -> InvalidArgument:
+    return InvalidArgument(f"tensors[{name}].{field}", value, expected, hint=hint)

@@ -1,0 +1,150 @@
+"""The daemon's card processes on an emulated host, and instances whose memory they map."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from doubles.cann.build import build
+from doubles.cann.control import CannHost
+from support import acl, card_actions, datasystem_actions
+from support.card_process import CardProcess
+from support.datasystem_worker import DatasystemWorker
+from weight_brokerd.cards.blobs import Blob, BlobList, Part
+from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.senders import OfferEnd
+from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+
+_numbers = itertools.count()
+
+
+def configuration(host: CannHost, worker: DatasystemWorker, **changes: Any) -> CardsConfiguration:
+    """For card processes on the host that use the worker."""
+    environment = host.environment()
+    return replace(
+        CardsConfiguration(
+            "127.0.0.1",
+            worker.port,
+            library_path=str(build().libraries),
+            preload=environment.pop("LD_PRELOAD"),
+            environment={name: value for name, value in environment.items() if name != "LD_LIBRARY_PATH"},
+            log_directory=worker.directory / "clients",
+            start_seconds=20.0,
+        ),
+        **changes,
+    )
+
+
+@asynccontextmanager
+async def supervised(configured: CardsConfiguration, hooks: Hooks | None = None) -> AsyncIterator[CardSupervisor]:
+    """A supervisor that runs."""
+    supervisor = CardSupervisor(configured, hooks)
+    await supervisor.start()
+    try:
+        yield supervisor
+    finally:
+        await supervisor.close()
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Device memory of an instance, exported as one region."""
+
+    process: CardProcess
+    device: int
+    address: int
+    region: ImportRegion
+
+    @property
+    def card(self) -> str:
+        """The card's name on the wire."""
+        return f"npu:{self.device}"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.region.size_bytes
+
+    def fill(self, seed: int | None) -> None:
+        """Writes the bytes of `seed` or zeros."""
+        self.process.call(acl.set_device, self.device)
+        self.process.call(datasystem_actions.fill, [(self.address, self.size)], seed)
+
+    def read(self, offset: int = 0, size: int | None = None) -> bytes:
+        """What is there."""
+        self.process.call(acl.set_device, self.device)
+        return self.process.call(acl.read, self.address + offset, self.size - offset if size is None else size)
+
+    def digest(self) -> str:
+        """Of all of it."""
+        self.process.call(acl.set_device, self.device)
+        return self.process.call(datasystem_actions.digest, [(self.address, self.size)])
+
+    def blobs(self, *spans: tuple[int, int]) -> BlobList:
+        """(offset, size) of each; none: all of it as one blob."""
+        parts = [Part(0, offset, size) for offset, size in spans or [(0, self.size)]]
+        return BlobList((self.region.region_id,), tuple(Blob(part.size, (part,)) for part in parts))
+
+
+def own(
+    process: CardProcess,
+    card: int,
+    size: int,
+    *,
+    seed: int | None = None,
+    any_process: bool = True,
+    chunks: bool = False,
+) -> Owned:
+    """Allocates and exports memory in the process."""
+    process.call(acl.set_device, card)
+    name = f"region-{next(_numbers)}"
+    if chunks:
+        address, handles = process.call(card_actions.map_chunks, size // acl.CHUNK, card)
+        shareables = tuple(process.call(acl.export_chunk, handle) for handle in handles)
+        region = ImportRegion(name, size, shareable_handles=shareables, chunk_bytes=acl.CHUNK)
+    else:
+        address = process.call(acl.malloc, size)
+        process.call(datasystem_actions.fill, [(address, size)], seed)
+        key = process.call(acl.export, address, size, any_process=any_process)
+        return Owned(process, card, address, ImportRegion(name, size, export_key=key.hex()))
+    owned = Owned(process, card, address, region)
+    owned.fill(seed)
+    return owned
+
+
+async def move(
+    cards: CardSupervisor,
+    source: Owned,
+    destination: Owned,
+    sides: Sequence[tuple[BlobList, BlobList]] | None = None,
+    *,
+    timeout: float = 30.0,
+) -> Mapping[str, float]:
+    """One whole transfer of registered memory, as the data plane does it: a key for each round."""
+    seconds: dict[str, float] = {}
+    for given, taken in sides or [(source.blobs(), destination.blobs())]:
+        key = fresh_key()
+        await cards.offer(source.card, key, given)
+        try:
+            done = await cards.fetch(destination.card, key, taken, [destination.region], timeout=timeout)
+        except BaseException:
+            await cards.withdraw(source.card, key, OfferEnd.ABANDONED)
+            raise
+        await cards.withdraw(source.card, key, OfferEnd.DELIVERED)
+        seconds.update(done.seconds)
+    return seconds
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits for something that comes by itself."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        await asyncio.sleep(0.02)
