@@ -37,6 +37,7 @@ def configuration(host: CannHost, worker: DatasystemWorker, **changes: Any) -> C
             environment={name: value for name, value in environment.items() if name != "LD_LIBRARY_PATH"},
             log_directory=worker.directory / "clients",
             start_seconds=20.0,
+            stop_seconds=0.3,  # the engine takes a second to end a client; killing it is as good
         ),
         **changes,
     )

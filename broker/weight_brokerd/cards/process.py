@@ -125,7 +125,7 @@ class CardProcess:
                 await asyncio.shield(self._send(messages.encode(number, request)))
                 received = await future
         except ConnectionError:
-            await self._exited.wait()
+            await self.kill()
             raise CardLost(self._epitaph()) from None
         finally:
             self._waiting.pop(number, None)

@@ -65,6 +65,24 @@ def test_an_overdue_fetch_ends_with_its_receiver_and_nothing_is_written_any_more
     assert cann_host.violations() == []
 
 
+def test_a_killed_receiver_that_the_driver_does_not_let_go_in_time_is_not_called_quiesced(
+    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
+) -> None:
+    source, destination = own(start_process(), 0, 8 * MIB, seed=3), own(start_process(), 1, 8 * MIB)
+
+    async def scenario() -> None:
+        async with supervised(configuration(cann_host, worker, exit_seconds=0.0)) as cards:
+            await cards.register("npu:0", source.region)
+            await cards.warm_up("npu:1")
+            cann_host.inject(Fault.SLOW_LINK, value=MIB)
+            with pytest.raises(CardTimeout) as caught:
+                await move(cards, source, destination, timeout=0.6)
+            assert caught.value.touched
+            assert not caught.value.quiesced
+
+    asyncio.run(scenario())
+
+
 def test_bytes_do_not_arrive_after_a_fetch_was_given_up(
     cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
 ) -> None:
