@@ -100,7 +100,7 @@ def publish_many(instance: Instance, prefix: str, count: int) -> None:
     ]
     instance.kept["clients"] = clients
     instance.kept["publications"] = [
-        clients[index % len(clients)].publish_shared(
+        clients[index % len(clients)]._publish_shared(
             WeightSetKey(f"{prefix}-{index}"),
             SharedWeights(described.layout, [(os.dup(region.fd), region.size_bytes)], region.placements, digests),
         )

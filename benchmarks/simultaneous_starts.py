@@ -165,7 +165,7 @@ def start(instance: Instance, kind: str, model: str, file: Path, begin_at: float
             from_disk = report.source == "disk"
             publish_seconds = report.publish_seconds
         case "zero-copy":
-            outcome = instance.client.attach_and_share(key)
+            outcome = instance.client._attach_and_share(key)
             from_disk = isinstance(outcome, ColdLoadLease)
             if isinstance(outcome, ColdLoadLease):
                 load(file, tensors)

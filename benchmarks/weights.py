@@ -76,7 +76,7 @@ class PlainCopy:
 
 def plain_copy(client: BrokerClient, key: WeightSetKey, tensors: Tensors) -> PlainCopy:
     """Plain copies of a resident weight set into `tensors`."""
-    outcome = client.attach_and_share(key)
+    outcome = client._attach_and_share(key)
     assert isinstance(outcome, tuple)
     _, shared = outcome
     descriptor, size_bytes = shared.regions[0]

@@ -27,7 +27,7 @@ def run(options: Options) -> list[Row]:
             BrokerClient(broker.runtime_directory, name="receiver") as client,
             BrokerClient(broker.runtime_directory, name="careful", digest_mode="full") as careful,
         ):
-            outcome = client.attach_and_share(key)
+            outcome = client._attach_and_share(key)
             assert isinstance(outcome, tuple)
             shared = outcome[1]
             descriptor = os.dup(shared.descriptors[0])

@@ -56,13 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         directory = RuntimeDirectory(settings.broker)
         directory.prepare()
-        with RuntimeLock.take(directory.path) as lock:
+        with _lock(directory) as lock:
             asyncio.run(_serve(settings, given.config, directory, lock), debug=False)
     except AlreadyRunningError as error:
         return _give_up(str(error), ExitCode.ALREADY_RUNNING)
     except (BrokerError, OSError, StartError) as error:
         return _give_up(str(error), ExitCode.FAILED)
     return ExitCode.STOPPED
+
+
+def _lock(directory: RuntimeDirectory) -> RuntimeLock:
+    try:
+        return RuntimeLock.take(directory.path)
+    except OSError as error:
+        raise StartError(
+            f"no lock file can be made in {directory.path}: {error.strerror}. It has to be a directory, "
+            f"with room in it, that uid {os.geteuid()} can write; or set broker.runtime_directory"
+        ) from error
 
 
 async def _serve(settings: config.Config, path: Path | None, directory: RuntimeDirectory, lock: RuntimeLock) -> None:

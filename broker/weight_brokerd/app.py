@@ -126,6 +126,7 @@ class Application:
             # Last: whoever attached may call at once.
             with self._directory.binding(self._directory.attach_socket):
                 self._attach_server.open(self._directory.attach_socket)
+                self._driver.ready_at = self._driver.clock()
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()

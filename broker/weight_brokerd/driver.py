@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from weight_broker.errors import BrokerError, InvalidArgument, NotAttached, Reason, from_reason
+from weight_broker.errors import InvalidArgument, NotAttached, Reason, from_reason
 from weight_brokerd.attach.server import PeerCredentials, Session
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
@@ -80,11 +80,14 @@ class Driver:
         self.clock = time.monotonic
         self.wall_offset = time.time() - time.monotonic()
         """Add it to a time of the clock for the time of day."""
-        self.started_at = self.clock()
+        self.ready_at: float | None = None
+        """When the broker became ready; None before."""
         self._instance_numbers = itertools.count(1)
         self._sessions: dict[bytes, Session] = {}
         self._tokens: dict[str, bytes] = {}
         self._mailboxes: dict[str, asyncio.Queue[AcquisitionEvent]] = {}
+        self._unheard: dict[str, ColdLoadLease] = {}
+        """Leases whose answer may not have reached its caller yet, by acquisition."""
         self._memory: dict[str, PublishedMemory] = {}
         self._gone: dict[str, asyncio.Event] = {}
         self._idle = asyncio.Event()
@@ -201,13 +204,16 @@ class Driver:
         self._carry_out(decisions)
         return mailbox
 
+    def lease_heard(self, acquisition_id: str) -> None:
+        """The answer of a call that is to load from disk was sent."""
+        self._unheard.pop(acquisition_id, None)
+
     def end_acquisition(self, acquisition_id: str) -> None:
         """The call is over, however it ended; its reader slot is free, and so is a lease that it never heard of."""
-        mailbox = self._mailboxes.pop(acquisition_id, None)
-        while mailbox is not None and not mailbox.empty():
-            unheard = mailbox.get_nowait()
-            if isinstance(unheard, decide.TellColdLoad):
-                self._spawn(self.directory.release_lease(unheard.lease))
+        self._mailboxes.pop(acquisition_id, None)
+        unheard = self._unheard.pop(acquisition_id, None)
+        if unheard is not None:
+            self._spawn(self.directory.release_lease(unheard))
         self._carry_out(self.coordinator.abandon(acquisition_id, self.clock()))
 
     def transfer_succeeded(self, instance_id: str, transfer_id: str, arrival: Arrival) -> None:
@@ -292,36 +298,48 @@ class Driver:
     # Decisions
 
     def _carry_out(self, decisions: Iterable[decide.Decision]) -> None:
+        """Carries all of them out, whatever becomes of one; raises at the end what kept a publication from its memory,
+        which is for its publisher to hear."""
+        unmapped: Exception | None = None
         for decision in decisions:
-            match decision:
-                case decide.Grant(acquisition_id, transfer):
-                    self._post(acquisition_id, self._hold(transfer))
-                case (
-                    decide.Wait(acquisition_id)
-                    | decide.TellColdLoad(acquisition_id)
-                    | decide.Complete(acquisition_id)
-                    | decide.Fail(acquisition_id)
-                ):
-                    self._post(acquisition_id, decision)
-                case decide.Map(publication):
-                    self._map(publication)
-                case decide.Unmap(publication):
-                    self._unmap(publication)
-                case decide.EndTransfer(transfer):
-                    self.regions.release(transfer.transfer_id)
-                    if not self.coordinator.transfers.running:
-                        self._idle.set()
-                case decide.ClaimLease(weight_set_id, instance_id):
-                    self._spawn(self._claim_lease(weight_set_id, instance_id))
-                case decide.ReleaseLease(lease):
-                    self._spawn(self.directory.release_lease(lease))
-                case decide.WeightSetChanged(weight_set_id):
-                    self.watch.mark_weight_set(weight_set_id)
-                case decide.InstanceChanged(instance_id):
-                    self.watch.mark_instance(instance_id)
-                case decide.TransferChanged(transfer):
-                    self.watch.mark_transfer(transfer)
+            if isinstance(decision, decide.Map):
+                unmapped = self._map(decision.publication)
+                continue
+            try:
+                self._carry_out_one(decision)
+            except Exception:  # the decisions after it concern others, and nobody would make them again
+                log.exception("defect", decision=type(decision).__name__)
+                if isinstance(decision, decide.Grant):
+                    self._try_another_source(decision.transfer)
         self._schedule()
+        if unmapped is not None:
+            raise unmapped
+
+    def _carry_out_one(self, decision: decide.Decision) -> None:
+        match decision:
+            case decide.Grant(acquisition_id, transfer):
+                self._post(acquisition_id, self._hold(transfer))
+            case decide.TellColdLoad(acquisition_id, lease):
+                self._unheard[acquisition_id] = lease
+                self._post(acquisition_id, decision)
+            case decide.Wait(acquisition_id) | decide.Complete(acquisition_id) | decide.Fail(acquisition_id):
+                self._post(acquisition_id, decision)
+            case decide.Unmap(publication):
+                self._unmap(publication)
+            case decide.EndTransfer(transfer):
+                self.regions.release(transfer.transfer_id)
+                if not self.coordinator.transfers.running:
+                    self._idle.set()
+            case decide.ClaimLease(weight_set_id, instance_id):
+                self._spawn(self._claim_lease(weight_set_id, instance_id))
+            case decide.ReleaseLease(lease):
+                self._spawn(self.directory.release_lease(lease))
+            case decide.WeightSetChanged(weight_set_id):
+                self.watch.mark_weight_set(weight_set_id)
+            case decide.InstanceChanged(instance_id):
+                self.watch.mark_instance(instance_id)
+            case decide.TransferChanged(transfer):
+                self.watch.mark_transfer(transfer)
 
     def _post(self, acquisition_id: str, event: AcquisitionEvent) -> None:
         mailbox = self._mailboxes.get(acquisition_id)
@@ -336,18 +354,30 @@ class Driver:
         )
         return Granted(transfer, memory)
 
-    def _map(self, publication: Publication) -> None:
+    def _try_another_source(self, transfer: Transfer) -> None:
+        """The acquisition was granted what it cannot have; it is not to wait for it."""
+        if transfer.transfer_id in self.coordinator.transfers.running:
+            self.transfer_failed(
+                transfer.receiver_instance_id,
+                transfer.transfer_id,
+                FailureCause.SOURCE_UNREACHABLE,
+                "the broker could not hold the source's memory",
+            )
+
+    def _map(self, publication: Publication) -> Exception | None:
+        """Makes the publication resident, or returns why it cannot be."""
         instance_id, regions = publication.instance_id, self._memory[publication.publication_id].regions
         try:
             for region in regions:
                 self._check_size(instance_id, region)
             self.regions.hold(publication.publication_id, instance_id, [region.region_id for region in regions])
-        except BrokerError:
+            for region in regions:  # the publication holds them now, and they are closed with it
+                self.regions.withdraw(instance_id, region.region_id)
+        except Exception as error:  # noqa: BLE001 - also of a defect the publication must not stay, and it is raised
             self._carry_out(self.coordinator.mapping_failed(publication))
-            raise
-        for region in regions:  # the publication holds them now, and they are closed with it
-            self.regions.withdraw(instance_id, region.region_id)
+            return error
         self._carry_out(self.coordinator.mapped(publication, self.clock()))
+        return None
 
     def _check_size(self, instance_id: str, region: PublishedRegion) -> None:
         offered = self.regions.size_bytes(instance_id, region.region_id)

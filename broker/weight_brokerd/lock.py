@@ -67,7 +67,10 @@ class RuntimeLock:
 
     def write(self, generation_mark: int) -> None:
         """Records this process and the mark for the next broker."""
-        os.pwrite(self._descriptor, _RECORD.format(pid=os.getpid(), generation=generation_mark).encode(), 0)
+        try:
+            os.pwrite(self._descriptor, _RECORD.format(pid=os.getpid(), generation=generation_mark).encode(), 0)
+        except OSError as error:
+            raise OSError(error.errno, f"the lock file in the runtime directory: {error.strerror}") from error
         os.ftruncate(self._descriptor, _RECORD_BYTES)
 
     def close(self) -> None:

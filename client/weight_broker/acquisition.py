@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
@@ -13,6 +14,7 @@ import grpc
 from weight_broker import calls
 from weight_broker.channel import decode_error
 from weight_broker.errors import (
+    AcquireTimeout,
     BrokerError,
     BrokerUnavailable,
     IntegrityError,
@@ -86,21 +88,27 @@ class Acquisition:
     _shared: SharedWeights | None = None
     _mark: float = field(default_factory=time.monotonic)
     _waiting: bool = False
+    _own_lease: bool = False
+    """Whether the lease that is waited for is this very session's."""
 
     def run(self) -> Acquired | ColdLoadTold:
         """Returns with every byte in place and verified or with the lease; raises a `BrokerError` otherwise. On any
         exception the stream is cancelled, which frees the source's reader slot, and nothing stays open."""
         self._mark = time.monotonic()
-        stream = self.session.stub.Acquire(self._request(), timeout=self._remaining(), metadata=self.session.metadata)
-        done = False
+        request, stub, metadata = self._request(), self.session.stub, self.session.metadata
+        stream, done = None, False
         try:
+            stream = stub.Acquire(request, timeout=self._remaining(), metadata=metadata)
             outcome = self._follow(stream)
             done = True
             return outcome
         finally:
-            stream.cancel()
-            if not (done and self.keep_shared):
-                self._close_shared()
+            try:
+                if stream is not None:
+                    stream.cancel()
+            finally:
+                if not (done and self.keep_shared):
+                    self._close_shared()
 
     def _follow(self, stream: Iterator[pb.AcquireResponse]) -> Acquired | ColdLoadTold:
         try:
@@ -109,9 +117,11 @@ class Acquisition:
                     case "waiting":
                         self._pass("wait" if self._waiting else "reserve")
                         self._waiting = True
+                        self._note_holder(response.waiting)
                     case "granted":
                         self._pass("wait" if self._waiting else "reserve")
                         self._waiting = False
+                        self._own_lease = False
                         unheard = self._transfer(response.granted)
                         if unheard is not None:
                             return self._without_answer(unheard)
@@ -120,12 +130,31 @@ class Acquisition:
                         return self._finished(response.done.report)
                     case "cold_load":
                         self._pass("wait" if self._waiting else "reserve")
-                        return ColdLoadTold(response.cold_load.cold_load_lease, self._touched)
+                        lease = response.cold_load.cold_load_lease
+                        self._hear_out(stream, lease)
+                        return ColdLoadTold(lease, self._touched)
                     case _:  # progress of a transfer that the broker carries out, or news of a newer broker
                         pass
         except grpc.RpcError as error:
             return self._without_answer(decode_error(error, on_deadline=Reason.ACQUIRE_TIMEOUT, touched=self._touched))
         return self._without_answer(BrokerError("the broker ended the acquisition without an answer"))
+
+    def _hear_out(self, stream: Iterator[pb.AcquireResponse], lease: resources_pb2.ColdLoadLease) -> None:
+        """Reads to the end of the stream: it tells the broker an answer that arrived from a call that was cancelled.
+        If that fails nobody is going to load, and so the next one is to be told."""
+        try:
+            for _ in stream:
+                pass
+        except BaseException:
+            with contextlib.suppress(BrokerError):  # most likely the broker has ended the lease with the call
+                calls.give_up_lease(
+                    self.session, lease.weight_set_id, lease.fencing_token, "unheard", timeout=_LAST_WORD_SECONDS
+                )
+            raise
+
+    def _note_holder(self, waiting: pb.Waiting) -> None:
+        holder = waiting.cold_load_lease.instance_id
+        self._own_lease = waiting.reason == pb.Waiting.REASON_COLD_LOAD and holder == self.session.instance_id
 
     def _request(self) -> pb.AcquireRequest:
         layout = self.receiver.layout
@@ -182,7 +211,7 @@ class Acquisition:
             layout,
             [],
             tuple([(placement.region_index, placement.offset_bytes) for placement in granted.placements]),
-            digests_from_wire(granted.digests, len(layout)),
+            digests_from_wire(granted.digests, len(layout), pass_over_unknown=True),
         )
         try:
             for index, region in enumerate(granted.regions):
@@ -250,6 +279,13 @@ class Acquisition:
             _logger.warning("every byte is in place and verified, but the broker did not confirm it: %s", error)
             return self._finished(None)
         error.touched = self._touched
+        if self._own_lease and error.reason is Reason.ACQUIRE_TIMEOUT:
+            error = AcquireTimeout(
+                f"{error.message}; it waited for a cold-load lease that this very process holds: publish with it, or "
+                "give it up, before asking again",
+                touched=error.touched,
+                metadata=error.metadata,
+            )
         failure = self._last_failure
         if failure is not None:
             error.metadata = {**failure.metadata, **error.metadata}

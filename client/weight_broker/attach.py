@@ -47,6 +47,8 @@ class AttachConnection:
         # Responses not yet read. A request that was interrupted or timed out leaves its response in the socket; the
         # next request reads and drops it, so that answers never shift against questions.
         self._owed = 0
+        # True while a signal's handler that raises (KeyboardInterrupt) would leave `_owed` wrong.
+        self._unsure = False
 
     def connect(self, timeout: float = 2.0) -> Welcome:
         """Attaches this process: returns the token and the ids."""
@@ -60,7 +62,7 @@ class AttachConnection:
         try:
             response, _ = self._ask(AttachRequest(hello=hello), timeout=max(deadline - time.monotonic(), 0.001))
         except BaseException:
-            self.close()
+            self.leave()  # a broker that reads Hello only later must not list this attachment for ever
             raise
         return response.welcome
 
@@ -139,41 +141,72 @@ class AttachConnection:
         with self._lock:
             if self._socket is None:
                 raise NotAttached("the attach connection is closed")
+            if self._unsure:
+                self._break_off(self._socket)
+                raise NotAttached("a request on the attach connection was interrupted; attach anew")
             try:
-                self._socket.settimeout(timeout)
-                self._owed += 1
-                try:
-                    socket.send_fds(self._socket, [packet], fds)
-                except OSError:
-                    self._owed -= 1
-                    raise
+                self._send(self._socket, packet, fds, timeout)
                 answer, received = self._receive_last(self._socket, deadline)
             except TimeoutError:
+                # When it comes round it does what it was asked, so it is told as well that this is over: no region or
+                # lease stays behind that nobody here knows of. What is published is published again.
+                self._break_off(self._socket)
                 raise BrokerUnavailable(
                     f"the broker does not answer on {self.path}; it did not within {timeout:.1f} s"
                 ) from None
             except OSError as error:
                 raise NotAttached(f"the broker closed the attach connection ({error.strerror or error})") from None
+            finally:
+                if self._unsure:
+                    self._break_off(self._socket)
         response = AttachResponse.FromString(answer)
         if response.WhichOneof("response") == "refused":
             _close_all(received)
             raise _refusal(response.refused.reason, response.refused.message)
         return response, received
 
+    def _send(self, connected: socket.socket, packet: bytes, fds: Sequence[int], timeout: float) -> None:
+        connected.settimeout(timeout)
+        self._unsure = True
+        try:
+            socket.send_fds(connected, [packet], fds)
+        except OSError:
+            self._unsure = False  # nothing was sent
+            raise
+        self._owed += 1
+        self._unsure = False
+
     def _receive_last(self, connected: socket.socket, deadline: float) -> tuple[bytes, list[int]]:
+        readable = select.poll()
+        readable.register(connected, select.POLLIN)
         while True:
-            connected.settimeout(max(deadline - time.monotonic(), 0.001))
+            # Whoever is interrupted while it waits knows that it has read nothing.
+            if not readable.poll(max(deadline - time.monotonic(), 0.001) * 1000):
+                raise TimeoutError
+            self._unsure = True
             answer, received = _receive_packet(connected)
+            self._owed -= 1
+            self._unsure = False
             if not answer:
                 raise ConnectionResetError("end of file")
-            self._owed -= 1
             if self._owed == 0:
                 return answer, received
             _close_all(received)
 
+    def _break_off(self, connected: socket.socket) -> None:
+        """Ends a connection on which answers may have shifted against questions. It stays open as a descriptor, so that
+        whoever polls it sees its end."""
+        with contextlib.suppress(OSError):
+            connected.send(self._goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        with contextlib.suppress(OSError):
+            connected.shutdown(socket.SHUT_RDWR)
+
 
 def _connect(path: Path, deadline: float) -> socket.socket:
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    except OSError as error:  # of this process or its sandbox: no file descriptor is left, say
+        raise BrokerUnavailable(f"no socket can be had to reach the broker on {path}: {error.strerror}") from error
     try:
         while True:
             connected.settimeout(max(deadline - time.monotonic(), 0.001))

@@ -101,7 +101,9 @@ def report_failure(
     _report_transfer(session, pb.ReportTransferRequest(transfer_id=transfer_id, failed=failed), timeout)
 
 
-def give_up_lease(session: Session, weight_set_id: str, fencing_token: int, reason: str) -> None:
+def give_up_lease(
+    session: Session, weight_set_id: str, fencing_token: int, reason: str, *, timeout: float = REPORT_TIMEOUT_SECONDS
+) -> None:
     """Gives a cold-load lease up: the next waiter is told to load."""
     _report_load(
         session,
@@ -110,6 +112,7 @@ def give_up_lease(session: Session, weight_set_id: str, fencing_token: int, reas
             fencing_token=fencing_token,
             give_up=pb.ReportLoadRequest.GiveUp(reason=reason[:MAX_REASON_CHARACTERS]),
         ),
+        timeout,
     )
 
 
@@ -122,9 +125,11 @@ def extend_lease(session: Session, weight_set_id: str, fencing_token: int, secon
     return _report_load(session, request).cold_load_lease.expire_time.ToNanoseconds() / 1e9
 
 
-def _report_load(session: Session, request: pb.ReportLoadRequest) -> pb.ReportLoadResponse:
+def _report_load(
+    session: Session, request: pb.ReportLoadRequest, timeout: float = REPORT_TIMEOUT_SECONDS
+) -> pb.ReportLoadResponse:
     try:
-        return session.stub.ReportLoad(request, timeout=REPORT_TIMEOUT_SECONDS, metadata=session.metadata)
+        return session.stub.ReportLoad(request, timeout=timeout, metadata=session.metadata)
     except grpc.RpcError as error:
         raise decode_error(error) from error
 

@@ -74,7 +74,8 @@ class BrokerClient:
         self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float = 300.0
     ) -> AcquireReport | ColdLoadLease:
         """Like `acquire`, but if nobody holds the weight set, one process of all is told to load it: it gets the
-        lease, loads, and calls `publish` with it (or `give_up` on it). All others wait for that."""
+        lease, loads, and calls `publish` with it (or `give_up` on it). All others wait for that. Use the lease as a
+        context manager: if the block ends without either, it is given up."""
         acquired = self._fill(key, tensors, timeout, "load", keep_shared=False)
         return acquired if isinstance(acquired, ColdLoadLease) else acquired.report
 
@@ -112,11 +113,11 @@ class BrokerClient:
             raise BrokerError("the broker granted a cold-load lease that was not asked for")
         return attached[0]
 
-    def attach_and_share(
+    def _attach_and_share(
         self, key: WeightSetKey, *, framework: Framework = "torch", timeout: float = 300.0
     ) -> tuple[AttachedTensors, SharedWeights] | ColdLoadLease:
         """Like `attach_tensors`, but if nobody holds the weight set, one process of all is told to load it, as by
-        `acquire_or_lease`. The memory stays open besides, for `publish_shared`."""
+        `acquire_or_lease`. The memory stays open besides, for `_publish_shared`."""
         return self._attach(key, framework, timeout, "load", keep_shared=True)
 
     def publish(
@@ -145,29 +146,31 @@ class BrokerClient:
             region.placements,
             region.digests,
         )
-        return self.publish_shared(key, shared, deadline=deadline, lease=lease)
+        return self._publish_shared(key, shared, timeout=max(deadline - time.monotonic(), 0.001), lease=lease)
 
-    def publish_shared(
+    def _publish_shared(
         self,
         key: WeightSetKey,
         shared: SharedWeights,
         *,
-        deadline: float | None = None,
+        timeout: float = _PUBLISH_TIMEOUT_SECONDS,
         lease: ColdLoadLease | None = None,
     ) -> Publication:
-        """Offers memory that is shared already, and takes it over (closes it if the publication fails). `deadline` is
-        in monotonic seconds."""
+        """Offers memory that is shared already, and takes it over (closes it if the publication fails). For the
+        package's own loaders, like the other two that share memory."""
         publication = Publication(self._attachment, key, shared, owner=self)
         publication.announce(
-            deadline=deadline if deadline is not None else time.monotonic() + _PUBLISH_TIMEOUT_SECONDS,
+            deadline=time.monotonic() + timeout,
             fencing_token=lease.fencing_token if lease is not None else 0,
         )
+        if lease is not None:
+            lease.fulfilled()
         return publication
 
-    def acquire_and_share(
+    def _acquire_and_share(
         self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float
     ) -> Acquired | ColdLoadLease:
-        """Like `acquire_or_lease`, but the source's memory stays open in `shared`, for `publish_shared`."""
+        """Like `acquire_or_lease`, but the source's memory stays open in `shared`, for `_publish_shared`."""
         return self._fill(key, tensors, timeout, "load", keep_shared=True)
 
     def close(self) -> None:

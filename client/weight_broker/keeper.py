@@ -91,6 +91,7 @@ class Keeper:
 
     def _run(self) -> None:
         retry_seconds = FIRST_RETRY_SECONDS
+        told: set[str] = set()
         while True:
             with self._lock:
                 kept = list(self._kept)
@@ -98,9 +99,10 @@ class Keeper:
                     self._end()
                     return
                 bell = self._bell
-            broken = _restore(kept)
+            broken = _restore(kept, told)
             if not broken:
                 retry_seconds = FIRST_RETRY_SECONDS
+                told.clear()
             _sleep(bell, (one.fileno() for one in kept), retry_seconds if broken else None)
             if broken:
                 retry_seconds = min(retry_seconds * 1.5, LAST_RETRY_SECONDS)
@@ -111,8 +113,9 @@ class Keeper:
         os.close(bell)
 
 
-def _restore(kept: Iterable[Kept]) -> bool:
-    """Restores everything; True if something could not be."""
+def _restore(kept: Iterable[Kept], told: set[str]) -> bool:
+    """Restores everything; True if something could not be. `told` has the reasons that were logged as warnings since
+    all was well: each is one only once, since this is tried for as long as it does not work."""
     broken = False
     blocked: set[int] = set()
     for one in kept:
@@ -121,7 +124,9 @@ def _restore(kept: Iterable[Kept]) -> bool:
         try:
             one.restore()
         except BrokerError as error:
-            _logger.debug("%r cannot be published now: %s", one, error)
+            level = logging.DEBUG if error.reason in told else logging.WARNING
+            told.add(error.reason)
+            _logger.log(level, "%r cannot be published now; this is tried again: %s", one, error)
             broken = True
             if isinstance(error, BrokerUnavailable):
                 blocked.add(id(one.route))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import TracebackType
+
 from weight_broker.errors import BrokerError, LeaseLost, NotAttached
 from weight_broker.session import Attachment, Session
 
 
 class ColdLoadLease:
     """Held by one process for each weight set; the others wait until it has published, given up or died.
+
+    A context manager: a block that is left without `publish(..., lease=lease)` or `give_up`, also by an exception,
+    gives the lease up.
 
     `touched` says whether an earlier source failed half way, so that the tensors have undefined content.
     """
@@ -29,6 +35,7 @@ class ColdLoadLease:
         self.expires_at = expires_at
         """Seconds since the epoch."""
         self.touched = touched
+        self._settled = False
 
     def give_up(self, reason: str = "") -> None:
         """Ends the lease so that the next waiter is told to load. Raises `LeaseLost` if it had ended already."""
@@ -39,6 +46,7 @@ class ColdLoadLease:
             calls.give_up_lease(self._session, self.weight_set_id, self.fencing_token, reason)
         except NotAttached as error:
             raise self._lost() from error
+        self._settled = True
 
     def extend(self, seconds: float | None = None) -> None:
         """Makes the lease last at least `seconds` from now (the broker's default if None). Raises `LeaseLost`."""
@@ -49,6 +57,21 @@ class ColdLoadLease:
             self.expires_at = calls.extend_lease(self._session, self.weight_set_id, self.fencing_token, seconds)
         except NotAttached as error:
             raise self._lost() from error
+
+    def fulfilled(self) -> None:
+        """Notes that a publication with this lease has ended it. Called by `BrokerClient.publish`."""
+        self._settled = True
+
+    def __enter__(self) -> ColdLoadLease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._settled:
+            return
+        with contextlib.suppress(BrokerError):  # it has ended, or does so with the broker or in its own time
+            self.give_up("nothing was published" if kind is None else f"the loader raised {kind.__name__}")
 
     def __repr__(self) -> str:
         return f"ColdLoadLease(weight_set_id={self.weight_set_id!r}, fencing_token={self.fencing_token})"

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 TensorSource = Mapping[str, object] | Callable[[], Mapping[str, object]]
 """Tensors by name, or a function that returns them: for loaders that replace tensors while they load."""
 
+# No descriptor, memory or thread left: for sockets, for modules that are imported only now, for gRPC.
+_SHORTAGES = (OSError, MemoryError, ImportError, RuntimeError)
+
 _logger = logging.getLogger("weight_broker")
 
 
@@ -36,15 +39,16 @@ def acquire_or_load(
     """See `BrokerClient.acquire_or_load`."""
     begun = time.monotonic()
     lease: ColdLoadLease | None = None
-    acquire_error: BrokerError | None = None
+    acquire_error: Exception | None = None
+    wanted = current(tensors)
     try:
         if publish:
-            outcome = client.acquire_and_share(key, current(tensors), timeout=timeout)
+            outcome = client._acquire_and_share(key, wanted, timeout=timeout)
             if not isinstance(outcome, ColdLoadLease):
                 return _from_peer(client, key, outcome.report, outcome.shared, begun)
             lease = outcome
         else:  # who does not publish must not hold the lease that others wait for
-            report = client.acquire(key, current(tensors), timeout=timeout)
+            report = client.acquire(key, wanted, timeout=timeout)
             seconds = time.monotonic() - begun
             return LoadReport("peer", seconds, seconds, report=report)
     except BrokerError as error:
@@ -52,6 +56,10 @@ def acquire_or_load(
             raise  # somebody may still write to the tensors: nothing may be loaded into them
         _logger.warning("loading %s from disk: %s", key.model, error)
         acquire_error = error
+    except _SHORTAGES as error:  # of this process: the disk may well do without
+        _logger.warning("loading %s from disk: %r", key.model, error, exc_info=not _expected(error))
+        acquire_error = error
+    del wanted
     acquired = time.monotonic()
     _load(load, lease)
     loaded = time.monotonic()
@@ -83,7 +91,7 @@ def _from_peer(
 ) -> LoadReport:
     """The weights came from a peer. What was read is sealed, so it is published as it is: nothing is copied."""
     acquired = time.monotonic()
-    publication, publish_error = _attempt(key, lambda: client.publish_shared(key, shared))
+    publication, publish_error = _attempt(key, lambda: client._publish_shared(key, shared))
     ended = time.monotonic()
     return LoadReport(
         "peer",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,7 @@ class Attachment:
         self._connect_timeout = connect_timeout
         self._lock = threading.Lock()
         self._session: Session | None = None
+        self._failure: tuple[float, BrokerUnavailable] | None = None
         self._closed = False
         _attachments.add(self)
 
@@ -98,14 +100,23 @@ class Attachment:
         session = self._session
         if session is not None and not session.is_over and not self._closed:
             return session
+        asked = time.monotonic()
         with self._lock:
             if self._closed:
                 raise BrokerUnavailable("this client is closed")
             if self._session is not None and not self._session.is_over:
                 return self._session
             self._session = None
+            if self._failure is not None and self._failure[0] >= asked:
+                # Another thread found out while this one waited: they must not try one after the other.
+                raise BrokerUnavailable(self._failure[1].message, metadata=self._failure[1].metadata)
             directory = self._directory if self._directory is not None else runtime_directory()
-            self._session = Session(directory, self._name, self._connect_timeout)
+            try:
+                self._session = Session(directory, self._name, self._connect_timeout)
+            except BrokerUnavailable as error:
+                self._failure = time.monotonic(), BrokerUnavailable(error.message, metadata=error.metadata)
+                raise
+            self._failure = None
             KEEPER.ring()  # what was published in a session before this one has to be published again
             return self._session
 

@@ -37,6 +37,10 @@ class SharedWeights:
             descriptor, _ = self.regions.pop()
             os.close(descriptor)
 
+    def __del__(self) -> None:
+        # Whoever was to close them was interrupted (a second Ctrl-C): the memory must not stay for ever.
+        self.close()
+
 
 _open_weights: weakref.WeakSet[SharedWeights] = weakref.WeakSet()
 

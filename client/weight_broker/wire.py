@@ -139,12 +139,17 @@ def digests_to_wire(digests: ContentDigests) -> pb.ContentDigests:
     )
 
 
-def digests_from_wire(messages: Iterable[pb.ContentDigests], tensor_count: int) -> tuple[ContentDigests, ...]:
-    """The digests in messages; raises `InvalidArgument`."""
+def digests_from_wire(
+    messages: Iterable[pb.ContentDigests], tensor_count: int, *, pass_over_unknown: bool = False
+) -> tuple[ContentDigests, ...]:
+    """The digests in messages; raises `InvalidArgument`. `pass_over_unknown` leaves sets out that are of a kind only a
+    newer version knows: for a reader, who needs one set that it can verify with."""
     found: list[ContentDigests] = []
     for index, message in enumerate(messages):
         field = f"digests[{index}]"
         algorithm, coverage = _ALGORITHMS.get(message.algorithm), _COVERAGES.get(message.coverage)
+        if pass_over_unknown and (algorithm is None or coverage is None):
+            continue
         if algorithm is None:
             raise InvalidArgument(f"{field}.algorithm", message.algorithm, "a known algorithm")
         if coverage is None:
@@ -157,7 +162,7 @@ def digests_from_wire(messages: Iterable[pb.ContentDigests], tensor_count: int) 
             )
         found.append(ContentDigests(algorithm, coverage, message.block_bytes, tuple(message.values)))
     if not found:
-        raise InvalidArgument("digests", "empty", "at least one set of digests")
+        raise InvalidArgument("digests", "empty", "at least one set of digests of a known kind")
     return tuple(found)
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from support.broker_process import BrokerProcess
-from support.proto_strategies import broken_bytes, mutations
+from support.proto_strategies import Mutation, broken_bytes, certain_mutations, mutations
 from support.raw_client import acquire_request
 from support.rpc_errors import assert_no_defect
 from support.scene import METHODS, Scene
@@ -47,6 +47,43 @@ SHOWS_IN = {
     "path": {"path", "layout"},
 }
 
+# What no request may lack: texts and numbers are emptied, messages left out.
+KEY = {"key", "key.model", "key.dtype", "key.rank", "key.rank.tensor_parallel_size", "key.rank.data_parallel_size"}
+REQUIRED = {
+    "Acquire": KEY | {"layout", "request_id"},
+    "ReportTransfer": {"transfer_id", "succeeded"},
+    "Publish": KEY
+    | {"layout", "request_id", "regions.region_id", "regions.size_bytes", "regions.host_memory", "digests.block_bytes"},
+    "Retract": {"publication_id"},
+    "ReportLoad": {"weight_set_id", "fencing_token", "extend"},
+    "Evict": {"publication_id"},
+    "Quarantine": {"publication_id"},
+    "GetWeightSet": {"weight_set_id"},
+    "Explain": KEY,
+}
+# What there must be exactly so many of.
+COUNTED = {"placements", "digests.values", "regions"}
+RANGES = {"seconds": (0, 24 * 3600), "nanos": (0, 10**9 - 1), "page_size": (0, 1000)}
+# Whatever is changed in a layout, its fingerprint does not fit any more, except where an instance keeps a tensor.
+NOT_IN_THE_FINGERPRINT = "layout.tensors.storage_offset"
+
+
+def must_be_refused(name: str, mutation: Mutation) -> bool:
+    """Whether no request of this kind is right that has been changed so."""
+    path, how = mutation.path, mutation.how
+    if mutation.is_no_known_value:
+        return True
+    if path in REQUIRED.get(name, ()) and how in ("missing", "= ''", "= 0"):
+        return True
+    if path in COUNTED and how != "reversed":
+        return True
+    if (path, how) in (("digests", "none"), ("digests", "one less"), ("key.engine_attributes", "doubled")):
+        return True
+    least, most = RANGES.get(path.rpartition(".")[2], (0, 0))
+    if most:
+        return not least <= mutation.number <= most
+    return path.startswith("layout.") and path != NOT_IN_THE_FINGERPRINT
+
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
@@ -71,16 +108,30 @@ def first_part(field: str) -> str:
 def test_a_request_with_one_wrong_field_is_refused_for_it_and_changes_nothing(
     scene: Scene, name: str, data: st.DataObject
 ) -> None:
-    mutation = data.draw(mutations(scene.valid_request(name)))
+    valid = scene.valid_request(name)
+    mutation = data.draw(mutations(valid))
     before = scene.state()
     refusal = scene.call(name, mutation.message.SerializeToString())
     if refusal is None:
         scene.reset()
+        assert mutation.message == valid or not must_be_refused(name, mutation), f"{mutation} was taken"
         return
     assert scene.state() == before
     if refusal.reason is Reason.INVALID_ARGUMENT:
         allowed = SHOWS_IN.get(mutation.field, {mutation.field})
         assert first_part(refusal.field) in allowed, f"{mutation}: {refusal}"
+
+
+@pytest.mark.parametrize("name", WITH_FIELDS)
+def test_what_is_always_wrong_is_never_taken(scene: Scene, name: str) -> None:
+    """Every field in turn: without a known value, left out, emptied, too many, too few, negative."""
+    tried = 0
+    for mutation in certain_mutations(scene.valid_request(name)):
+        if must_be_refused(name, mutation):
+            tried += 1
+            refusal = scene.call(name, mutation.message.SerializeToString())
+            assert refusal is not None, f"{mutation} was taken"
+    assert tried, "a request has something that can be wrong"
 
 
 @pytest.mark.parametrize("name", WITHOUT_DRAIN)

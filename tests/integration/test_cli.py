@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from support.broker_process import BrokerProcess
+from support.raw_client import RawClient
 from weight_broker import BrokerClient, BrokerUnavailable, ColdLoadLease, ParallelRank, WeightSetKey
 from weight_broker.cli.main import main, parser
 
@@ -195,9 +196,10 @@ def test_an_id_that_starts_two_weight_sets_is_refused(publisher: BrokerClient, r
     assert "is the start of" in err
 
 
-@pytest.mark.parametrize("command", ["status", "explain", "watch", "drain"])
+@pytest.mark.parametrize("command", ["status", "explain", "watch", "drain", "evict", "quarantine"])
 def test_without_a_broker_every_command_says_so(run: Run, tmp_path: Path, command: str) -> None:
-    arguments = ["0" * 32] if command == "explain" else []
+    needed = {"explain": ["0" * 32], "evict": ["publication-1"], "quarantine": ["publication-1", "--reason", "x"]}
+    arguments = needed.get(command, [])
     code, out, err = run(command, *arguments, directory=tmp_path / "nothing")
     assert (code, out) == (3, "")
     assert "BROKER_UNAVAILABLE" in err
@@ -217,6 +219,49 @@ def test_drain_ends_new_work(broker: BrokerProcess, run: Run, publisher: BrokerC
     assert json.loads(run("explain", KEY.id, "--json")[1])["outcome"] == "OUTCOME_DRAINING"
     with BrokerClient(broker.runtime_directory) as reader, pytest.raises(BrokerUnavailable, match=r"(?i)drain"):
         reader.acquire(KEY, tensors())
+
+
+def test_a_drain_that_takes_a_while_says_what_runs(broker: BrokerProcess, run: Run, publisher: BrokerClient) -> None:
+    with RawClient(broker.runtime_directory, "source") as source, RawClient(broker.runtime_directory) as receiver:
+        source.publish()
+        acquire = receiver.acquire()
+        next(acquire)
+        code, out, err = run("drain", "--timeout", "1.5")
+        acquire.cancel()
+    assert (code, out) == (1, "")
+    assert "draining: 1 transfers running" in err
+    assert "DRAIN_TIMEOUT" in err
+
+
+def publications(run: Run) -> list[dict[str, Any]]:
+    return [one for shown in json.loads(run("status", "--json")[1])["weight_sets"] for one in shown["publications"]]
+
+
+@pytest.mark.usefixtures("publisher")
+def test_evict_ends_one_publication(run: Run) -> None:
+    [one] = publications(run)
+    code, out, _ = run("evict", one["publication_id"])
+    assert (code, out) == (0, f"evicted {one['publication_id']} of the publisher\n")
+    assert publications(run) == []
+
+
+@pytest.mark.usefixtures("publisher")
+def test_quarantine_sets_one_publication_aside_and_shows_why(run: Run) -> None:
+    [one] = publications(run)
+    code, out, _ = run("quarantine", one["publication_id"], "--reason", "suspect \x1b[2J", "--json")
+    assert code == 0
+    assert json.loads(out)["publication"]["quarantine_reason"] == "suspect \x1b[2J"
+    [left] = publications(run)
+    assert (left["state"], left["quarantine_reason"]) == ("STATE_QUARANTINED", "suspect \x1b[2J")
+    assert json.loads(run("explain", KEY.id, "--json")[1])["outcome"] != "OUTCOME_TRANSFER"
+
+
+@pytest.mark.usefixtures("broker")
+@pytest.mark.parametrize("arguments", [("evict", "nothing"), ("quarantine", "nothing", "--reason", "x")])
+def test_a_publication_that_is_not_there_is_four(run: Run, arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (4, "")
+    assert "PUBLICATION_NOT_FOUND" in err
 
 
 def test_watch_prints_the_state_and_then_changes(broker: BrokerProcess, publisher: BrokerClient) -> None:
@@ -276,7 +321,9 @@ def test_watch_ends_with_the_broker(broker: BrokerProcess) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", [[], ["status"], ["explain"], ["watch"], ["drain"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["status"], ["explain"], ["watch"], ["drain"], ["evict"], ["quarantine"], ["demo"]]
+)
 def test_help_documents_the_exit_codes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parser().parse_args([*command, "--help"])
@@ -312,6 +359,8 @@ def test_a_reader_that_leaves_early_is_no_error(publisher: BrokerClient, broker:
         (["status", "--timeout", "-1"], "above 0"),
         (["drain", "--timeout", "nan"], "above 0"),
         (["demo", "--instances", "x"], "invalid"),
+        (["evict"], "required"),
+        (["quarantine", "publication-1"], "required"),
         (["frobnicate"], "invalid choice"),
         ([], "required"),
     ],

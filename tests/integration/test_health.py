@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
+from datetime import datetime
 
 import grpc
 import pytest
@@ -23,6 +25,13 @@ UNKNOWN = pb.HealthCheckResponse.SERVICE_UNKNOWN
 def test_everything_serves_once_the_sockets_accept(broker: BrokerProcess) -> None:
     for name in [*NAMES, "liveness"]:
         assert health.check(broker.channel, name) == SERVING, name
+
+
+def test_the_host_says_since_when_it_is_ready(broker: BrokerProcess) -> None:
+    """Which is not when its process began: between the last socket and what the log says of it."""
+    [logged] = [json.loads(line)["timestamp"] for line in broker.log.splitlines() if '"event": "ready"' in line]
+    bound = (broker.runtime_directory / "attach.sock").stat().st_ctime_ns * 1e-9  # of a clock with coarse ticks
+    assert bound <= broker.host().start_time.ToNanoseconds() * 1e-9 <= datetime.fromisoformat(logged).timestamp()
 
 
 def test_a_service_that_does_not_exist_is_not_found(broker: BrokerProcess) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
+import sys
+import time
 from pathlib import Path
+from types import FrameType
+
+from weight_broker.memory import copying
 
 
 def mapped_regions() -> int:
@@ -12,7 +16,22 @@ def mapped_regions() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:weight-broker")
 
 
-def held() -> tuple[int, int, list[str]]:
+def copying_threads() -> int:
+    """Threads that copy. One that has just ended its work may need a moment to go."""
+    deadline = time.monotonic() + 1
+    while (count := sum(map(_copies, sys._current_frames().values()))) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return count
+
+
+def held() -> tuple[int, int, int]:
     """Open descriptors, mapped regions and copying threads."""
-    threads = [thread.name for thread in threading.enumerate() if thread.name == "weight-broker-copy"]
-    return len(os.listdir("/proc/self/fd")), mapped_regions(), threads
+    return len(os.listdir("/proc/self/fd")), mapped_regions(), copying_threads()
+
+
+def _copies(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is copying._Helpers._run.__code__:
+            return True
+        frame = frame.f_back
+    return False

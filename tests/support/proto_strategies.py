@@ -43,11 +43,26 @@ class Mutation:
     message: Message
     field: str
     """The changed field of the message itself: the first part of its path."""
-    what: str
-    """For people who read a failure."""
+    path: str
+    """The whole path to what was changed, without indexes: `layout.tensors.dtype`."""
+    how: str
+    """What was done to it: `missing`, `empty`, `none`, `one less`, ... or `= value`."""
+    kind: Field
 
     def __repr__(self) -> str:
-        return f"<{self.what} in {type(self.message).__name__}>"
+        return f"<{self.path} {self.how} in {type(self.message).__name__}>"
+
+    @property
+    def is_no_known_value(self) -> bool:
+        """True for a single enum field that is not set or has a value without a name."""
+        if self.kind.cpp_type != FieldDescriptor.CPPTYPE_ENUM or self.kind.is_repeated:
+            return False
+        return self.number == 0 or self.number not in {value.number for value in self.kind.enum_type.values}
+
+    @property
+    def number(self) -> int:
+        """The value that a field with a number was given."""
+        return int(self.how.removeprefix("= "))
 
 
 @dataclass(frozen=True)
@@ -71,9 +86,8 @@ class _Site:
 
     @property
     def path(self) -> str:
-        """The whole path."""
-        parts = [step.name if index is None else f"{step.name}[{index}]" for step, index in self.steps]
-        return ".".join([*parts, self.field.name])
+        """The whole path, without indexes."""
+        return ".".join([*(step.name for step, _ in self.steps), self.field.name])
 
 
 @st.composite
@@ -82,8 +96,40 @@ def mutations(draw: st.DrawFn, message: Message) -> Mutation:
     copied = type(message)()
     copied.CopyFrom(message)
     site = draw(st.sampled_from(list(_sites(message))))
-    what = _change(draw, site.owner(copied), site.field)
-    return Mutation(copied, site.root, f"{site.path} {what}")
+    how = _change(draw, site.owner(copied), site.field)
+    return Mutation(copied, site.root, site.path, how, site.field)
+
+
+def certain_mutations(message: Message) -> Iterator[Mutation]:
+    """Of every field, however deep: left out, emptied, without a known value, negative, too many, too few."""
+    for site in _sites(message):
+        for how in _certain_ways(site.owner(message), site.field):
+            copied = type(message)()
+            copied.CopyFrom(message)
+            owner, field, shown = site.owner(copied), site.field, str(how)
+            if field.is_repeated:
+                _repeat(owner, field, shown)
+            elif field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
+                owner.ClearField(field.name)
+            else:
+                setattr(owner, field.name, how)
+                shown = f"= {how!r}"
+            if copied != message:
+                yield Mutation(copied, site.root, site.path, shown, field)
+
+
+def _certain_ways(owner: Any, field: Field) -> list[str | int]:
+    """What can be done to a field: a word for lists and messages, a value for the others."""
+    kind = field.cpp_type
+    if field.is_repeated:
+        return ["none", "one less", "doubled"]
+    if kind == FieldDescriptor.CPPTYPE_MESSAGE:
+        return ["missing"] if owner.HasField(field.name) else []
+    if kind == FieldDescriptor.CPPTYPE_ENUM:
+        return [0, max(value.number for value in field.enum_type.values) + 1, -1]
+    if kind in _RANGES:
+        return sorted({0, _RANGES[kind][0]})
+    return [""] if kind == FieldDescriptor.CPPTYPE_STRING else []
 
 
 def broken_bytes(message: Message) -> st.SearchStrategy[bytes]:
@@ -136,17 +182,20 @@ def _change(draw: st.DrawFn, owner: Any, field: Field) -> str:
 
 
 def _change_repeated(draw: st.DrawFn, owner: Any, field: Field) -> str:
-    before = [_copy(value) for value in getattr(owner, field.name)]
     how = draw(st.sampled_from(["none", "one less", "one more", "doubled", "reversed"]))
+    _repeat(owner, field, how)
+    if how == "one more" and field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
+        getattr(owner, field.name).add()
+    elif how == "one more":
+        getattr(owner, field.name).append(draw(_values(field)))
+    return how
+
+
+def _repeat(owner: Any, field: Field, how: str) -> None:
+    before = [_copy(value) for value in getattr(owner, field.name)]
     after = {"none": [], "one less": before[:-1], "doubled": before + before, "reversed": before[::-1]}
     owner.ClearField(field.name)
-    container = getattr(owner, field.name)
-    container.extend(after.get(how, before))
-    if how == "one more" and field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
-        container.add()
-    elif how == "one more":
-        container.append(draw(_values(field)))
-    return how
+    getattr(owner, field.name).extend(after.get(how, before))
 
 
 def _copy(value: Any) -> Any:

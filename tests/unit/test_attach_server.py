@@ -270,6 +270,15 @@ def test_goodbye_counts_although_earlier_answers_were_never_read(room: AttachRoo
     eventually(lambda: ("departed", "instance-1", "it said goodbye") in room.attendance.events, within=2)
 
 
+def test_goodbye_counts_although_the_answer_before_it_finds_nobody(room: AttachRoom) -> None:
+    with room.client() as client:
+        assert client.ask(HELLO).HasField("welcome")
+        for request in (WITHDRAW, GOODBYE):
+            client.socket.send(request.SerializeToString())
+        client.socket.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: ("departed", "instance-1", "it said goodbye") in room.attendance.events, within=2)
+
+
 def test_a_defect_in_the_broker_does_not_end_the_watch_over_others(room: AttachRoom) -> None:
     with room.instance() as first, room.instance() as second:
         room.attendance.error = ValueError("defect")

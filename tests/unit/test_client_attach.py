@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 from support.scripted_broker import TOKEN, ScriptedBroker, refused
+from weight_broker import attach
 from weight_broker.attach import AttachConnection
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, PublishRefused, Reason
+from weight_broker.session import Attachment
 from weight_broker.v1 import attach_pb2
 
 
@@ -56,25 +63,61 @@ def test_a_claimed_descriptor_is_the_callers_and_is_not_inherited(
     os.close(descriptor)
 
 
-def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(
-    broker: ScriptedBroker, connection: AttachConnection, monkeypatch: pytest.MonkeyPatch
+def test_a_broker_that_does_not_answer_in_time_is_left_with_a_goodbye(
+    broker: ScriptedBroker, connection: AttachConnection
+) -> None:
+    broker.on_attach = lambda request: time.sleep(0.3)
+    with pytest.raises(BrokerUnavailable, match="within"):
+        connection._ask(attach_pb2.AttachRequest(withdraw_region=attach_pb2.WithdrawRegion()), timeout=0.05)
+    assert connection.is_over()
+    with pytest.raises(NotAttached):
+        connection.withdraw_region("region")
+    requests = [broker.attach_requests.get(timeout=5) for _ in range(3)]
+    assert requests == ["hello", "withdraw_region", "goodbye"]  # what it does late, it undoes
+
+
+def test_the_answer_to_an_interrupted_request_is_not_taken_for_the_next_one(
+    broker: ScriptedBroker, connection: AttachConnection
 ) -> None:
     def late(request: attach_pb2.AttachRequest) -> None:
         if request.WhichOneof("request") == "claim_region":
             time.sleep(0.3)
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
     region = os.memfd_create("region")
     broker.regions["transfer", 0] = region
     broker.on_attach = late
-    before = len(os.listdir("/proc/self/fd"))
-    request = attach_pb2.AttachRequest(claim_region=attach_pb2.ClaimRegion(transfer_id="transfer"))
-    with pytest.raises(BrokerUnavailable, match="within"):
-        connection._ask(request, timeout=0.05)
+    open_before = len(os.listdir("/proc/self/fd"))
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            connection.claim_region("transfer", 0)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
     broker.on_attach = lambda request: refused(Reason.REGION_REFUSED, "the second answer")
     with pytest.raises(PublishRefused, match="the second answer"):
         connection.withdraw_region("region")
-    assert len(os.listdir("/proc/self/fd")) == before  # the late answer's descriptor is closed
+    assert len(os.listdir("/proc/self/fd")) == open_before  # the late answer's descriptor is closed
     os.close(region)
+
+
+def test_an_interruption_that_leaves_questions_and_answers_in_doubt_ends_the_connection(
+    broker: ScriptedBroker, connection: AttachConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(connected: socket.socket) -> tuple[bytes, list[int]]:
+        connected.recv(1 << 16)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attach, "_receive_packet", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        connection.withdraw_region("region")
+    monkeypatch.undo()
+    assert connection.is_over()
+    with pytest.raises(NotAttached):
+        connection.withdraw_region("region")
 
 
 def test_a_connection_that_the_broker_closed_is_over(broker: ScriptedBroker, connection: AttachConnection) -> None:
@@ -102,3 +145,34 @@ def test_leaving_says_goodbye(broker: ScriptedBroker, connection: AttachConnecti
     connection.leave()
     with pytest.raises(NotAttached):
         connection.goodbye()
+
+
+def test_a_broker_that_hangs_costs_many_threads_the_time_of_one(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "attach.sock"))
+        listener.listen(100)
+        attachment = Attachment(tmp_path, "name", 0.5)
+        failed: list[str] = []
+
+        def ask() -> None:
+            with pytest.raises(BrokerUnavailable, match="does not answer") as caught:
+                attachment.session()
+            failed.append(caught.value.message)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        begun = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(failed) == 8
+        assert time.monotonic() - begun < 2
+
+
+def test_without_a_free_descriptor_there_is_no_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socket", exhausted)
+    with pytest.raises(BrokerUnavailable, match="Too many open files"):
+        AttachConnection(tmp_path / "attach.sock").connect()

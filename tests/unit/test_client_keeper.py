@@ -98,7 +98,7 @@ def test_where_one_finds_no_broker_the_others_do_not_try() -> None:
     for lamp in (first, second, elsewhere):
         lamp.failures = 1
         lamp.far.close()
-    assert _restore([first, second, elsewhere])
+    assert _restore([first, second, elsewhere], set())
     assert [len(lamp.attempts) for lamp in (first, second, elsewhere)] == [1, 0, 1]
 
 
@@ -112,7 +112,7 @@ class Broken(Lamp):
 def test_a_defect_in_one_does_not_keep_the_others_from_being_restored() -> None:
     other = Lamp()
     other.far.close()
-    assert _restore([Broken(), other])
+    assert _restore([Broken(), other], set())
     assert other.restored == 1
 
 
@@ -147,3 +147,14 @@ def test_a_forked_child_has_no_keeper_and_can_have_its_own(keeper: Keeper) -> No
             os._exit(1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_reason_is_a_warning_once_and_then_a_detail(keeper: Keeper, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="weight_broker")
+    lamp = Lamp()
+    lamp.failures = 3
+    keeper.add(lamp)
+    lamp.far.close()
+    until(lambda: lamp.restored == 1)
+    levels = [record.levelname for record in caplog.records if "cannot be published now" in record.message]
+    assert levels == ["WARNING", "DEBUG", "DEBUG"]

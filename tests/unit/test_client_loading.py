@@ -146,7 +146,7 @@ def test_memory_that_may_still_be_written_to_is_not_loaded_into(
     def poisoned(*args: object, **kwargs: object) -> None:
         raise BrokerError("unknown", touched=True, quiesced=False)
 
-    monkeypatch.setattr(client, "acquire_and_share", poisoned)
+    monkeypatch.setattr(client, "_acquire_and_share", poisoned)
     model = Model()
     with pytest.raises(BrokerError) as caught:
         client.acquire_or_load(KEY, model.weights, model.load)
@@ -197,3 +197,20 @@ def test_who_is_filled_becomes_a_source_of_the_same_memory_without_a_copy(
         request = broker.publish_requests.get(timeout=5)
         assert [(one.region_index, one.offset_bytes) for one in request.placements] == list(region.placements)
         assert [tuple(digests.values) for digests in request.digests] == [one.values for one in region.digests]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(24, "Too many open files"), MemoryError(), RuntimeError("can't start new thread")]
+)
+def test_a_process_without_descriptors_memory_or_threads_for_the_broker_loads_from_disk(
+    client: BrokerClient, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail_here(*arguments: object, **keywords: object) -> object:
+        raise error
+
+    monkeypatch.setattr(client, "_acquire_and_share", fail_here)
+    model = Model()
+    report = client.acquire_or_load(KEY, model.weights, model.load, timeout=5)
+    assert (report.source, model.loads) == ("disk", 1)
+    assert report.acquire_error is not None
+    assert report.acquire_error.startswith(type(error).__name__)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import _thread
+import gc
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import FrameType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.held_memory import copying_threads
 from weight_broker.digest import DigestAlgorithm, block_function, combine
 from weight_broker.memory import copying
 from weight_broker.memory.address_space import address_of
@@ -27,11 +32,7 @@ def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several threads whatever the machine, and none of them left afterwards."""
     monkeypatch.setattr(copying, "thread_count", lambda: 4)
     yield
-    assert copying_threads() == []
-
-
-def copying_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "weight-broker-copy"]
+    assert copying_threads() == 0
 
 
 def reference_digest(content: bytes, algorithm: DigestAlgorithm, block_bytes: int) -> int:
@@ -117,9 +118,11 @@ def test_a_sampled_digest_sees_the_ends_and_not_what_lies_between_its_blocks() -
 
 def test_every_task_runs_once_and_own_tasks_on_the_callers_thread() -> None:
     done: list[tuple[int, int]] = []
+    all_at_work = threading.Barrier(4)
 
     def task(number: int) -> None:
-        time.sleep(0.001)
+        if number < 4:
+            all_at_work.wait(timeout=10)
         done.append((number, threading.get_ident()))
 
     copying.run([partial(task, number) for number in range(40)], own_tasks=[partial(task, 100), partial(task, 101)])
@@ -146,7 +149,6 @@ def test_an_error_in_any_thread_stops_the_others_and_is_raised_when_they_have_en
 
     with pytest.raises(LookupError, match=failing):
         copying.run([partial(task, number) for number in range(400)])
-    assert copying_threads() == []
     assert sorted(ended) == sorted(begun)
     assert len(begun) == 4
 
@@ -177,10 +179,10 @@ def test_sampling_stops_at_its_deadline() -> None:
 
 
 def test_the_caller_does_it_alone_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: threading.Thread) -> None:
+    def refuse(*arguments: object) -> int:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", refuse)
     memory = Memory([10, BLOCK, 5 * BLOCK, SMALL_BYTES + 1])
     copying.copy(memory.pieces)
     assert memory.is_copied_exactly()
@@ -206,3 +208,45 @@ def test_a_forked_child_can_copy_while_its_parent_does() -> None:
     finally:
         stop.set()
         parent.join()
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, TimeoutError])
+@pytest.mark.parametrize("after", [0.0005, 0.002, 0.02, 0.04])
+def test_whatever_a_signals_handler_raises_nobody_works_any_more_when_it_arrives(
+    raised: type[BaseException], after: float
+) -> None:
+    at_work: set[int] = set()
+
+    def task(number: int) -> None:
+        at_work.add(number)
+        deadline = time.monotonic() + (0.001 if number < 8 else 0.1)
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+        at_work.discard(number)
+
+    running: list[None] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if running:
+            raise raised
+
+    before = signal.signal(signal.SIGALRM, handler)
+    gc.disable()  # what a handler raises in a callback of the collector is lost
+    try:
+        with pytest.raises(raised):  # noqa: PT012  # the signal may come as soon as it is asked for
+            running.append(None)
+            # Again and again, because one that comes in a destructor or the callback of a weak reference is lost too.
+            signal.setitimer(signal.ITIMER_REAL, after, 0.05)
+            try:
+                copying.run([partial(task, number) for number in range(400)])
+            finally:
+                running.clear()
+        left = {number for number in at_work if number >= 0}
+        time.sleep(0.15)
+        # A task of the caller's own thread was interrupted in the middle; those of helpers have ended, and none began.
+        assert len(left) <= 1
+        assert at_work == left
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        gc.enable()

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
-from weight_broker.errors import BrokerError, PublicationNotFound
+from weight_broker.errors import BrokerError, PublicationNotFound, Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
@@ -22,6 +31,7 @@ from weight_brokerd.core.model import (
     Limits,
     Offer,
     PublicationState,
+    Transfer,
     TransferPath,
 )
 
@@ -62,6 +72,9 @@ class Core(RuleBasedStateMachine):
 
     @rule(target=instances)
     def attach(self) -> str:
+        return self.new_instance()
+
+    def new_instance(self) -> str:
         self.number += 1
         instance_id = f"instance-{self.number}"
         self.carry_out(self.coordinator.attach(Instance(instance_id, instance_id, 1, 0, 0, self.now)))
@@ -89,9 +102,10 @@ class Core(RuleBasedStateMachine):
         offer = Offer(key, layout, instance_id, "cpu", "", token, f"request-{self.number}")
         try:
             publication, decisions = self.coordinator.publish(offer, self.now)
-        except BrokerError:
-            assert len(self.coordinator.registry) == 100 or self.coordinator.draining
+        except BrokerError as error:
+            self.check_refusal(error, otherwise=Reason.LIMIT_EXCEEDED)
             return multiple()
+        assert not self.coordinator.draining, "a publication was taken during a drain"
         assert publication.generation not in self.generations
         self.generations.add(publication.generation)
         self.carry_out(decisions)
@@ -131,6 +145,9 @@ class Core(RuleBasedStateMachine):
         if_absent=st.sampled_from(list(IfAbsent)),
     )
     def acquire(self, instance_id: str, key: WeightSetKey, layout: Layout | None, if_absent: IfAbsent) -> None:
+        self.ask(instance_id, key, layout, if_absent)
+
+    def ask(self, instance_id: str, key: WeightSetKey, layout: Layout | None, if_absent: IfAbsent) -> None:
         self.number += 1
         acquisition = Acquisition(
             acquisition_id=f"acquisition-{self.number}",
@@ -146,9 +163,10 @@ class Core(RuleBasedStateMachine):
         )
         try:
             decisions = self.coordinator.acquire(acquisition, self.now)
-        except BrokerError:
-            assert self.coordinator.draining
+        except BrokerError as error:
+            self.check_refusal(error)
             return
+        assert not self.coordinator.draining, "an acquisition was taken during a drain"
         self.asked.add(acquisition.acquisition_id)
         self.carry_out(decisions)
 
@@ -165,7 +183,9 @@ class Core(RuleBasedStateMachine):
         running = list(self.coordinator.transfers.running.values())
         if not running:
             return
-        transfer = data.draw(st.sampled_from(running))
+        self.end(data.draw(st.sampled_from(running)), cause)
+
+    def end(self, transfer: Transfer, cause: FailureCause | None) -> None:
         receiver = transfer.receiver_instance_id
         if cause is None:
             decisions = self.coordinator.transfer_succeeded(
@@ -214,6 +234,9 @@ class Core(RuleBasedStateMachine):
         self.carry_out(self.coordinator.advance(self.now))
 
     # Carrying decisions out, and checking each
+
+    def check_refusal(self, error: BrokerError, otherwise: Reason | None = None) -> None:
+        assert error.reason is (Reason.DRAINING if self.coordinator.draining else otherwise)
 
     def carry_out(self, decisions: Decisions) -> None:
         for decision in decisions:
@@ -339,5 +362,47 @@ class Core(RuleBasedStateMachine):
         assert list(self.coordinator.weight_sets) == [], "a weight set outlived everything that referred to it"
 
 
+class DrainingCore(Core):
+    """The same, with a drain at any moment."""
+
+    @initialize(
+        target=Core.publications,
+        key=st.sampled_from(KEYS),
+        layout=st.sampled_from(LAYOUTS),
+        if_absent=st.sampled_from(list(IfAbsent)),
+    )
+    def somebody_reads(self, key: WeightSetKey, layout: Layout, if_absent: IfAbsent) -> object:
+        """Running transfers are what a drain waits for."""
+        publication_id = self.publish(self.new_instance(), key, layout, fulfils=False)
+        self.ask(self.new_instance(), key, layout, if_absent)
+        return publication_id
+
+    @precondition(lambda self: not self.coordinator.draining)
+    @rule(causes=st.lists(st.sampled_from([None, *FailureCause])))
+    def drain(self, causes: list[FailureCause | None]) -> None:
+        """Of the transfers that run some end next, the others whenever they like."""
+        acquisitions = self.coordinator.acquisitions
+        waiting = {one.acquisition_id for one in acquisitions.values() if not one.transfer_id}
+        running, published = dict(self.coordinator.transfers.running), list(self.coordinator.registry)
+        self.carry_out(self.coordinator.drain())
+        for acquisition_id in waiting:
+            answer = self.answers[acquisition_id]
+            assert isinstance(answer, decide.Fail)
+            assert answer.error.reason is Reason.DRAINING
+        assert self.coordinator.transfers.running == running, "running transfers go on"
+        assert list(self.coordinator.registry) == published, "and what is published stays"
+        for transfer, cause in zip(running.values(), causes, strict=False):
+            self.end(transfer, cause)
+
+    @invariant()
+    def nobody_waits_during_a_drain(self) -> None:
+        if self.coordinator.draining:
+            reading = {one.acquisition_id for one in self.coordinator.transfers.running.values()}
+            assert set(self.coordinator.acquisitions) == reading
+            assert self.coordinator.next_deadline() is None
+
+
 TestCore = Core.TestCase
 TestCore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestDrainingCore = DrainingCore.TestCase
+TestDrainingCore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

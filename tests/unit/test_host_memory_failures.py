@@ -281,3 +281,27 @@ def test_columns_of_one_matrix_are_filled_side_by_side() -> None:
     copy_in(columns(target), [shared.fd], shared.placements, shared.digests)
     shared.close()
     assert torch.equal(target, source)
+
+
+def test_a_child_forked_while_a_thread_publishes_does_not_keep_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[int] = []
+
+    def fill_and_fork(*arguments: Any) -> Any:
+        child = os.fork()
+        if child == 0:
+            memfds = [name for name in os.listdir("/proc/self/fd") if _is_memfd(f"/proc/self/fd/{name}")]
+            os._exit(len(memfds))
+        children.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return fill(*arguments)
+
+    fill = host._fill
+    monkeypatch.setattr(host, "_fill", fill_and_fork)
+    export(describe({"a": np.ones(10)})).close()
+    assert children == [0]
+
+
+def _is_memfd(path: str) -> bool:
+    try:
+        return "weight-broker" in os.readlink(path)
+    except OSError:
+        return False

@@ -209,3 +209,12 @@ def test_a_weight_set_without_digests_is_refused() -> None:
     with pytest.raises(InvalidArgument) as caught:
         digests_from_wire([], 2)
     assert caught.value.field == "digests"
+
+
+def test_a_reader_passes_over_digests_that_only_a_newer_version_knows() -> None:
+    known = ContentDigests(DigestAlgorithm.CRC32, DigestCoverage.SAMPLED, 4096, (1, 2))
+    newer = digests_to_wire(known)
+    newer.algorithm = 99  # type: ignore[assignment]
+    assert digests_from_wire([newer, digests_to_wire(known)], 2, pass_over_unknown=True) == (known,)
+    with pytest.raises(InvalidArgument, match="known kind"):
+        digests_from_wire([newer], 2, pass_over_unknown=True)

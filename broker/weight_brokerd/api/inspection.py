@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterable, Iterator
-from itertools import islice
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,13 +22,17 @@ from weight_brokerd.api.ending import on_end
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.api.paging import Listing, page
 from weight_brokerd.core.explain import explain
+from weight_brokerd.core.model import Transfer
 from weight_brokerd.driver import Driver
-from weight_brokerd.watch import Changes
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 CHANGES_PER_MESSAGE = 500
+CHANGES_PER_STEP = 50
+"""Changes that are built before others get their turn, a publication of a weight set counted as one."""
 MAXIMUM_UINT64 = (1 << 64) - 1
+
+_REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
 
 
 def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
@@ -38,7 +43,7 @@ def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
         hostname=socket.gethostname(),
         version=__version__,
         pid=os.getpid(),
-        start_time=messages.time(driver.started_at),
+        start_time=messages.time(driver.ready_at) if driver.ready_at is not None else None,
         draining=driver.coordinator.draining,
         directory=driver.directory.name,
         instance_count=counts.instances,
@@ -127,59 +132,64 @@ class InspectionServicer(InspectionServiceServicer):
         """See the proto."""
         watcher = self._driver.watch.open()
         on_end(context, lambda: self._driver.watch.leave(watcher))
-        for part in self._snapshot():
+        async for part in self._snapshot():
             yield part
         while not watcher.closed:
             changes = await watcher.next()
             if changes.too_many:
-                for part in self._snapshot():
+                async for part in self._snapshot():
                     yield part
                 continue
-            for some in _parts(self._changed(changes)):
-                if some:
-                    yield pb.WatchResponse(changes=some)
+            changed = [
+                *(partial(self._weight_set, one) for one in changes.weight_sets),
+                *(partial(self._instance, one) for one in changes.instances),
+                *(partial(self._transfer, one) for one in changes.transfers.values()),
+            ]
+            for start in range(0, len(changed), CHANGES_PER_MESSAGE):
+                yield pb.WatchResponse(changes=await _built(changed[start : start + CHANGES_PER_MESSAGE]))
 
-    def _snapshot(self) -> list[pb.WatchResponse]:
-        """The full state, taken at once: what changes while it is sent comes after it."""
-        parts = list(_parts(self._everything()))
-        return [
-            pb.WatchResponse(
-                snapshot=True, snapshot_start=index == 0, snapshot_end=index == len(parts) - 1, changes=part
-            )
-            for index, part in enumerate(parts)
+    async def _snapshot(self) -> AsyncIterator[pb.WatchResponse]:
+        """Everything that there is now, each thing as it is when its part is built. What changes meanwhile has been
+        marked for the watcher and comes after it; what is gone by then is left out."""
+        core = self._driver.coordinator
+        present = [
+            *(partial(self._weight_set, one.key.id) for one in core.weight_sets),
+            *(partial(self._instance, one) for one in core.instances),
+            *(partial(self._transfer, one) for one in core.transfers.newest_first(running_only=True)),
         ]
+        for start in range(0, max(len(present), 1), CHANGES_PER_MESSAGE):
+            end = start + CHANGES_PER_MESSAGE
+            part = await _built(present[start:end], existing_only=True)
+            yield pb.WatchResponse(
+                snapshot=True, snapshot_start=start == 0, snapshot_end=end >= len(present), changes=part
+            )
 
-    def _everything(self) -> Iterator[pb.Change]:
-        core = self._driver.coordinator
-        for record in list(core.weight_sets):
-            yield pb.Change(weight_set=self._messages.weight_set(record))
-        for instance in list(core.instances.values()):
-            yield pb.Change(instance=self._messages.instance(instance))
-        for transfer in core.transfers.newest_first(running_only=True):
-            yield pb.Change(transfer=self._messages.transfer(transfer))
+    def _weight_set(self, weight_set_id: str) -> pb.Change:
+        record = self._driver.coordinator.weight_sets.find(weight_set_id)
+        if record is None:
+            return pb.Change(removed_weight_set_id=weight_set_id)
+        return pb.Change(weight_set=self._messages.weight_set(record))
 
-    def _changed(self, changes: Changes) -> Iterator[pb.Change]:
-        core = self._driver.coordinator
-        for weight_set_id in changes.weight_sets:
-            record = core.weight_sets.find(weight_set_id)
-            if record is None:
-                yield pb.Change(removed_weight_set_id=weight_set_id)
-            else:
-                yield pb.Change(weight_set=self._messages.weight_set(record))
-        for instance_id in changes.instances:
-            instance = core.instances.get(instance_id)
-            if instance is None:
-                yield pb.Change(removed_instance_id=instance_id)
-            else:
-                yield pb.Change(instance=self._messages.instance(instance))
-        for transfer in changes.transfers.values():
-            yield pb.Change(transfer=self._messages.transfer(transfer))
+    def _instance(self, instance_id: str) -> pb.Change:
+        instance = self._driver.coordinator.instances.get(instance_id)
+        if instance is None:
+            return pb.Change(removed_instance_id=instance_id)
+        return pb.Change(instance=self._messages.instance(instance))
+
+    def _transfer(self, transfer: Transfer) -> pb.Change:
+        return pb.Change(transfer=self._messages.transfer(transfer))
 
 
-def _parts(changes: Iterable[pb.Change]) -> Iterator[list[pb.Change]]:
-    """The changes in messages of bounded size; one empty part if there are none."""
-    iterator = iter(changes)
-    part = list(islice(iterator, CHANGES_PER_MESSAGE))
-    yield part
-    while part := list(islice(iterator, CHANGES_PER_MESSAGE)):
-        yield part
+async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: bool = False) -> list[pb.Change]:
+    """The changes as they are now; others get their turn between them, however many there are."""
+    built: list[pb.Change] = []
+    weight = 0
+    for build in changes:
+        change = build()
+        if not (existing_only and change.WhichOneof("change") in _REMOVALS):
+            built.append(change)
+        weight += 1 + len(change.weight_set.publications)
+        if weight >= CHANGES_PER_STEP:
+            weight = 0
+            await asyncio.sleep(0)
+    return built

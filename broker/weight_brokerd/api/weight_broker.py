@@ -78,6 +78,8 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                 case decide.TellColdLoad(_, lease):
                     logger.info("cold_load", fencing_token=lease.fencing_token)
                     yield pb.AcquireResponse(cold_load=pb.ColdLoad(cold_load_lease=self._messages.lease(lease)))
+                    # Of a call that ends before its answer is on its way, nobody comes here: the lease goes on then.
+                    self._driver.lease_heard(acquisition_id)
                     return
                 case decide.Complete(_, transfer, arrival):
                     logger.info("done", transfer_id=transfer.transfer_id, size_bytes=arrival.size_bytes)

@@ -168,6 +168,8 @@ class AttachServer:
             return False
         try:
             packets.send(connection.socket, answer.response.SerializeToString(), answer.descriptor)
+        except ConnectionError:
+            return True  # nobody reads answers any more, but there may be a Goodbye to read; after it comes the end
         except OSError as error:
             if answer.after is not After.DEPART:  # who says goodbye need not stay for the answer
                 instance_id = connection.conversation.instance_id

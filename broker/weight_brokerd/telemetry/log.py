@@ -47,6 +47,7 @@ def configure(level: str, form: str, *, environment: Mapping[str, str] = os.envi
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
     )
     handler.setFormatter(_WithPriority(formatter) if _journal_reads_stderr(environment) else formatter)
+    handler.addFilter(_is_no_caller_that_left)
     logging.getLogger().handlers[:] = [handler]
     logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
     set_level(level)
@@ -55,6 +56,12 @@ def configure(level: str, form: str, *, environment: Mapping[str, str] = os.envi
 def set_level(level: str) -> None:
     """Changes what is logged from now on."""
     logging.getLogger().setLevel(level.upper())
+
+
+def _is_no_caller_that_left(record: logging.LogRecord) -> bool:
+    """False for what gRPC says at level error, with a traceback, of a caller that goes away while it is answered."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return not (record.name.startswith("grpc.") and kind is not None and kind.__name__ == "ExecuteBatchError")
 
 
 class _WithPriority(logging.Formatter):

@@ -21,10 +21,10 @@ from weight_broker.cli import demo_memory, output, page_cache, status, text
 from weight_broker.cli.demo_checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
 from weight_broker.cli.demo_instance import Order, Result
 from weight_broker.cli.demo_process import Broker, Instance, Process
-from weight_broker.cli.demo_progress import Progress
 from weight_broker.cli.demo_report import DemoReport
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.progress import Progress
 from weight_broker.memory.capacity import available_bytes
 from weight_broker.runtime_directory import MAXIMUM_SOCKET_PATH_BYTES
 

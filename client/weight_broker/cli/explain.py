@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import ParseDict, ParseError
@@ -82,6 +83,8 @@ def parse_key(content: dict[str, Any]) -> weight_set_pb2.WeightSetKey:
 
 
 def _key_of_directory(model_dir: str, dtype: str | None) -> weight_set_pb2.WeightSetKey:
+    if not Path(model_dir).is_dir():  # transformers would take it for the name of a repository
+        raise CommandError(f"{model_dir} is not a directory", ExitCode.USAGE)
     try:
         from weight_broker.integrations.transformers import weight_set_key
     except ImportError as error:

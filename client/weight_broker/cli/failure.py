@@ -24,7 +24,7 @@ EXIT_CODES_TEXT = """exit codes:
   1    failed: what the broker refused, or what the demo found, is on standard error
   2    wrong usage, or a missing package
   3    no broker answers
-  4    no such weight set
+  4    no such weight set or publication
   5    not permitted
   130  interrupted
 """
@@ -32,6 +32,7 @@ EXIT_CODES_TEXT = """exit codes:
 _CODES = {
     Reason.BROKER_UNAVAILABLE: ExitCode.UNAVAILABLE,
     Reason.WEIGHTS_NOT_FOUND: ExitCode.NOT_FOUND,
+    Reason.PUBLICATION_NOT_FOUND: ExitCode.NOT_FOUND,
     Reason.NOT_ADMINISTRATOR: ExitCode.NOT_PERMITTED,
     Reason.INVALID_ARGUMENT: ExitCode.USAGE,
 }

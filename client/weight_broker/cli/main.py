@@ -51,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add(commands, "watch", "print the state, then every change as it happens")
     _add_drain(commands)
+    _add_evict(commands)
+    _add_quarantine(commands)
     _add_demo(commands)
     return made
 
@@ -112,6 +114,23 @@ def _add_drain(commands: _Commands[argparse.ArgumentParser]) -> None:
         metavar="SECONDS",
         help="how long to wait for running transfers (default: the broker's drain_seconds)",
     )
+
+
+def _add_evict(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "evict", "take a publication out of service at once (administrators)")
+    _add_answer_timeout(command)
+    _add_publication(command)
+
+
+def _add_quarantine(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "quarantine", "set a publication aside: shown, but never read again (administrators)")
+    _add_answer_timeout(command)
+    _add_publication(command)
+    command.add_argument("--reason", required=True, metavar="TEXT", help="why; shown in listings")
+
+
+def _add_publication(command: argparse.ArgumentParser) -> None:
+    command.add_argument("publication_id", metavar="PUBLICATION_ID", help="as `weight-broker status` shows it")
 
 
 def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:

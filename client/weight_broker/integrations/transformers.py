@@ -227,7 +227,7 @@ def _mapped(
     if not publish:  # who does not publish must not hold the lease that others wait for
         attached = client.attach_tensors(key, framework="torch", timeout=timeout)
         return _with_views(source, attached), LoadReport("peer", 0.0, 0.0, report=attached.report)
-    outcome = client.attach_and_share(key, framework="torch", timeout=timeout)
+    outcome = client._attach_and_share(key, framework="torch", timeout=timeout)
     if isinstance(outcome, ColdLoadLease):
         return _load_and_publish(client, source, key, outcome)
     attached, shared = outcome
@@ -239,7 +239,7 @@ def _mapped(
     # The memory is sealed, so it is offered as it is: the weights outlive the instance that loaded them.
     started = time.monotonic()
     report = LoadReport("peer", 0.0, 0.0, report=attached.report)
-    return model, _published(report, lambda: client.publish_shared(key, shared), started)
+    return model, _published(report, lambda: client._publish_shared(key, shared), started)
 
 
 def _with_views(source: _Source, attached: AttachedTensors) -> PreTrainedModel:

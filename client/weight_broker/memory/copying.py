@@ -7,9 +7,9 @@ child, and all of them have ended before an operation returns or raises.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +27,7 @@ SMALL_BYTES = 32 << 10
 than the copy."""
 BATCH_PIECES = 256
 HUGE_PAGE_ADVICE_BYTES = 4 << 20
+_LOST_WAKE_SECONDS = 0.02
 
 Piece = tuple[int, int, int]
 """Destination address, source address, size in bytes."""
@@ -70,24 +71,72 @@ def run(tasks: Iterable[Task], *, own_tasks: Sequence[Task] = (), deadline: floa
         except BaseException as error:  # noqa: BLE001  # whatever it is, the caller's thread raises it below
             errors.append(error)
 
-    helpers: list[threading.Thread] = []
-    for _ in range(min(thread_count() - 1, len(waiting) - (not own_tasks))):
-        helper = threading.Thread(target=work, args=(waiting,), name="weight-broker-copy", daemon=True)
+    helpers = _Helpers(partial(work, waiting))
+    try:
         try:
-            helper.start()
-        except RuntimeError:  # no more threads to be had: the caller's thread does the rest
-            break
-        helpers.append(helper)
-    work(deque(own_tasks))
-    work(waiting)
-    for helper in helpers:
-        while helper.is_alive():
-            try:
-                helper.join()
-            except KeyboardInterrupt as error:  # never leave while somebody writes
-                errors.append(error)
+            helpers.start(min(thread_count() - 1, len(waiting) - (not own_tasks)))
+            work(deque(own_tasks))
+            work(waiting)
+        except BaseException as error:  # noqa: BLE001  # a signal's handler raised, whatever it is
+            errors += [error]  # stops the helpers
+        helpers.wait(errors)
+    except BaseException as error:  # noqa: BLE001  # the next signal came right here
+        errors += [error]
+        helpers.wait(errors)
     if errors:
-        raise errors[0]
+        raise next((error for error in errors if not isinstance(error, Exception)), errors[0])
+
+
+class _Helpers:
+    """Threads that work, and the certainty that none does any more.
+
+    Not `threading.Thread`: when a signal's handler raises in `join`, CPython before 3.13 takes a thread that still runs
+    for one that has ended, and when it raises in `start`, the thread may wait for ever.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._begun: list[None] = []
+        self._ended: list[None] = []
+        self._at_work: list[_thread.LockType] = []
+
+    def start(self, count: int) -> None:
+        """Starts `count` threads, or fewer if there are no more to be had."""
+        for _ in range(count):
+            at_work = _thread.allocate_lock()
+            at_work.acquire()
+            try:
+                _thread.start_new_thread(self._run, (at_work,))
+            except RuntimeError:  # no more threads to be had: the caller's thread does the rest
+                return
+            self._at_work.append(at_work)
+
+    def wait(self, errors: list[BaseException]) -> None:
+        """Returns when none works any more, whatever signals arrive; what their handlers raise goes to `errors`.
+
+        A thread that begins only now does nothing: there is either no task left or an error.
+        """
+        while True:
+            # Twice, since a signal may find this thread in the handler of the one before. There are no calls in the
+            # handlers: signals are looked at after calls.
+            try:
+                try:
+                    while len(self._ended) < len(self._begun):
+                        for at_work in self._at_work:
+                            at_work.acquire(timeout=_LOST_WAKE_SECONDS)
+                    return
+                except BaseException as error:  # noqa: BLE001
+                    errors += [error]
+            except BaseException as error:  # noqa: BLE001
+                errors += [error]
+
+    def _run(self, at_work: _thread.LockType) -> None:
+        self._begun.append(None)
+        try:
+            self._work()
+        finally:
+            self._ended.append(None)
+            at_work.release()
 
 
 def copy(pieces: Sequence[Piece], *, own_tasks: Sequence[Task] = (), deadline: float | None = None) -> None:

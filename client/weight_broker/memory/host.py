@@ -76,6 +76,7 @@ def export(
         fd = _create(size_bytes)
     except OSError as error:
         raise _shortage(size_bytes, error) from error
+    _being_filled.add(fd)
     try:
         with Mapping(fd, size_bytes, shared=True, writable=True) as region:
             _allocate(fd, region, deadline)
@@ -92,6 +93,8 @@ def export(
     except BaseException:
         os.close(fd)
         raise
+    finally:
+        _being_filled.discard(fd)
     return HostRegion(fd, size_bytes, tuple((0, offset) for offset in placements), digests)
 
 
@@ -217,3 +220,15 @@ def _shortage(size_bytes: int, error: OSError) -> PublishRefused:
         "publishing",
         metadata={"needed_bytes": str(size_bytes), "error": errno.errorcode.get(error.errno or 0, "unknown")},
     )
+
+
+_being_filled: set[int] = set()
+
+
+def _close_inherited() -> None:
+    """For a child that is forked while another thread publishes: it would keep the memory for as long as it lives."""
+    while _being_filled:
+        os.close(_being_filled.pop())
+
+
+os.register_at_fork(after_in_child=_close_inherited)

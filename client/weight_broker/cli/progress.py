@@ -1,4 +1,4 @@
-"""How the demo shows that it is at work: bars on a terminal, plain lines without rich or on --json."""
+"""How a command shows that it is at work: bars on a terminal, plain lines without rich or on --json."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ class Progress:
         print(sentence, file=sys.stderr, flush=True)
 
     @contextmanager
-    def step(self, title: str) -> Iterator[None]:
-        """Something of unknown duration: a moving bar with the time that it has taken."""
+    def step(self, title: str) -> Iterator[Callable[[str], None]]:
+        """Something of unknown duration: a moving bar with the time that it has taken. Gives a function that changes
+        the title; without a terminal each new title is a line."""
         if self._console is None or not self._console.is_terminal:
+            shown = [title]
+
+            def say_once(changed: str) -> None:
+                if changed != shown[-1]:
+                    shown[:] = [changed]
+                    self.say(changed)
+
             self.say(title)
-            yield
+            yield say_once
             return
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
@@ -34,7 +42,7 @@ class Progress:
             TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(), console=self._console
         ) as bars:
             task = bars.add_task(title, total=None)
-            yield
+            yield lambda changed: bars.update(task, description=changed)
             bars.update(task, total=1, completed=1)
 
     @contextmanager
