@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from weight_broker.runtime_directory import ENVIRONMENT_VARIABLE
 from weight_brokerd import config_rules as rules
+from weight_brokerd.settings import (
+    CREDENTIAL_FILES_TOGETHER,
+    BrokerSettings,
+    CardSettings,
+    DatasystemSettings,
+    LimitSettings,
+    LogSettings,
+    MetricsSettings,
+)
 
 ENVIRONMENT_PREFIX = "WEIGHT_BROKER_"
 
@@ -43,84 +51,25 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def _setting(default: Any, rule: rules.Rule, *, also: str = "") -> Any:
-    return field(default=default, metadata={"rule": rule, "also": also})
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerSettings:
-    """[broker]"""
-
-    runtime_directory: str = _setting("", rules.runtime_directory, also=ENVIRONMENT_VARIABLE)
-    """Where the sockets and the lock file are; the rule of `weight_broker.runtime_directory` if empty."""
-    host_id: str = _setting("", rules.identifier)
-    """Identity of this host; derived from the machine id if empty."""
-    admin_group: str = _setting("", rules.group)
-    """Members of this group may administer the broker, beside root and the broker's own user."""
-    socket_group: str = _setting("", rules.group)
-    """Group of the runtime directory and the sockets; the broker's own if empty."""
-    socket_mode: str = _setting("0660", rules.socket_mode)
-    """Permissions of the sockets."""
-
-    @property
-    def socket_permissions(self) -> int:
-        """`socket_mode` as a number."""
-        return int(self.socket_mode, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class LimitSettings:
-    """[limits]"""
-
-    readers_per_publication: int = _setting(16, rules.whole_number(1, 4096))
-    """Transfers that may read one publication at the same time."""
-    publications: int = _setting(20_000, rules.whole_number(1, 1_000_000))
-    """Publications in total."""
-    regions_per_instance: int = _setting(1024, rules.whole_number(1, 65_536))
-    """Regions that one instance may have handed over."""
-    instances: int = _setting(4096, rules.whole_number(1, 65_536))
-    """Instances in total."""
-    cold_load_lease_seconds: float = _setting(1800.0, rules.number(1, 86_400))
-    """How long a cold load may take unless its holder extends the lease."""
-    maximum_wait_seconds: float = _setting(3600.0, rules.number(1, 86_400))
-    """How long an acquisition may wait."""
-    drain_seconds: float = _setting(30.0, rules.number(0, 3600))
-    """How long running transfers may go on once the broker is told to stop."""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricsSettings:
-    """[metrics]"""
-
-    listen: str = _setting("", rules.listen_address)
-    """HOST:PORT of the Prometheus endpoint; off if empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class LogSettings:
-    """[log]"""
-
-    level: str = _setting("info", rules.one_of("debug", "info", "warning", "error"))
-    """What is not logged: everything below this."""
-    format: str = _setting("json", rules.one_of("json", "console"))
-    """JSON for machines, console for people."""
-
-
 @dataclass(frozen=True, slots=True)
 class Config:
     """All settings."""
 
-    broker: BrokerSettings = BrokerSettings()
-    limits: LimitSettings = LimitSettings()
-    metrics: MetricsSettings = MetricsSettings()
-    log: LogSettings = LogSettings()
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    cards: CardSettings = field(default_factory=CardSettings)
+    datasystem: DatasystemSettings = field(default_factory=DatasystemSettings)
 
 
-_SECTIONS: Mapping[str, type[BrokerSettings | LimitSettings | MetricsSettings | LogSettings]] = {
+_SECTIONS: Mapping[str, type] = {
     "broker": BrokerSettings,
     "limits": LimitSettings,
     "metrics": MetricsSettings,
     "log": LogSettings,
+    "cards": CardSettings,
+    "datasystem": DatasystemSettings,
 }
 
 
@@ -129,6 +78,7 @@ def load(path: Path | None = None, environment: Mapping[str, str] = os.environ) 
     document = _read(path) if path is not None else {}
     problems = _unknown_in_file(document, str(path)) + _unknown_in_environment(environment)
     values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for section, settings in _SECTIONS.items():
         table = document.get(section, {})
         given: dict[str, Any] = {}
@@ -144,10 +94,37 @@ def load(path: Path | None = None, environment: Mapping[str, str] = os.environ) 
                     given[setting.name] = rule.check(raw)
             except rules.UnfitValueError as unfit:
                 problems.append(Problem(key, raw, rule.expected, source, str(unfit)))
+            else:
+                sources[key] = source if setting.name in given else "the default"
         values[section] = settings(**given)
-    if problems:
+    config = Config(**values)
+    if problems := problems or list(_contradictions(config, sources)):
         raise ConfigError(problems)
-    return Config(**values)
+    return config
+
+
+def _contradictions(config: Config, sources: Mapping[str, str]) -> Iterator[Problem]:
+    """Settings that are fine by themselves but not together."""
+    datasystem = config.datasystem
+
+    def problem(name: str, expected: str, hint: str) -> Problem:
+        section, key = name.split(".")
+        return Problem(name, getattr(getattr(config, section), key), expected, sources[name], hint)
+
+    if datasystem.managed and datasystem.worker_address:
+        address = f"datasystem.worker_address is {datasystem.worker_address!r} ({sources['datasystem.worker_address']})"
+        hint = "Either the broker runs a worker or it uses the one at that address: remove one of both"
+        yield problem("datasystem.managed", f"false, because {address}", hint)
+    if config.cards.enabled == "on" and not datasystem.is_configured:
+        hint = "Set datasystem.worker_address, or datasystem.managed = true on a host by itself"
+        yield problem("cards.enabled", "'auto' or 'off' without a datasystem worker", hint)
+    if 0 < datasystem.managed_port == datasystem.metastore_port:
+        yield problem("datasystem.metastore_port", "another port than datasystem.managed_port", "0 takes a free one")
+    for together in CREDENTIAL_FILES_TOGETHER:
+        missing = [key for key in together if not getattr(datasystem, key)]
+        if 0 < len(missing) < len(together):
+            others = ", ".join(f"datasystem.{key}" for key in together if key not in missing)
+            yield problem(f"datasystem.{missing[0]}", "a file, because it goes with " + others, "Set all or none")
 
 
 def environment_variable(section: str, key: str) -> str:

@@ -15,7 +15,7 @@ from weight_broker.runtime_directory import (
     MAXIMUM_SOCKET_PATH_BYTES,
     runtime_directory,
 )
-from weight_brokerd.config import BrokerSettings
+from weight_brokerd.settings import BrokerSettings
 
 _READABLE_BY_OTHERS = 0o006
 _OWNER_ONLY = 0o700
@@ -36,6 +36,12 @@ class RuntimeDirectory:
         self._permissions = settings.socket_permissions
         self._group = grp.getgrnam(settings.socket_group).gr_gid if settings.socket_group else None
         self._shared = bool(configured)
+
+    @property
+    def state_path(self) -> Path:
+        """Where files go that may be large: systemd's `$STATE_DIRECTORY`, else the runtime directory itself."""
+        given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+        return Path(given) if given else self.path
 
     def prepare(self) -> None:
         """Makes the directory if it is not there; raises `StartError`."""

@@ -139,7 +139,8 @@ def test_operations_lists_every_setting_with_its_default_and_its_variable() -> N
         for section in fields(config.Config)
         for one in fields(getattr(config.Config(), section.name))
     ]
-    assert listed == {key: (one.default, variable) for key, variable, one in settings}
+    defaults = {key: list(one.default) if isinstance(one.default, tuple) else one.default for key, _, one in settings}
+    assert listed == {key: (defaults[key], variable) for key, variable, _ in settings}
     other_variables = [one.metadata["also"] for _, _, one in settings if one.metadata["also"]]
     assert set(other_variables) <= set(OPERATIONS.code_spans)
 

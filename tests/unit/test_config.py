@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import os
+import shlex
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from unittest.mock import patch
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from weight_brokerd import config
 from weight_brokerd.config import Config, ConfigError, environment_variable, load
 from weight_brokerd.config_rules import split_address
+from weight_brokerd.settings import CREDENTIAL_FILES_TOGETHER
 
-SECTIONS = ("broker", "limits", "metrics", "log")
+SECTIONS = ("broker", "limits", "metrics", "log", "cards", "datasystem")
 SETTINGS = [(section, one.name) for section in SECTIONS for one in fields(getattr(Config(), section))]
 EXISTING_GROUP = grp.getgrgid(os.getgid()).gr_name
 
@@ -24,6 +26,15 @@ EXISTING_GROUP = grp.getgrgid(os.getgid()).gr_name
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "broker.toml"
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> str:
+    """A file with a secret."""
+    path = tmp_path / "secret"
+    path.write_text("s3cret\n")
+    path.chmod(0o600)
+    return str(path)
 
 
 def problems_of(file: Path | None, environment: dict[str, str] | None = None) -> list[config.Problem]:
@@ -59,7 +70,7 @@ def test_the_clients_variable_also_moves_the_broker(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("section", "key"), SETTINGS)
-def test_every_setting_is_an_environment_variable(section: str, key: str) -> None:
+def test_every_setting_is_an_environment_variable(section: str, key: str, secret: str) -> None:
     other = {
         "runtime_directory": "/run/other",
         "host_id": "other",
@@ -69,11 +80,23 @@ def test_every_setting_is_an_environment_variable(section: str, key: str) -> Non
         "listen": "127.0.0.1:9464",
         "level": "error",
         "format": "console",
-    }.get(key, "3")
-    loaded = load(None, {environment_variable(section, key): other})
+        "enabled": "off",
+        "library_path": "/opt/ascend/lib64:/opt/other",
+        "preload": "/opt/one.so",
+        "path": "staged",
+        "staging_bytes": "2000000",
+        "log_directory": "/var/log/other",
+        "worker_address": "127.0.0.1:31501",
+        "managed": "True",
+        "shared_memory_mb": "2048",
+        "directory": "/var/lib/other",
+        "extra_arguments": "--oc_thread_num=4",
+    }.get(key, secret if key.endswith("_file") else "3")
+    together = next((names for names in CREDENTIAL_FILES_TOGETHER if key in names), ())
+    loaded = load(None, {environment_variable(section, name): other for name in (key, *together)})
     changed = getattr(getattr(loaded, section), key)
     assert changed != getattr(getattr(Config(), section), key)
-    assert str(changed) in (other, f"{other}.0")
+    assert as_text(changed) in (other, f"{other}.0")
 
 
 def test_settings_cannot_be_changed_later() -> None:
@@ -100,6 +123,15 @@ def test_settings_cannot_be_changed_later() -> None:
         ('[metrics]\nlisten = "9464"\n', "metrics.listen", "HOST:PORT"),
         ('[metrics]\nlisten = "localhost:99999"\n', "metrics.listen", "HOST:PORT"),
         ('[log]\nlevel = "loud"\n', "log.level", "one of 'debug', 'info', 'warning', 'error'"),
+        ("[cards]\nenabled = true\n", "cards.enabled", "one of 'auto', 'on', 'off'"),
+        ('[cards]\nlibrary_path = "/opt::/usr"\n', "cards.library_path", "absolute paths with ':'"),
+        ("[cards]\ntransfer_seconds = 1801\n", "cards.transfer_seconds", "a number of seconds from 1 to 1800"),
+        ("[cards]\nstaging_bytes = 100\n", "cards.staging_bytes", "a whole number from 1048576"),
+        ("[datasystem]\nmanaged = 1\n", "datasystem.managed", "true or false"),
+        ('[datasystem]\nworker_address = "31501"\n', "datasystem.worker_address", "HOST:PORT"),
+        ('[datasystem]\ndirectory = "here"\n', "datasystem.directory", "an absolute path"),
+        ('[datasystem]\nextra_arguments = "--v=1"\n', "datasystem.extra_arguments", "each as '--name=value'"),
+        ('[datasystem]\ntoken_file = "/nowhere/token"\n', "datasystem.token_file", "the absolute path of a file"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key_and_what_is_expected(
@@ -138,7 +170,8 @@ def test_an_unknown_table_is_refused_with_the_known_ones(file: Path) -> None:
     file.write_text("level = 'info'\n[logs]\n")
     problems = problems_of(file)
     assert [problem.key for problem in problems] == ["level", "logs"]
-    assert all("[broker], [limits], [metrics], [log]" in problem.expected for problem in problems)
+    known = "[broker], [limits], [metrics], [log], [cards], [datasystem]"
+    assert all(known in problem.expected for problem in problems)
 
 
 def test_a_table_must_be_a_table(file: Path) -> None:
@@ -197,7 +230,11 @@ def outcome(file: Path | None, environment: dict[str, str]) -> tuple[Config | No
         return None, error.problems
 
 
+def as_text(value: object) -> str:
+    return shlex.join(value) if isinstance(value, tuple) else str(value)
+
+
 def as_environment(loaded: Config) -> dict[str, str]:
     return {
-        environment_variable(section, key): str(getattr(getattr(loaded, section), key)) for section, key in SETTINGS
+        environment_variable(section, key): as_text(getattr(getattr(loaded, section), key)) for section, key in SETTINGS
     }

@@ -12,8 +12,8 @@ import pytest
 
 from weight_broker import runtime_directory as rule
 from weight_broker.errors import BrokerUnavailable
-from weight_brokerd.config import BrokerSettings
 from weight_brokerd.runtime import RuntimeDirectory, StartError
+from weight_brokerd.settings import BrokerSettings
 
 
 @pytest.fixture(autouse=True)
