@@ -15,10 +15,12 @@ from weight_brokerd import __version__, identity
 from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.services import SERVICE_NAMES, add_services
 from weight_brokerd.attach.server import AttachServer
+from weight_brokerd.cards.supervisor import CardState
 from weight_brokerd.config import Config
 from weight_brokerd.config_rules import split_address
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits
+from weight_brokerd.device_setup import make_devices
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.driver import Driver
 from weight_brokerd.lock import RuntimeLock
@@ -61,10 +63,13 @@ class Application:
         generations = identity.generation_range(lock.generation_mark())
         lock.write(generations.stop)
         self._regions = RegionTable(regions_per_instance=config.limits.regions_per_instance)
+        self._devices = make_devices(config, directory.path)
         self._driver = self._make_driver(first=generations.start)
         self._metrics = self._make_metrics()
         self._health = Health(SERVICE_NAMES)
         self._driver.on_drain = self._health.stop_serving
+        if self._devices is not None:
+            self._devices.on_health_change = self._on_device_health
         self._attach_server = AttachServer(self._driver, host_id=self._host_id, broker_version=__version__)
 
     async def run(self) -> None:
@@ -101,7 +106,7 @@ class Application:
             ),
             first_generation=first,
         )
-        return Driver(coordinator=coordinator, regions=self._regions, directory=directory)
+        return Driver(coordinator=coordinator, regions=self._regions, directory=directory, devices=self._devices)
 
     def _make_metrics(self) -> Metrics | None:
         if not self._config.metrics.listen:
@@ -130,6 +135,8 @@ class Application:
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()
+        if self._devices is not None:  # the driver of a device can take long to answer; host memory is served meanwhile
+            self._devices.start()
         return server
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
@@ -152,10 +159,24 @@ class Application:
 
     def _status(self) -> str:
         counts = self._driver.counts()
-        return (
+        text = (
             f"{counts.instances} instances, {counts.publications} publications "
             f"({counts.region_bytes / 1e9:.1f} GB), {counts.running_transfers} transfers"
         )
+        if self._devices is not None:
+            cards = self._devices.health
+            ready = sum(card.state is CardState.READY for card in cards)
+            text += f", {ready} of {len(cards)} cards ready"
+        return text
+
+    def _on_device_health(self) -> None:
+        devices = self._devices
+        if devices is None:
+            return
+        for card in devices.health:
+            log.info("card", device_id=card.identity, state=card.state.value, problem=card.problem)
+            self._health.set_card(card.identity, card.state is CardState.READY)
+        self._notifier.status(self._status())
 
     def _on_stop_signal(self) -> None:
         if self._stop.is_set():
@@ -185,6 +206,9 @@ class Application:
     async def _end(self, server: grpc.aio.Server) -> None:
         await server.stop(STOP_SECONDS)
         self._attach_server.close()
+        await self._driver.end_movements()
+        if self._devices is not None:
+            await self._devices.close()
         self._driver.close()
         self._regions.close()
         if self._metrics is not None:

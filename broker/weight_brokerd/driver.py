@@ -10,16 +10,17 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
-from weight_broker.errors import InvalidArgument, NotAttached, Reason, from_reason
+from weight_broker.errors import InvalidArgument, NotAttached, Reason, TransferFailed, from_reason
 from weight_brokerd.attach.server import PeerCredentials, Session
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import (
+    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
@@ -29,8 +30,12 @@ from weight_brokerd.core.model import (
     Publication,
     Transfer,
 )
+from weight_brokerd.dataplane.protocol import MoveFailed, Place
+from weight_brokerd.devices import Devices
 from weight_brokerd.directory.protocol import Directory
 from weight_brokerd.memory.host import RegionTable
+from weight_brokerd.movements import Movements
+from weight_brokerd.residency import DeviceResidency
 from weight_brokerd.telemetry.audit import audit
 from weight_brokerd.telemetry.metrics import Counts
 from weight_brokerd.watch import WatchHub
@@ -52,8 +57,10 @@ class PublishedMemory:
 
     regions: tuple[PublishedRegion, ...]
     grant: bytes
-    """The regions, placements and digests as a serialized Granted. Nothing here reads them, every acquire sends them,
-    and as messages they would take ten times the memory."""
+    """What an acquire sends of them, as a serialized Granted: nothing here reads it, and as messages it would take ten
+    times the memory. Of device memory only the digests: who knows how it is exported could map it."""
+    place: Place | None = None
+    """Where it is in device memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +71,39 @@ class Granted:
     memory: PublishedMemory
 
 
-AcquisitionEvent = Granted | decide.Wait | decide.TellColdLoad | decide.Complete | decide.Fail
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The broker has moved every byte; the receiver is to verify them."""
+
+    transfer: Transfer
+    seconds: Mapping[str, float]
+    """By phase."""
+
+
+AcquisitionEvent = Granted | Moved | decide.Wait | decide.TellColdLoad | decide.Complete | decide.Fail
 
 
 class Driver:
     """The broker, without its sockets."""
 
-    def __init__(self, *, coordinator: Coordinator, regions: RegionTable, directory: Directory) -> None:
+    def __init__(
+        self,
+        *,
+        coordinator: Coordinator,
+        regions: RegionTable,
+        directory: Directory,
+        devices: Devices | None = None,
+    ) -> None:
         self.coordinator = coordinator
         self.regions = regions
         self.directory = directory
+        self.devices = devices
+        self._residency: DeviceResidency | None = None
+        self._movements: Movements | None = None
+        if devices is not None:
+            self._residency = DeviceResidency(devices, self._mapped, self._not_mapped)
+            self._movements = Movements(devices.planes, self)
+            devices.on_region_lost = self._region_lost
         self.watch = WatchHub()
         self.on_drain: Callable[[], None] = lambda: None
         """Called when a drain begins, whoever wants it."""
@@ -89,6 +119,8 @@ class Driver:
         self._unheard: dict[str, ColdLoadLease] = {}
         """Leases whose answer may not have reached its caller yet, by acquisition."""
         self._memory: dict[str, PublishedMemory] = {}
+        self._destinations: dict[str, Place] = {}
+        """Where the weights are to lie in device memory, by acquisition."""
         self._gone: dict[str, asyncio.Event] = {}
         self._idle = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -155,8 +187,8 @@ class Driver:
 
     # Publications
 
-    def publish(self, offer: Offer, memory: PublishedMemory) -> Publication:
-        """Offers a weight set; it is resident when this returns."""
+    async def publish(self, offer: Offer, memory: PublishedMemory) -> Publication:
+        """Offers a weight set; it is resident when this returns. Raises `PublishRefused` and others."""
         publication, decisions = self.coordinator.publish(offer, self.clock())
         if decisions:
             self._memory[publication.publication_id] = memory
@@ -169,15 +201,24 @@ class Driver:
                 size_bytes=publication.layout.content_bytes,
             )
             self._carry_out(decisions)
+        if self._residency is not None:
+            await self._residency.mapped(publication.publication_id)
         return publication
 
     async def retract(self, instance_id: str, publication_id: str) -> Publication:
-        """Withdraws a publication and waits until nobody reads it."""
+        """Withdraws a publication and waits until nobody reads it, and device memory is not mapped any more."""
+        residency = self._residency
+        if residency is not None and residency.is_unmapping(instance_id, publication_id):
+            publication = residency.publication(publication_id)
+            await residency.unmapped(publication_id)
+            return publication
         publication, decisions = self.coordinator.retract(instance_id, publication_id, self.clock())
         audit("retract", instance_id=instance_id, publication_id=publication_id)
         gone = self._gone.setdefault(publication_id, asyncio.Event())
         self._carry_out(decisions)
         await gone.wait()
+        if residency is not None:
+            await residency.unmapped(publication_id)
         return publication
 
     def evict(self, instance_id: str, publication_id: str) -> Publication:
@@ -196,10 +237,15 @@ class Driver:
 
     # Acquisitions
 
-    def begin_acquisition(self, acquisition: Acquisition) -> asyncio.Queue[AcquisitionEvent]:
-        """Starts an acquisition; what becomes of it arrives in the queue."""
+    def begin_acquisition(
+        self, acquisition: Acquisition, destination: Place | None = None
+    ) -> asyncio.Queue[AcquisitionEvent]:
+        """Starts an acquisition; what becomes of it arrives in the queue. `destination` is where the broker is to move
+        the bytes; None if the receiver does it."""
         mailbox: asyncio.Queue[AcquisitionEvent] = asyncio.Queue()
         decisions = self.coordinator.acquire(acquisition, self.clock())
+        if destination is not None:
+            self._destinations[acquisition.acquisition_id] = destination
         self._mailboxes[acquisition.acquisition_id] = mailbox
         self._carry_out(decisions)
         return mailbox
@@ -215,6 +261,8 @@ class Driver:
         if unheard is not None:
             self._spawn(self.directory.release_lease(unheard))
         self._carry_out(self.coordinator.abandon(acquisition_id, self.clock()))
+        if self._destinations.pop(acquisition_id, None) is not None and self._movements is not None:
+            self._spawn(self._movements.forget(acquisition_id))
 
     def transfer_succeeded(self, instance_id: str, transfer_id: str, arrival: Arrival) -> None:
         """The receiver has every byte."""
@@ -225,6 +273,37 @@ class Driver:
         decisions = self.coordinator.transfer_failed(transfer_id, instance_id, cause, detail, self.clock())
         audit("transfer_failed", instance_id=instance_id, transfer_id=transfer_id, cause=str(cause), detail=detail)
         self._carry_out(decisions)
+
+    async def settled(self, acquisition_id: str) -> None:
+        """Returns when the broker does not write to the acquisition's memory any more."""
+        if self._movements is not None:
+            await self._movements.settled(acquisition_id)
+
+    # What the broker moves (weight_brokerd.movements.MovementEvents)
+
+    def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
+        """Every byte is where it belongs."""
+        decisions = self.coordinator.transfer_moved(transfer.transfer_id, self.clock())
+        if transfer.is_moved:
+            self._post(transfer.acquisition_id, Moved(transfer, seconds))
+        self._carry_out(decisions)
+
+    def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
+        """The movement has failed."""
+        if transfer.transfer_id not in self.coordinator.transfers.running:
+            return
+        audit("transfer_failed", transfer_id=transfer.transfer_id, cause=str(failure.cause), detail=str(failure))
+        self._carry_out(
+            self.coordinator.transfer_failed(
+                transfer.transfer_id,
+                transfer.receiver_instance_id,
+                failure.cause,
+                str(failure),
+                self.clock(),
+                touched=failure.touched,
+                quiesced=failure.quiesced,
+            )
+        )
 
     # Cold-load leases
 
@@ -275,6 +354,13 @@ class Driver:
         audit("cut_off", running_transfers=len(self.coordinator.transfers.running))
         self._carry_out(self.coordinator.cut_off(self.clock()))
 
+    async def end_movements(self) -> None:
+        """Ends what the broker moves, and lets the cards go."""
+        if self._movements is not None:
+            await self._movements.close()
+        if self._residency is not None:
+            await self._residency.close()
+
     def close(self) -> None:
         """Ends the Watch calls and stops the timers."""
         self.watch.close()
@@ -288,8 +374,8 @@ class Driver:
         return Counts(
             instances=len(core.instances),
             publications=len(core.registry),
-            regions=self.regions.region_count,
-            region_bytes=self.regions.region_bytes,
+            regions=self.regions.region_count + (self.devices.region_count if self.devices is not None else 0),
+            region_bytes=self.regions.region_bytes + (self.devices.region_bytes if self.devices is not None else 0),
             running_transfers=len(core.transfers.running),
             waiting_acquisitions=sum(1 for one in core.acquisitions.values() if not one.transfer_id),
             cold_load_leases=sum(1 for record in core.weight_sets if record.lease is not None),
@@ -319,15 +405,21 @@ class Driver:
         match decision:
             case decide.Grant(acquisition_id, transfer):
                 self._post(acquisition_id, self._hold(transfer))
+                if transfer.is_brokers:
+                    self._move(transfer)
             case decide.TellColdLoad(acquisition_id, lease):
                 self._unheard[acquisition_id] = lease
-                self._post(acquisition_id, decision)
-            case decide.Wait(acquisition_id) | decide.Complete(acquisition_id) | decide.Fail(acquisition_id):
+                self._post_settled(decision)
+            case decide.Fail():
+                self._post_settled(decision)
+            case decide.Wait(acquisition_id) | decide.Complete(acquisition_id):
                 self._post(acquisition_id, decision)
             case decide.Unmap(publication):
                 self._unmap(publication)
             case decide.EndTransfer(transfer):
                 self.regions.release(transfer.transfer_id)
+                if self._movements is not None:
+                    self._movements.stop(transfer)
                 if not self.coordinator.transfers.running:
                     self._idle.set()
             case decide.ClaimLease(weight_set_id, instance_id):
@@ -346,9 +438,46 @@ class Driver:
         if mailbox is not None:
             mailbox.put_nowait(event)
 
+    def _post_settled(self, decision: decide.TellColdLoad | decide.Fail) -> None:
+        """What lets the receiver use its memory for something else waits until nobody writes there."""
+        movements = self._movements
+        if movements is None or not movements.is_moving(decision.acquisition_id):
+            self._post_outcome(decision)
+            return
+
+        async def post() -> None:
+            await movements.settled(decision.acquisition_id)
+            self._post_outcome(decision)
+
+        self._spawn(post())
+
+    def _post_outcome(self, decision: decide.TellColdLoad | decide.Fail) -> None:
+        acquisition_id = decision.acquisition_id
+        touched, quiesced = (False, True) if self._movements is None else self._movements.outcome(acquisition_id)
+        if isinstance(decision, decide.Fail):
+            decision.error.touched = decision.error.touched or touched
+            decision.error.quiesced = decision.error.quiesced and quiesced
+        elif not quiesced:  # nothing may be loaded into that memory
+            self._unheard.pop(acquisition_id, None)
+            self._spawn(self.directory.release_lease(decision.lease))
+            error = TransferFailed("a failed transfer may still write to the memory", touched=True, quiesced=False)
+            decision = decide.Fail(acquisition_id, error)
+        self._post(acquisition_id, decision)
+
+    def _move(self, transfer: Transfer) -> None:
+        acquisition = self.coordinator.acquisitions[transfer.acquisition_id]
+        source = self._memory[transfer.publication.publication_id].place
+        destination = self._destinations.get(transfer.acquisition_id)
+        if source is None or destination is None or self._movements is None or self.devices is None:
+            raise AssertionError(f"{transfer.transfer_id} has nothing that moves it")
+        timeout = min(acquisition.deadline - self.clock(), self.devices.transfer_seconds)
+        self._movements.start(transfer, source, destination, timeout)
+
     def _hold(self, transfer: Transfer) -> Granted:
         publication = transfer.publication
         memory = self._memory[publication.publication_id]
+        if transfer.is_brokers:
+            return Granted(transfer, memory)
         self.regions.hold(
             transfer.transfer_id, publication.instance_id, [region.region_id for region in memory.regions]
         )
@@ -365,9 +494,12 @@ class Driver:
             )
 
     def _map(self, publication: Publication) -> Exception | None:
-        """Makes the publication resident, or returns why it cannot be."""
+        """Makes the publication resident, or returns why it cannot be. Device memory takes longer: `publish` waits."""
         instance_id, regions = publication.instance_id, self._memory[publication.publication_id].regions
         try:
+            if publication.device_kind != HOST_MEMORY:
+                self._map_on_device(publication)
+                return None
             for region in regions:
                 self._check_size(instance_id, region)
             self.regions.hold(publication.publication_id, instance_id, [region.region_id for region in regions])
@@ -379,6 +511,26 @@ class Driver:
         self._carry_out(self.coordinator.mapped(publication, self.clock()))
         return None
 
+    def _map_on_device(self, publication: Publication) -> None:
+        place = self._memory[publication.publication_id].place
+        if place is None or self._residency is None:
+            raise AssertionError(f"{publication.publication_id} is in memory that this broker does not serve")
+        self._residency.map(publication, place)
+
+    def _mapped(self, publication: Publication) -> None:
+        self._carry_out(self.coordinator.mapped(publication, self.clock()))
+
+    def _not_mapped(self, publication: Publication) -> None:
+        self._carry_out(self.coordinator.mapping_failed(publication))
+
+    def _region_lost(self, region_id: str, why: str) -> None:
+        """A card cannot map a region again after its process was replaced."""
+        if self.devices is None:
+            return
+        for publication_id in self.devices.memory.holders_of(region_id):
+            audit("lose_publication", publication_id=publication_id, why=why)
+            self._carry_out(self.coordinator.lose(publication_id, why, self.clock()))
+
     def _check_size(self, instance_id: str, region: PublishedRegion) -> None:
         offered = self.regions.size_bytes(instance_id, region.region_id)
         if region.size_bytes > offered:
@@ -388,6 +540,8 @@ class Driver:
 
     def _unmap(self, publication: Publication) -> None:
         self.regions.release(publication.publication_id)
+        if self._residency is not None:
+            self._residency.unmap(publication)
         self._memory.pop(publication.publication_id, None)
         gone = self._gone.pop(publication.publication_id, None)
         if gone is not None:

@@ -43,6 +43,10 @@ class Health:
         for name in self._names:
             self._servicer.set(name, NOT_SERVING)
 
+    def set_card(self, device_id: str, ready: bool) -> None:
+        """Health of one card, as service "card/npu:0". The broker serves without it."""
+        self._servicer.set(f"card/{device_id}", SERVING if ready else NOT_SERVING)
+
     def end_watches(self) -> None:
         """Ends the calls of those who watch; what was set before has been sent to them."""
         self._servicer.end_watches()

@@ -9,7 +9,14 @@ import grpc
 import grpc.experimental
 from google.protobuf.message import DecodeError
 
-from weight_broker.errors import ERROR_DOMAIN, BrokerError, Reason, from_reason
+from weight_broker.errors import (
+    ERROR_DOMAIN,
+    QUIESCED_METADATA,
+    TOUCHED_METADATA,
+    BrokerError,
+    Reason,
+    from_reason,
+)
 from weight_broker.v1.error_details_pb2 import RpcErrorInfo, RpcStatus
 
 TOKEN_METADATA_KEY = "weight-broker-session-bin"
@@ -65,7 +72,10 @@ def decode_error(
             reason = Reason(information.reason)
         except ValueError:  # a newer broker
             reason = _REASONS.get(code, Reason.INTERNAL)
-        return from_reason(reason, text, metadata=dict(information.metadata), touched=touched)
+        metadata = dict(information.metadata)
+        touched = touched or metadata.pop(TOUCHED_METADATA, "") == "true"
+        quiesced = metadata.pop(QUIESCED_METADATA, "") != "false"
+        return from_reason(reason, text, metadata=metadata, touched=touched, quiesced=quiesced)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return from_reason(on_deadline, _LATE[on_deadline], touched=touched)
     reason = _REASONS.get(code, Reason.INTERNAL)

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 ERROR_DOMAIN = "weight-broker"
+TOUCHED_METADATA = "touched"
+"""In ErrorInfo: "true" if the broker may have written to the receiver's memory."""
+QUIESCED_METADATA = "quiesced"
+"""In ErrorInfo: "false" if somebody may still write to it."""
 
 
 class Reason(enum.StrEnum):

@@ -137,7 +137,7 @@ def test_a_decision_that_cannot_be_carried_out_takes_no_other_with_it() -> None:
             regions=regions,
             directory=memory_directory(),
         )
-        source = driver.publish(offer(driver, "source"), NOTHING)
+        source = await driver.publish(offer(driver, "source"), NOTHING)
         async with asyncio.timeout(5):
             reading = driver.begin_acquisition(acquisition(driver, "reading"))
             granted = await reading.get()
@@ -162,7 +162,7 @@ def test_a_source_that_the_broker_cannot_hold_is_left_out_and_the_next_one_taken
             coordinator=Coordinator(host_id="host", limits=Limits()), regions=regions, directory=memory_directory()
         )
         for name in ("one", "other"):
-            driver.publish(offer(driver, name), NOTHING)
+            await driver.publish(offer(driver, name), NOTHING)
         regions.broken = {"transfer-1"}
         async with asyncio.timeout(5):
             with capture_logs() as logged:
@@ -184,11 +184,11 @@ def test_memory_that_is_refused_is_told_to_its_publisher_and_nothing_of_it_stays
         )
         memory = PublishedMemory((PublishedRegion("never offered", 8),), b"")
         with pytest.raises(BrokerError) as refused:
-            driver.publish(offer(driver, "one", LAYOUT), memory)
+            await driver.publish(offer(driver, "one", LAYOUT), memory)
         assert refused.value.reason is Reason.REGION_REFUSED
         regions.broken = {"publication-2"}
         with pytest.raises(RuntimeError, match="no publication-2"):
-            driver.publish(offer(driver, "two"), NOTHING)
+            await driver.publish(offer(driver, "two"), NOTHING)
         assert driver.counts().publications == 0
         assert not list(driver.coordinator.weight_sets)
         driver.close()
@@ -208,7 +208,7 @@ def test_a_publisher_does_not_hear_of_what_went_wrong_for_those_who_waited_for_i
             waiting = driver.begin_acquisition(acquisition(driver, "waiting"))
             assert isinstance(await waiting.get(), decide.Wait)
             regions.broken = {"transfer-1"}
-            publication = driver.publish(offer(driver, "source"), NOTHING)
+            publication = await driver.publish(offer(driver, "source"), NOTHING)
             assert publication.state is PublicationState.RESIDENT
         driver.close()
 

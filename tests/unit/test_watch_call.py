@@ -63,9 +63,9 @@ class Host:
         self.messages = CountingMessages(self.driver)
         self.instance_id = self.driver.attach(PeerCredentials(1, 0, 0, frozenset()), "one", "").instance_id
 
-    def publish(self, model: str) -> str:
+    async def publish(self, model: str) -> str:
         offer = Offer(WeightSetKey(model), EMPTY, self.instance_id, "cpu", "", 0, f"request {model}")
-        return self.driver.publish(offer, PublishedMemory((), b"")).publication_id
+        return (await self.driver.publish(offer, PublishedMemory((), b""))).publication_id
 
     def watch(self) -> AsyncIterator[pb.WatchResponse]:
         context: Any = CallContext()
@@ -89,7 +89,7 @@ def test_others_get_their_turn_while_ten_thousand_publications_are_told() -> Non
     async def run() -> None:
         host = Host()
         for number in range(MANY):
-            host.publish(f"{number}")
+            await host.publish(f"{number}")
         others = asyncio.create_task(host.messages.take_turns())
         stream, told = host.watch(), [pb.WatchResponse()]
         while not told[-1].snapshot_end:  # as quick as a reader can be: reading itself gives nobody a turn
@@ -100,7 +100,7 @@ def test_others_get_their_turn_while_ten_thousand_publications_are_told() -> Non
         assert [one.snapshot_start for one in told[1:]] == [True] + [False] * (len(told) - 2)
 
         for number in range(MANY // 2):  # and while as many changes are told
-            host.publish(f"{number}-again")
+            await host.publish(f"{number}-again")
         changes = [await anext(stream) for _ in range(MANY // 2 // CHANGES_PER_MESSAGE)]
         assert len(models(changes)) == MANY // 2
         assert not any(one.snapshot for one in changes)
@@ -114,12 +114,12 @@ def test_others_get_their_turn_while_ten_thousand_publications_are_told() -> Non
 def test_what_changes_while_the_state_is_told_follows_it() -> None:
     async def run() -> None:
         host = Host()
-        published = [host.publish(f"{number}") for number in range(2 * CHANGES_PER_MESSAGE)]
+        published = [await host.publish(f"{number}") for number in range(2 * CHANGES_PER_MESSAGE)]
         stream = host.watch()
         told = [await anext(stream)]
         host.driver.evict("", published[0])  # told already
         host.driver.evict("", published[-1])  # not yet
-        host.publish("new")
+        await host.publish("new")
         while not told[-1].snapshot_end:
             told.append(await anext(stream))
         changes = [change.WhichOneof("change") for one in told for change in one.changes]
@@ -135,7 +135,7 @@ def test_what_changes_while_the_state_is_told_follows_it() -> None:
 def test_a_state_whose_last_things_go_while_it_is_told_still_has_an_end() -> None:
     async def run() -> None:
         host = Host()
-        published = [host.publish(f"{number}") for number in range(CHANGES_PER_MESSAGE + 10)]
+        published = [await host.publish(f"{number}") for number in range(CHANGES_PER_MESSAGE + 10)]
         stream = host.watch()
         first = await anext(stream)
         for publication_id in published[CHANGES_PER_MESSAGE:]:

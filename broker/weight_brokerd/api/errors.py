@@ -15,7 +15,16 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from weight_broker.errors import ERROR_DOMAIN, TABLE, BrokerError, InvalidArgument, Reason, from_reason
+from weight_broker.errors import (
+    ERROR_DOMAIN,
+    QUIESCED_METADATA,
+    TABLE,
+    TOUCHED_METADATA,
+    BrokerError,
+    InvalidArgument,
+    Reason,
+    from_reason,
+)
 
 log = structlog.get_logger()
 
@@ -31,6 +40,10 @@ def to_status(error: BrokerError) -> grpc.Status:
     status = status_pb2.Status(code=code.value[0], message=_cut(error.message, _MESSAGE_BYTES))
     share = _METADATA_BYTES // max(len(error.metadata), 1)
     metadata = {name: _cut(value, share) for name, value in error.metadata.items()}
+    if error.touched:
+        metadata[TOUCHED_METADATA] = "true"
+    if not error.quiesced:
+        metadata[QUIESCED_METADATA] = "false"
     status.details.add().Pack(
         error_details_pb2.ErrorInfo(reason=str(error.reason), domain=ERROR_DOMAIN, metadata=metadata)
     )

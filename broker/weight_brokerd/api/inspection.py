@@ -38,6 +38,15 @@ _REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
 def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
     """The broker and its host."""
     counts = driver.counts()
+    devices = driver.devices
+    worker = None
+    if devices is not None and devices.worker_address:
+        worker = resources_pb2.DatasystemWorker(
+            address=devices.worker_address,
+            reachable=devices.worker_is_there,
+            managed=devices.worker.is_managed,
+            problem=devices.worker.problem,
+        )
     return resources_pb2.Host(
         host_id=driver.coordinator.host_id,
         hostname=socket.gethostname(),
@@ -53,6 +62,9 @@ def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
         running_transfer_count=counts.running_transfers,
         waiting_acquisition_count=counts.waiting_acquisitions,
         cold_load_lease_count=counts.cold_load_leases,
+        cards=[messages.card(devices.kind, health) for health in devices.health] if devices is not None else (),
+        datasystem_worker=worker,
+        device_problem=devices.problem if devices is not None else "",
     )
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from weight_broker.digest import DigestCoverage
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.v1 import weight_broker_service_pb2 as service
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.wire import coverage_to_wire, key_to_wire
+from weight_brokerd.cards.supervisor import CardHealth, CardState
 from weight_brokerd.core.explain import Explanation, Outcome
 from weight_brokerd.core.model import (
     Arrival,
     ColdLoadLease,
+    DataPlane,
     Instance,
     InstanceState,
     Publication,
@@ -36,6 +41,15 @@ PATHS = {
     TransferPath.COPY: pb.TRANSFER_PATH_COPY,
     TransferPath.ZERO_COPY: pb.TRANSFER_PATH_ZERO_COPY,
     TransferPath.STAGED: pb.TRANSFER_PATH_STAGED,
+}
+DATA_PLANES = {
+    DataPlane.LOCAL: pb.DATA_PLANE_LOCAL,
+    DataPlane.DATASYSTEM: pb.DATA_PLANE_DATASYSTEM,
+}
+_CARD_STATES = {
+    CardState.READY: pb.Card.STATE_READY,
+    CardState.DEGRADED: pb.Card.STATE_DEGRADED,
+    CardState.FAILED: pb.Card.STATE_FAILED,
 }
 PHASES = {
     name.removeprefix("PHASE_").lower(): value for name, value in pb.Phase.items() if value != pb.PHASE_UNSPECIFIED
@@ -159,7 +173,7 @@ class Messages:
             source_generation=source.generation,
             source_instance_id=source.instance_id,
             receiver_instance_id=transfer.receiver_instance_id,
-            data_plane=pb.DATA_PLANE_LOCAL,
+            data_plane=DATA_PLANES[transfer.data_plane],
             path=PATHS[transfer.path],
             state=_TRANSFER_STATES[transfer.state],
             size_bytes=source.layout.content_bytes,
@@ -168,13 +182,38 @@ class Messages:
             failure=transfer.failure,
         )
 
+    def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> service.Moved:
+        """What the broker did of a transfer."""
+        return service.Moved(
+            transfer_id=transfer.transfer_id,
+            size_bytes=transfer.publication.layout.content_bytes,
+            phase_times=[pb.PhaseTime(phase=PHASES[name], duration=_duration(took)) for name, took in seconds.items()],
+        )
+
+    def card(self, kind: str, health: CardHealth) -> pb.Card:
+        """A device."""
+        return pb.Card(
+            device_id=health.identity,
+            device_kind=DEVICE_KINDS[kind],
+            device_index=health.device_index,
+            soc=health.soc,
+            state=_CARD_STATES[health.state],
+            problem=health.problem,
+            sender_pid=health.sender_pid,
+            retiring_pids=health.retiring_pids,
+            receiver_pids=health.receiver_pids,
+            region_count=health.regions,
+            offer_count=health.offers,
+            fetch_count=health.fetches,
+        )
+
     def report(self, transfer: Transfer, arrival: Arrival) -> pb.TransferReport:
         """What a transfer did, as its receiver measured it."""
         source = transfer.publication
         return pb.TransferReport(
             transfer_id=transfer.transfer_id,
             source=self.publication(source),
-            data_plane=pb.DATA_PLANE_LOCAL,
+            data_plane=DATA_PLANES[transfer.data_plane],
             path=PATHS[transfer.path],
             size_bytes=arrival.size_bytes,
             tensor_count=len(source.layout),

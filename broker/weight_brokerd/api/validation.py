@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -23,13 +23,15 @@ from weight_broker.wire import (
     layout_from_wire,
 )
 from weight_brokerd.api.messages import DEVICE_KIND_NAMES, PHASE_NAMES
-from weight_brokerd.core.model import Arrival, FailureCause, IfAbsent, Offer, TransferPath
+from weight_brokerd.cards.regions import import_request
+from weight_brokerd.core.model import HOST_MEMORY, Arrival, FailureCause, IfAbsent, Offer, TransferPath
+from weight_brokerd.dataplane.protocol import Place
 from weight_brokerd.driver import PublishedMemory, PublishedRegion
 
 MAX_ID_CHARACTERS = 64
 MAX_EXTENSION_SECONDS = 24 * 3600.0
-SERVED_DEVICE_KINDS = frozenset({"cpu"})
-"""Kinds of memory that a data plane of this broker can reach."""
+MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
+MAX_EXPORT_KEY_BYTES = 128
 
 _IF_ABSENT = {
     weight_broker_service_pb2.IF_ABSENT_FAIL: IfAbsent.FAIL,
@@ -45,6 +47,8 @@ _CAUSES = {
     weight_broker_service_pb2.TransferFailed.CAUSE_DIGEST_MISMATCH: FailureCause.DIGEST_MISMATCH,
     weight_broker_service_pb2.TransferFailed.CAUSE_RECEIVER: FailureCause.RECEIVER,
 }
+_HANDLES = {"cpu": "host_memory", "npu": "npu_", "cuda": "cuda_"}
+"""How the names of the handles begin that go with a kind of memory."""
 _WEIGHT_SET_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -145,36 +149,68 @@ def arrival(message: weight_broker_service_pb2.TransferSucceeded) -> Arrival:
     return Arrival(message.size_bytes, tuple(phases), verified)
 
 
-def receiving_device(request: weight_broker_service_pb2.AcquireRequest) -> tuple[str, str]:
-    """Kind and physical identity of the memory that receives."""
-    kind = DEVICE_KIND_NAMES.get(request.device_kind)
-    if kind not in SERVED_DEVICE_KINDS:
-        raise InvalidArgument("device_kind", request.device_kind, f"a kind this broker serves: {_served()}")
-    if request.device_id:
-        raise InvalidArgument("device_id", request.device_id, "empty for host memory")
+def receiving_device(kind: weight_set_pb2.DeviceKind.ValueType, device_id: str, served: Collection[str]) -> str:
+    """The kind of memory that receives."""
+    name = DEVICE_KIND_NAMES.get(kind)
+    if name is None or name not in served:
+        raise InvalidArgument("device_kind", kind, f"a kind this broker serves: {_listed(served)}")
+    if name == HOST_MEMORY and device_id:
+        raise InvalidArgument("device_id", device_id, "empty for host memory")
+    return name
+
+
+def destination(
+    request: weight_broker_service_pb2.AcquireRequest, instance_id: str, layout: Layout, cards: Collection[str]
+) -> Place:
+    """Where the broker is to move the bytes to."""
+    if request.path != resources_pb2.TRANSFER_PATH_COPY:
+        raise InvalidArgument("path", request.path, "TRANSFER_PATH_COPY for device memory")
+    text("device_id", request.device_id)
+    regions = request.regions
+    if not regions and layout.content_bytes:
+        raise InvalidArgument("regions", "empty", f"the regions that receive {layout.content_bytes} bytes of content")
+    kind, device_id = _regions(regions, {DEVICE_KIND_NAMES[request.device_kind]})
+    if regions and (DEVICE_KIND_NAMES[request.device_kind], request.device_id) != (kind, device_id):
+        raise InvalidArgument("device_id", request.device_id, f"{device_id!r}, where the regions are")
+    _placements(request.placements, regions, layout)
+    return _place(regions, request.placements, instance_id, request.device_id, cards, "device_id")
+
+
+def no_regions(request: weight_broker_service_pb2.AcquireRequest) -> None:
+    """Host memory is filled by its owner."""
     if request.regions or request.placements:
         raise InvalidArgument(
             "regions", len(request.regions), "none for host memory", hint="The instance copies itself."
         )
-    return kind, ""
 
 
 def offer(
-    request: weight_broker_service_pb2.PublishRequest, instance_id: str, layouts: LayoutCache
+    request: weight_broker_service_pb2.PublishRequest,
+    instance_id: str,
+    layouts: LayoutCache,
+    served: Collection[str],
+    cards: Collection[str],
 ) -> tuple[Offer, PublishedMemory]:
-    """What an instance offers, and where it lies."""
+    """What an instance offers, and where it lies. `cards` are the identities of the devices that are served."""
     request_id = text("request_id", request.request_id)
     key = key_from_wire(request.key)
     layout = layouts.layout(request.layout)
     digests_from_wire(request.digests, len(layout))
-    kind, device_id = _regions(request.regions, layout)
+    if not request.regions and layout.content_bytes:
+        raise InvalidArgument("regions", "empty", f"the regions that hold {layout.content_bytes} bytes of content")
+    kind, device_id = _regions(request.regions, served)
     _placements(request.placements, request.regions, layout)
-    grant = weight_broker_service_pb2.Granted(
-        regions=request.regions, placements=request.placements, digests=request.digests
-    )
+    grant = weight_broker_service_pb2.Granted(digests=request.digests)
+    place = None
+    if kind == HOST_MEMORY:
+        grant.regions.extend(request.regions)
+        grant.placements.extend(request.placements)
+    else:
+        place = _place(request.regions, request.placements, instance_id, device_id, cards, "regions[0].device_id")
     memory = PublishedMemory(
         tuple(PublishedRegion(region.region_id, region.size_bytes) for region in request.regions),
         grant.SerializeToString(),
+        place,
     )
     return (
         Offer(
@@ -190,13 +226,15 @@ def offer(
     )
 
 
-def _regions(regions: Sequence[weight_set_pb2.Region], layout: Layout) -> tuple[str, str]:
-    if not regions:
-        if layout.content_bytes:
-            raise InvalidArgument("regions", "empty", f"the regions that hold {layout.content_bytes} bytes of content")
-        return "cpu", ""
+def is_on_device(request: weight_broker_service_pb2.PublishRequest) -> bool:
+    """Whether the request is about device memory."""
+    return any(region.device_kind != weight_set_pb2.DEVICE_KIND_CPU for region in request.regions)
+
+
+def _regions(regions: Sequence[weight_set_pb2.Region], served: Collection[str]) -> tuple[str, str]:
+    """Kind and physical identity of the device that all of them are on; host memory if there are none."""
     seen: set[str] = set()
-    kinds: set[tuple[str, str]] = set()
+    first: tuple[str, str] | None = None
     for index, region in enumerate(regions):
         field = f"regions[{index}]"
         text(f"{field}.region_id", region.region_id)
@@ -206,19 +244,64 @@ def _regions(regions: Sequence[weight_set_pb2.Region], layout: Layout) -> tuple[
         kind = DEVICE_KIND_NAMES.get(region.device_kind)
         if kind is None:
             raise InvalidArgument(f"{field}.device_kind", region.device_kind, "a known kind of memory")
-        if kind not in SERVED_DEVICE_KINDS:
+        if kind not in served:
             raise PublishRefused(
-                f"{field} is in {kind} memory; this broker serves: {_served()}",
+                f"{field} is in {kind} memory; this broker serves: {_listed(served)}",
                 metadata={"field": f"{field}.device_kind", "value": kind},
             )
-        if region.WhichOneof("handle") != "host_memory":
-            raise InvalidArgument(f"{field}.handle", region.WhichOneof("handle"), "host_memory for host memory")
-        if region.device_id:
-            raise InvalidArgument(f"{field}.device_id", region.device_id, "empty for host memory")
         if not region.size_bytes:
             raise InvalidArgument(f"{field}.size_bytes", 0, "more than 0")
-        kinds.add((kind, region.device_id))
-    return kinds.pop()
+        _handle(field, kind, region)
+        first = first or (kind, region.device_id)
+        if (kind, region.device_id) != first:
+            raise InvalidArgument(
+                f"{field}.device_id", f"{kind} {region.device_id}".strip(), f"{' '.join(first).strip()}, as regions[0]"
+            )
+    return first or (HOST_MEMORY, "")
+
+
+def _handle(field: str, kind: str, region: weight_set_pb2.Region) -> None:
+    handle = region.WhichOneof("handle")
+    if handle is None or not handle.startswith(_HANDLES[kind]):
+        raise InvalidArgument(f"{field}.handle", handle, f"{_HANDLES[kind]}… for {kind} memory")
+    if kind == HOST_MEMORY:
+        if region.device_id:
+            raise InvalidArgument(f"{field}.device_id", region.device_id, "empty for host memory")
+        return
+    text(f"{field}.device_id", region.device_id)
+    match handle:
+        case "npu_allocation":
+            key = region.npu_allocation.export_key
+            if not 0 < len(key) <= MAX_EXPORT_KEY_BYTES:
+                raise InvalidArgument(
+                    f"{field}.npu_allocation.export_key", len(key), f"1 to {MAX_EXPORT_KEY_BYTES} bytes"
+                )
+        case "npu_segment":
+            segment = region.npu_segment
+            if (
+                not segment.shareable_handles
+                or segment.chunk_bytes * len(segment.shareable_handles) != region.size_bytes
+            ):
+                raise InvalidArgument(
+                    f"{field}.npu_segment",
+                    f"{len(segment.shareable_handles)} chunks of {segment.chunk_bytes} bytes",
+                    f"chunks that make up the region's {region.size_bytes} bytes",
+                )
+
+
+def _place(
+    regions: Sequence[weight_set_pb2.Region],
+    placements: Sequence[weight_set_pb2.TensorPlacement],
+    instance_id: str,
+    device_id: str,
+    cards: Collection[str],
+    field: str,
+) -> Place:
+    if device_id not in cards:
+        raise InvalidArgument(field, device_id, f"a device of this host: {_listed(cards)}")
+    # Instances choose their ids by themselves; those of the host's cards have to be unique among all instances.
+    imports = [import_request(f"{instance_id}/{region.region_id}", region) for region in regions]
+    return Place(device_id, tuple(imports), [(one.region_index, one.offset_bytes) for one in placements])
 
 
 def _placements(
@@ -233,11 +316,14 @@ def _placements(
         field = f"placements[{spec.name}]"
         if placement.region_index >= len(sizes):
             raise InvalidArgument(f"{field}.region_index", placement.region_index, f"below {len(sizes)}")
-        if placement.offset_bytes + spec.content_bytes > sizes[placement.region_index]:
+        # Host memory has a tensor's elements packed; in device memory it lies as its owner has it.
+        is_packed = not regions or regions[0].device_kind == weight_set_pb2.DEVICE_KIND_CPU
+        length = spec.content_bytes if is_packed else spec.storage_bytes
+        if placement.offset_bytes + length > sizes[placement.region_index]:
             raise InvalidArgument(
                 f"{field}.offset_bytes",
                 placement.offset_bytes,
-                f"{spec.content_bytes} bytes within the region's {sizes[placement.region_index]}",
+                f"{length} bytes within the region's {sizes[placement.region_index]}",
             )
         if spec.alias_of and placement != by_name[spec.alias_of]:
             raise InvalidArgument(
@@ -254,5 +340,5 @@ def _duration(field: str, value: Duration) -> float:
     return value.seconds + value.nanos * 1e-9
 
 
-def _served() -> str:
-    return ", ".join(sorted(SERVED_DEVICE_KINDS))
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

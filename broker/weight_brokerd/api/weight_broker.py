@@ -11,17 +11,19 @@ import grpc
 import structlog
 
 from weight_broker.errors import InvalidArgument, RetractTimeout
-from weight_broker.v1 import resources_pb2
+from weight_broker.layout import Layout
 from weight_broker.v1 import weight_broker_service_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
 from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceServicer
 from weight_broker.wire import MAX_REASON_CHARACTERS, key_from_wire, layout_to_wire
 from weight_brokerd.api import validation
 from weight_brokerd.api.ending import on_end
 from weight_brokerd.api.identity import identify
-from weight_brokerd.api.messages import PATHS, Messages
+from weight_brokerd.api.messages import DATA_PLANES, PATHS, Messages
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.model import Acquisition, TransferPath, WaitReason
-from weight_brokerd.driver import Driver, Granted
+from weight_brokerd.core.model import HOST_MEMORY, Acquisition, TransferPath, WaitReason
+from weight_brokerd.dataplane.protocol import Place
+from weight_brokerd.driver import Driver, Granted, Moved
 
 log = structlog.get_logger()
 
@@ -51,7 +53,8 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
     async def Acquire(self, request: pb.AcquireRequest, context: Context) -> AsyncIterator[pb.AcquireResponse]:
         """See the proto."""
         session = identify(self._driver, context)
-        acquisition = self._acquisition(request, session.instance_id, context)
+        devices = await self._devices(request.device_kind != weight_set_pb2.DEVICE_KIND_CPU)
+        acquisition, destination = self._acquisition(request, session.instance_id, context, devices)
         acquisition_id = acquisition.acquisition_id
         logger = log.bind(
             acquisition_id=acquisition_id,
@@ -61,7 +64,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         )
         # However the call ends - done, cancelled, past its deadline - its reader slot is free then.
         on_end(context, lambda: self._driver.end_acquisition(acquisition_id))
-        mailbox = self._driver.begin_acquisition(acquisition)
+        mailbox = self._driver.begin_acquisition(acquisition, destination)
         logger.info("acquire", model=acquisition.key.model, if_absent=str(acquisition.if_absent))
         while True:
             match await mailbox.get():
@@ -75,6 +78,9 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                 case Granted() as granted:
                     logger.info("granted", transfer_id=granted.transfer.transfer_id)
                     yield pb.AcquireResponse(granted=self._granted(granted, acquisition))
+                case Moved(transfer, seconds):
+                    logger.info("moved", transfer_id=transfer.transfer_id, seconds=dict(seconds))
+                    yield pb.AcquireResponse(moved=self._messages.moved(transfer, seconds))
                 case decide.TellColdLoad(_, lease):
                     logger.info("cold_load", fencing_token=lease.fencing_token)
                     yield pb.AcquireResponse(cold_load=pb.ColdLoad(cold_load_lease=self._messages.lease(lease)))
@@ -102,7 +108,10 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                 detail = validation.text(
                     "failed.detail", request.failed.detail, limit=MAX_REASON_CHARACTERS, required=False
                 )
+                transfer = self._driver.coordinator.transfers.running.get(transfer_id)
                 self._driver.transfer_failed(session.instance_id, transfer_id, cause, detail)
+                if transfer is not None:  # whoever gives up may use the memory for something else now
+                    await self._driver.settled(transfer.acquisition_id)
             case _:
                 raise InvalidArgument("outcome", None, "succeeded or failed")
         return pb.ReportTransferResponse()
@@ -110,8 +119,9 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
     async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:
         """See the proto."""
         session = identify(self._driver, context)
-        offer, memory = validation.offer(request, session.instance_id, self._layouts)
-        publication = self._driver.publish(offer, memory)
+        devices = await self._devices(validation.is_on_device(request))
+        offer, memory = validation.offer(request, session.instance_id, self._layouts, *devices)
+        publication = await self._driver.publish(offer, memory)
         return pb.PublishResponse(publication=self._messages.publication(publication))
 
     async def Retract(self, request: pb.RetractRequest, context: Context) -> pb.RetractResponse:
@@ -153,7 +163,23 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             case _:
                 raise InvalidArgument("action", None, "give_up or extend")
 
-    def _acquisition(self, request: pb.AcquireRequest, instance_id: str, context: Context) -> Acquisition:
+    async def _devices(self, is_needed: bool) -> tuple[frozenset[str], frozenset[str]]:
+        """Kinds of memory and identities of cards that are served. Who needs one waits until they are known."""
+        devices = self._driver.devices
+        if devices is None:
+            return frozenset({HOST_MEMORY}), frozenset()
+        if is_needed:
+            await devices.ready()
+        return frozenset({HOST_MEMORY, devices.kind}), frozenset(card.identity for card in devices.health)
+
+    def _acquisition(
+        self,
+        request: pb.AcquireRequest,
+        instance_id: str,
+        context: Context,
+        devices: tuple[frozenset[str], frozenset[str]],
+    ) -> tuple[Acquisition, Place | None]:
+        served, cards = devices
         validation.text("request_id", request.request_id)
         key = key_from_wire(request.key)
         path = validation.path(request.path)
@@ -161,29 +187,40 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         if layout is None and path is TransferPath.COPY:
             raise InvalidArgument("layout", "not set", "the receiver's layout for TRANSFER_PATH_COPY")
         if_absent = validation.if_absent(request.if_absent)
-        device_kind, device_id = validation.receiving_device(request)
+        device_kind = validation.receiving_device(request.device_kind, request.device_id, served)
+        destination = None
+        if device_kind == HOST_MEMORY:
+            validation.no_regions(request)
+        else:
+            destination = validation.destination(request, instance_id, layout or Layout(()), cards)
         now = self._driver.clock()
-        remaining = context.time_remaining()
-        wait = self._maximum_wait_seconds if remaining is None else min(remaining, self._maximum_wait_seconds)
-        return Acquisition(
+        wait = (
+            min(self._maximum_wait_seconds, remaining)
+            if (remaining := context.time_remaining()) is not None
+            else (self._maximum_wait_seconds)
+        )
+        if request.HasField("timeout"):
+            wait = min(wait, validation.seconds("timeout", request.timeout, limit=validation.MAX_TIMEOUT_SECONDS))
+        acquisition = Acquisition(
             acquisition_id=f"acquisition-{next(self._numbers)}",
             key=key,
             layout=layout,
             instance_id=instance_id,
             if_absent=if_absent,
             device_kind=device_kind,
-            device_id=device_id,
+            device_id=request.device_id,
             path=path,
             begun_at=now,
             deadline=now + wait,
         )
+        return acquisition, destination
 
     def _granted(self, granted: Granted, acquisition: Acquisition) -> pb.Granted:
         source = granted.transfer.publication
         message = pb.Granted.FromString(granted.memory.grant)
         message.transfer_id = granted.transfer.transfer_id
         message.source.CopyFrom(self._messages.publication(source))
-        message.data_plane = resources_pb2.DATA_PLANE_LOCAL
+        message.data_plane = DATA_PLANES[granted.transfer.data_plane]
         message.path = PATHS[granted.transfer.path]
         if acquisition.layout is None:
             message.layout.CopyFrom(layout_to_wire(source.layout))

@@ -159,8 +159,9 @@ class ReceiverSide:
         except CardRefused as error:  # it has not begun, so the receiver is as good as before
             quiesced = await uninterrupted(self._unmap(child, regions))
             raise CardRefused(str(error), quiesced=quiesced) from error
-        except BaseException:
-            await uninterrupted(child.kill())
+        except BaseException as error:
+            if not await uninterrupted(child.kill()):
+                raise CardLost("the driver does not let go of the memory", touched=touched, quiesced=False) from error
             raise
         if not await uninterrupted(self._unmap(child, regions)):
             raise CardLost("the driver does not let go of the memory", touched=True, quiesced=False)

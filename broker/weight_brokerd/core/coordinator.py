@@ -11,6 +11,7 @@ from weight_broker.errors import (
     BrokerError,
     BrokerUnavailable,
     IntegrityError,
+    InvalidArgument,
     LayoutMismatch,
     LeaseLost,
     PublicationNotFound,
@@ -37,6 +38,7 @@ from weight_brokerd.core.decisions import (
 )
 from weight_brokerd.core.leases import LeaseClaim
 from weight_brokerd.core.model import (
+    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
@@ -106,10 +108,11 @@ class Coordinator:
         published = self.registry.of_instance(instance_id)
         acquiring = [one for one in self.acquisitions.values() if one.instance_id == instance_id]
         decisions: Decisions = []
-        for publication in published:
-            decisions += self._end_publication(publication)
         for acquisition in acquiring:
             decisions += self._drop(acquisition, now)
+        for publication in published:
+            if publication.state is not PublicationState.GONE:  # it may have waited for a reader that was dropped
+                decisions += self._end_publication(publication, "its instance ended", now)
         # Only now: nobody is to read from it any more, and it is to be told nothing.
         for weight_set_id in dict.fromkeys(
             [*(one.weight_set_id for one in published), *(one.key.id for one in acquiring)]
@@ -179,7 +182,15 @@ class Coordinator:
     def evict(self, publication_id: str, now: float) -> tuple[Publication, Decisions]:
         """An administrator takes a publication out of service, without waiting for readers."""
         publication = self.registry.get(publication_id)
-        return publication, self._end_publication(publication) + self._serve_id(publication.weight_set_id, now)
+        ended = self._end_publication(publication, "it was evicted", now)
+        return publication, ended + self._serve_id(publication.weight_set_id, now)
+
+    def lose(self, publication_id: str, why: str, now: float) -> Decisions:
+        """The memory of a publication cannot be reached any more."""
+        publication = self.registry.find(publication_id)
+        if publication is None:
+            return []
+        return self._end_publication(publication, why, now) + self._serve_id(publication.weight_set_id, now)
 
     def quarantine(self, publication_id: str, reason: str, now: float) -> tuple[Publication, Decisions]:
         """The publication is never read again, but shown."""
@@ -202,17 +213,38 @@ class Coordinator:
     def transfer_succeeded(self, transfer_id: str, instance_id: str, arrival: Arrival, now: float) -> Decisions:
         """Every byte of the transfer arrived and was verified."""
         transfer, acquisition = self._running(transfer_id, instance_id)
+        if transfer.is_brokers and not transfer.is_moved:
+            raise InvalidArgument("outcome", "succeeded", "failed: the broker has not moved every byte yet")
         transfer.publication.served_count += 1
         decisions = self._end_transfer(transfer, TransferState.SUCCEEDED, "", now)
         self._forget(acquisition)
         decisions.append(Complete(acquisition.acquisition_id, transfer, arrival))
         return decisions + self._serve_id(acquisition.key.id, now)
 
+    def transfer_moved(self, transfer_id: str, now: float) -> Decisions:
+        """The broker has moved every byte: the source is not needed any more, the receiver verifies."""
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None:
+            return []
+        transfer.is_moved = True
+        self.acquisitions[transfer.acquisition_id].touched = True
+        return self._let_out(transfer) + self._serve_id(transfer.publication.weight_set_id, now)
+
     def transfer_failed(
-        self, transfer_id: str, instance_id: str, cause: FailureCause, detail: str, now: float
+        self,
+        transfer_id: str,
+        instance_id: str,
+        cause: FailureCause,
+        detail: str,
+        now: float,
+        *,
+        touched: bool = False,
+        quiesced: bool = True,
     ) -> Decisions:
-        """The transfer did not complete: the acquisition tries the next source, unless the receiver gave up."""
+        """The transfer did not complete: the acquisition tries the next source, unless the receiver gave up, its time
+        is over or somebody may still write to its memory."""
         transfer, acquisition = self._running(transfer_id, instance_id)
+        acquisition.touched = acquisition.touched or touched
         publication = transfer.publication
         decisions = self._end_transfer(transfer, TransferState.FAILED, detail or cause, now)
         record = self.weight_sets.record(acquisition.key)
@@ -222,8 +254,11 @@ class Coordinator:
                 decisions += self.quarantine(
                     publication.publication_id, f"delivered wrong bytes in {transfer_id}: {detail}", now
                 )[1]
-        if cause is FailureCause.RECEIVER:
-            decisions.append(self._fail(acquisition, TransferFailed(f"the receiver gave up: {detail}")))
+        if cause is FailureCause.RECEIVER or not quiesced:
+            who = "the receiver gave up" if quiesced else "the transfer failed, and somebody may still write"
+            decisions.append(self._fail(acquisition, TransferFailed(f"{who}: {detail}", quiesced=quiesced)))
+        elif transfer.is_brokers and acquisition.deadline <= now:
+            decisions.append(self._fail(acquisition, _late(acquisition, now)))
         else:
             acquisition.failed_sources[publication.publication_id] = f"{cause}: {detail}"
             acquisition.transfer_id = ""
@@ -298,12 +333,7 @@ class Coordinator:
         late = [one for one in self.acquisitions.values() if one.deadline <= now and not one.transfer_id]
         decisions: Decisions = []
         for acquisition in late:
-            waited = now - acquisition.begun_at
-            decisions.append(
-                self._fail(
-                    acquisition, AcquireTimeout(f"weight set {acquisition.key.id} did not arrive in {waited:.1f} s")
-                )
-            )
+            decisions.append(self._fail(acquisition, _late(acquisition, now)))
             decisions.append(WeightSetChanged(acquisition.key.id))
         return decisions
 
@@ -325,8 +355,9 @@ class Coordinator:
         decisions: Decisions = []
         for transfer in list(self.transfers.running.values()):
             acquisition = self.acquisitions[transfer.acquisition_id]
+            acquisition.touched = True
             decisions += self._end_transfer(transfer, TransferState.FAILED, "the broker stopped", now)
-            error = BrokerUnavailable("the broker stopped while the transfer ran; load from disk", touched=True)
+            error = BrokerUnavailable("the broker stopped while the transfer ran; load from disk")
             decisions.append(self._fail(acquisition, error))
         return decisions
 
@@ -400,6 +431,7 @@ class Coordinator:
 
     def _fail(self, acquisition: Acquisition, error: BrokerError) -> Decision:
         self._forget(acquisition)
+        error.touched = error.touched or acquisition.touched
         return Fail(acquisition.acquisition_id, error)
 
     def _forget(self, acquisition: Acquisition) -> None:
@@ -420,24 +452,42 @@ class Coordinator:
         return decisions
 
     def _end_transfer(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> Decisions:
-        publication = transfer.publication
         self.transfers.end(transfer, state, failure, now)
-        self.registry.release(publication, transfer.transfer_id)
-        decisions: Decisions = [EndTransfer(transfer), TransferChanged(transfer)]
-        if publication.state is PublicationState.RETRACTING and not publication.readers:
-            decisions += self._end_publication(publication)
-        else:
-            decisions.append(WeightSetChanged(publication.weight_set_id))
-        return decisions
+        return [EndTransfer(transfer), TransferChanged(transfer), *self._let_out(transfer)]
 
-    def _end_publication(self, publication: Publication) -> Decisions:
+    def _let_out(self, transfer: Transfer) -> Decisions:
+        """Nothing of the source is read any more by this transfer."""
+        publication = transfer.publication
+        if transfer.transfer_id not in publication.readers:
+            return []
+        self.registry.release(publication, transfer.transfer_id)
+        if publication.state is PublicationState.RETRACTING and not publication.readers:
+            return self._end_publication(publication)
+        return [WeightSetChanged(publication.weight_set_id)]
+
+    def _end_publication(self, publication: Publication, why: str = "", now: float = 0.0) -> Decisions:
+        """It is gone. Host memory lives on for whoever reads it now; device memory may go with its owner, so who reads
+        that is sent to another source; call `_serve_id` then."""
         self.registry.move(publication, PublicationState.GONE)
+        decisions: Decisions = []
+        if publication.device_kind != HOST_MEMORY:
+            for transfer_id in sorted(publication.readers):
+                decisions += self._source_lost(self.transfers.running[transfer_id], why, now)
         self.weight_sets.tidy(publication.weight_set_id)
         return [
+            *decisions,
             Unmap(publication),
             WeightSetChanged(publication.weight_set_id),
             InstanceChanged(publication.instance_id),
         ]
+
+    def _source_lost(self, transfer: Transfer, why: str, now: float) -> Decisions:
+        acquisition = self.acquisitions[transfer.acquisition_id]
+        acquisition.touched = True
+        acquisition.failed_sources[transfer.publication.publication_id] = why
+        acquisition.transfer_id = ""
+        self.weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id] = acquisition
+        return self._end_transfer(transfer, TransferState.FAILED, why, now)
 
     def _left(self, publication: Publication, now: float) -> Decisions:
         """Nobody else may read from it: who waited for one of its slots need not wait for its readers."""
@@ -456,6 +506,11 @@ class Coordinator:
     def _check_not_draining(self) -> None:
         if self.draining:
             raise _draining()
+
+
+def _late(acquisition: Acquisition, now: float) -> AcquireTimeout:
+    waited = now - acquisition.begun_at
+    return AcquireTimeout(f"weight set {acquisition.key.id} did not arrive in {waited:.1f} s")
 
 
 def _draining() -> BrokerUnavailable:

@@ -52,7 +52,7 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """The publication's memory is to be mapped; answer with `Coordinator.mapped`."""
+    """The publication's memory is to be mapped; answer with `Coordinator.mapped` or `mapping_failed`."""
 
     publication: Publication
 
@@ -66,7 +66,7 @@ class Unmap:
 
 @dataclass(frozen=True, slots=True)
 class EndTransfer:
-    """The transfer has ended: give up what it held."""
+    """The transfer has ended: give up what it held. If the broker was moving its bytes, that is to end now."""
 
     transfer: Transfer
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout
 
+HOST_MEMORY = "cpu"
+"""The kind of memory that every process can map by itself."""
+
 
 class InstanceState(enum.StrEnum):
     """State of an instance."""
@@ -43,6 +46,13 @@ class TransferPath(enum.StrEnum):
     COPY = "copy"
     ZERO_COPY = "zero_copy"
     STAGED = "staged"
+
+
+class DataPlane(enum.StrEnum):
+    """What moves the bytes of a transfer."""
+
+    LOCAL = "local"
+    DATASYSTEM = "datasystem"
 
 
 class IfAbsent(enum.StrEnum):
@@ -142,6 +152,8 @@ class Acquisition:
     failed_sources: dict[str, str] = field(default_factory=dict)
     """Publications that were tried and failed, with the reason."""
     saw_wrong_bytes: bool = False
+    touched: bool = False
+    """Whether the broker may have written to the receiver's memory."""
     transfer_id: str = ""
     """The running transfer, if any."""
     told: tuple[WaitReason, int] | None = None
@@ -170,7 +182,10 @@ class Transfer:
     """The source; it may be gone before the transfer ends, if its instance dies."""
     receiver_instance_id: str
     path: TransferPath
+    data_plane: DataPlane
     started_at: float
+    is_moved: bool = False
+    """Whether the broker has moved every byte; the receiver verifies them."""
     state: TransferState = TransferState.RUNNING
     ended_at: float = 0.0
     failure: str = ""
@@ -179,6 +194,11 @@ class Transfer:
     def transfer_id(self) -> str:
         """Its id."""
         return f"transfer-{self.number}"
+
+    @property
+    def is_brokers(self) -> bool:
+        """Whether the broker moves the bytes; on host memory the receiver does."""
+        return self.publication.device_kind != HOST_MEMORY
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
-from weight_brokerd.core.model import Acquisition, Publication, Transfer, TransferState
+from weight_brokerd.core.model import HOST_MEMORY, Acquisition, DataPlane, Publication, Transfer, TransferState
 
 
 class TransferLog:
@@ -24,6 +24,7 @@ class TransferLog:
             publication=publication,
             receiver_instance_id=acquisition.instance_id,
             path=acquisition.path,
+            data_plane=data_plane_between(publication, acquisition),
             started_at=now,
         )
         self.running[transfer.transfer_id] = transfer
@@ -39,3 +40,10 @@ class TransferLog:
         """All that are known, the last one begun first: an order that does not change when one of them ends."""
         known = [*self.running.values(), *([] if running_only else self._ended)]
         return sorted(known, key=lambda transfer: transfer.number, reverse=True)
+
+
+def data_plane_between(publication: Publication, acquisition: Acquisition) -> DataPlane:
+    """What moves the bytes: within a device, and between processes of one host's memory, a copy does."""
+    if publication.device_kind == HOST_MEMORY or publication.device_id == acquisition.device_id:
+        return DataPlane.LOCAL
+    return DataPlane.DATASYSTEM

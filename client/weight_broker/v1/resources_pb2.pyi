@@ -583,6 +583,129 @@ class TransferReport(google.protobuf.message.Message):
 global___TransferReport = TransferReport
 
 @typing.final
+class Card(google.protobuf.message.Message):
+    """A device of this host as the broker sees it: its health, and the processes that own it for the broker."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _State:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _StateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Card._State.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Card._State.ValueType  # 0
+        """Not set."""
+        STATE_READY: Card._State.ValueType  # 1
+        """It serves, or would start a process now."""
+        STATE_DEGRADED: Card._State.ValueType  # 2
+        """Its last process did not start, or the datasystem worker is away. It is tried again."""
+        STATE_FAILED: Card._State.ValueType  # 3
+        """The driver did not open it when the broker started."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """State of a card."""
+
+    STATE_UNSPECIFIED: Card.State.ValueType  # 0
+    """Not set."""
+    STATE_READY: Card.State.ValueType  # 1
+    """It serves, or would start a process now."""
+    STATE_DEGRADED: Card.State.ValueType  # 2
+    """Its last process did not start, or the datasystem worker is away. It is tried again."""
+    STATE_FAILED: Card.State.ValueType  # 3
+    """The driver did not open it when the broker started."""
+
+    DEVICE_ID_FIELD_NUMBER: builtins.int
+    DEVICE_KIND_FIELD_NUMBER: builtins.int
+    DEVICE_INDEX_FIELD_NUMBER: builtins.int
+    SOC_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    SENDER_PID_FIELD_NUMBER: builtins.int
+    RETIRING_PIDS_FIELD_NUMBER: builtins.int
+    RECEIVER_PIDS_FIELD_NUMBER: builtins.int
+    REGION_COUNT_FIELD_NUMBER: builtins.int
+    OFFER_COUNT_FIELD_NUMBER: builtins.int
+    FETCH_COUNT_FIELD_NUMBER: builtins.int
+    device_id: builtins.str
+    """Physical identity, as in Region.device_id."""
+    device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType
+    """Kind of its memory."""
+    device_index: builtins.int
+    """Index as the broker's processes count; may differ from an instance's."""
+    soc: builtins.str
+    """The model of its processor, in the driver's words."""
+    state: global___Card.State.ValueType
+    """State."""
+    problem: builtins.str
+    """Why it is not ready, in the driver's or the engine's words; empty if it is."""
+    sender_pid: builtins.int
+    """Process that sends what is published on the card; 0 if none runs."""
+    region_count: builtins.int
+    """Regions of publications that are mapped."""
+    offer_count: builtins.int
+    """Transfers that are being sent."""
+    fetch_count: builtins.int
+    """Transfers that are being received."""
+    @property
+    def retiring_pids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Senders that were replaced and end when their readers are done."""
+
+    @property
+    def receiver_pids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Processes that fill memory on the card."""
+
+    def __init__(
+        self,
+        *,
+        device_id: builtins.str = ...,
+        device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType = ...,
+        device_index: builtins.int = ...,
+        soc: builtins.str = ...,
+        state: global___Card.State.ValueType = ...,
+        problem: builtins.str = ...,
+        sender_pid: builtins.int = ...,
+        retiring_pids: collections.abc.Iterable[builtins.int] | None = ...,
+        receiver_pids: collections.abc.Iterable[builtins.int] | None = ...,
+        region_count: builtins.int = ...,
+        offer_count: builtins.int = ...,
+        fetch_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_index", b"device_index", "device_kind", b"device_kind", "fetch_count", b"fetch_count", "offer_count", b"offer_count", "problem", b"problem", "receiver_pids", b"receiver_pids", "region_count", b"region_count", "retiring_pids", b"retiring_pids", "sender_pid", b"sender_pid", "soc", b"soc", "state", b"state"]) -> None: ...
+
+global___Card = Card
+
+@typing.final
+class DatasystemWorker(google.protobuf.message.Message):
+    """The datasystem worker that this broker's card processes use."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    REACHABLE_FIELD_NUMBER: builtins.int
+    MANAGED_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    address: builtins.str
+    """HOST:PORT."""
+    reachable: builtins.bool
+    """Whether it answers."""
+    managed: builtins.bool
+    """Whether the broker started it and owns it."""
+    problem: builtins.str
+    """Why it is not there, where the broker knows; empty otherwise."""
+    def __init__(
+        self,
+        *,
+        address: builtins.str = ...,
+        reachable: builtins.bool = ...,
+        managed: builtins.bool = ...,
+        problem: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "managed", b"managed", "problem", b"problem", "reachable", b"reachable"]) -> None: ...
+
+global___DatasystemWorker = DatasystemWorker
+
+@typing.final
 class Host(google.protobuf.message.Message):
     """The broker and its host."""
 
@@ -602,6 +725,9 @@ class Host(google.protobuf.message.Message):
     RUNNING_TRANSFER_COUNT_FIELD_NUMBER: builtins.int
     WAITING_ACQUISITION_COUNT_FIELD_NUMBER: builtins.int
     COLD_LOAD_LEASE_COUNT_FIELD_NUMBER: builtins.int
+    CARDS_FIELD_NUMBER: builtins.int
+    DATASYSTEM_WORKER_FIELD_NUMBER: builtins.int
+    DEVICE_PROBLEM_FIELD_NUMBER: builtins.int
     host_id: builtins.str
     """Identity of the host, stable across restarts of the broker."""
     hostname: builtins.str
@@ -628,9 +754,19 @@ class Host(google.protobuf.message.Message):
     """Acquisitions that wait now."""
     cold_load_lease_count: builtins.int
     """Cold-load leases that are held now."""
+    device_problem: builtins.str
+    """Why devices are not served although they should be; empty otherwise."""
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the broker became ready."""
+
+    @property
+    def cards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Card]:
+        """The devices, by device_id; empty where the broker serves host memory only."""
+
+    @property
+    def datasystem_worker(self) -> global___DatasystemWorker:
+        """The datasystem worker; not set where the broker uses none."""
 
     def __init__(
         self,
@@ -649,8 +785,11 @@ class Host(google.protobuf.message.Message):
         running_transfer_count: builtins.int = ...,
         waiting_acquisition_count: builtins.int = ...,
         cold_load_lease_count: builtins.int = ...,
+        cards: collections.abc.Iterable[global___Card] | None = ...,
+        datasystem_worker: global___DatasystemWorker | None = ...,
+        device_problem: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cold_load_lease_count", b"cold_load_lease_count", "directory", b"directory", "draining", b"draining", "host_id", b"host_id", "hostname", b"hostname", "instance_count", b"instance_count", "pid", b"pid", "publication_count", b"publication_count", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "version", b"version", "waiting_acquisition_count", b"waiting_acquisition_count"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["datasystem_worker", b"datasystem_worker", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cards", b"cards", "cold_load_lease_count", b"cold_load_lease_count", "datasystem_worker", b"datasystem_worker", "device_problem", b"device_problem", "directory", b"directory", "draining", b"draining", "host_id", b"host_id", "hostname", b"hostname", "instance_count", b"instance_count", "pid", b"pid", "publication_count", b"publication_count", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "version", b"version", "waiting_acquisition_count", b"waiting_acquisition_count"]) -> None: ...
 
 global___Host = Host

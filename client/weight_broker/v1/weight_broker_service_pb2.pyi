@@ -65,6 +65,7 @@ class AcquireRequest(google.protobuf.message.Message):
     REGIONS_FIELD_NUMBER: builtins.int
     PLACEMENTS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    TIMEOUT_FIELD_NUMBER: builtins.int
     if_absent: global___IfAbsent.ValueType
     """Required. What to do if nobody holds it."""
     path: weight_broker.v1.resources_pb2.TransferPath.ValueType
@@ -93,6 +94,12 @@ class AcquireRequest(google.protobuf.message.Message):
     def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.TensorPlacement]:
         """Optional. One for each tensor of the layout if regions are given."""
 
+    @property
+    def timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """Optional. When it is over the answer is ACQUIRE_TIMEOUT; the call's own deadline holds besides. Where the broker
+        moves the bytes the call's deadline should be later by half a minute: ending what writes can take as long.
+        """
+
     def __init__(
         self,
         *,
@@ -105,9 +112,10 @@ class AcquireRequest(google.protobuf.message.Message):
         regions: collections.abc.Iterable[weight_broker.v1.weight_set_pb2.Region] | None = ...,
         placements: collections.abc.Iterable[weight_broker.v1.weight_set_pb2.TensorPlacement] | None = ...,
         request_id: builtins.str = ...,
+        timeout: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "timeout", b"timeout"]) -> None: ...
 
 global___AcquireRequest = AcquireRequest
 
@@ -161,7 +169,9 @@ global___Waiting = Waiting
 
 @typing.final
 class Granted(google.protobuf.message.Message):
-    """A source is reserved. Where the instance moves the bytes itself, it does so now and then calls ReportTransfer."""
+    """A source is reserved. On host memory the instance now takes the bytes and then calls ReportTransfer. Where the broker
+    moves them, Moved follows.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -185,11 +195,13 @@ class Granted(google.protobuf.message.Message):
 
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.Region]:
-        """The source's regions. The instance claims each from the attach socket by transfer id and index."""
+        """The source's regions of host memory. The instance claims each from the attach socket by transfer id and index.
+        Empty where the broker moves the bytes.
+        """
 
     @property
     def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.TensorPlacement]:
-        """Where each tensor lies in the regions, in the layout's order."""
+        """Where each tensor lies in the regions, in the layout's order; empty if regions are."""
 
     @property
     def digests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.ContentDigests]:
@@ -241,6 +253,36 @@ class Progress(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["moved_bytes", b"moved_bytes", "size_bytes", b"size_bytes", "transfer_id", b"transfer_id"]) -> None: ...
 
 global___Progress = Progress
+
+@typing.final
+class Moved(google.protobuf.message.Message):
+    """The broker has moved every byte and has let go of the receiver's memory. The instance verifies the content and calls
+    ReportTransfer.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    PHASE_TIMES_FIELD_NUMBER: builtins.int
+    transfer_id: builtins.str
+    """The transfer."""
+    size_bytes: builtins.int
+    """Bytes moved."""
+    @property
+    def phase_times(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.resources_pb2.PhaseTime]:
+        """Time of each phase as the broker measured it."""
+
+    def __init__(
+        self,
+        *,
+        transfer_id: builtins.str = ...,
+        size_bytes: builtins.int = ...,
+        phase_times: collections.abc.Iterable[weight_broker.v1.resources_pb2.PhaseTime] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["phase_times", b"phase_times", "size_bytes", b"size_bytes", "transfer_id", b"transfer_id"]) -> None: ...
+
+global___Moved = Moved
 
 @typing.final
 class Done(google.protobuf.message.Message):
@@ -295,6 +337,7 @@ class AcquireResponse(google.protobuf.message.Message):
     PROGRESS_FIELD_NUMBER: builtins.int
     DONE_FIELD_NUMBER: builtins.int
     COLD_LOAD_FIELD_NUMBER: builtins.int
+    MOVED_FIELD_NUMBER: builtins.int
     @property
     def waiting(self) -> global___Waiting:
         """The acquisition waits."""
@@ -315,6 +358,10 @@ class AcquireResponse(google.protobuf.message.Message):
     def cold_load(self) -> global___ColdLoad:
         """The end: load from disk."""
 
+    @property
+    def moved(self) -> global___Moved:
+        """The broker has moved the bytes; the instance is to verify them."""
+
     def __init__(
         self,
         *,
@@ -323,10 +370,11 @@ class AcquireResponse(google.protobuf.message.Message):
         progress: global___Progress | None = ...,
         done: global___Done | None = ...,
         cold_load: global___ColdLoad | None = ...,
+        moved: global___Moved | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cold_load", b"cold_load", "done", b"done", "event", b"event", "granted", b"granted", "progress", b"progress", "waiting", b"waiting"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cold_load", b"cold_load", "done", b"done", "event", b"event", "granted", b"granted", "progress", b"progress", "waiting", b"waiting"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["waiting", "granted", "progress", "done", "cold_load"] | None: ...
+    def HasField(self, field_name: typing.Literal["cold_load", b"cold_load", "done", b"done", "event", b"event", "granted", b"granted", "moved", b"moved", "progress", b"progress", "waiting", b"waiting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cold_load", b"cold_load", "done", b"done", "event", b"event", "granted", b"granted", "moved", b"moved", "progress", b"progress", "waiting", b"waiting"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["event", b"event"]) -> typing.Literal["waiting", "granted", "progress", "done", "cold_load", "moved"] | None: ...
 
 global___AcquireResponse = AcquireResponse
 
@@ -486,7 +534,9 @@ class PublishRequest(google.protobuf.message.Message):
 
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.Region]:
-        """Required unless no tensor has elements. The memory; host regions were offered on the attach socket before."""
+        """Required unless no tensor has elements. The memory, all of one device; host regions were offered on the attach
+        socket before.
+        """
 
     @property
     def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.TensorPlacement]:

@@ -53,9 +53,11 @@ class WeightBrokerServiceServicer(object):
     """
 
     def Acquire(self, request, context):
-        """Asks for a weight set. Called by an instance that needs weights. The stream has any number of Waiting, Granted and
-        Progress messages and ends with exactly one of Done, ColdLoad or an error status. While it is open the source's
-        reader slot is held; ending it gives the slot back.
+        """Asks for a weight set. Called by an instance that needs weights. The stream has any number of Waiting, Granted,
+        Progress and Moved messages and ends with exactly one of Done, ColdLoad or an error status. While it is open the
+        source's reader slot is held; ending it gives the slot back. Where the broker moves the bytes (device memory), an
+        error status comes only once nobody writes to the receiver's regions any more; if that cannot be known, ErrorInfo
+        has metadata "quiesced" = "false". Metadata "touched" = "true" says that bytes may have been written.
 
         INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
         NOT_FOUND (WEIGHTS_NOT_FOUND): nobody holds the weight set and if_absent did not ask for a lease; load from disk.
@@ -69,11 +71,12 @@ class WeightBrokerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportTransfer(self, request, context):
-        """Reports how a transfer ended that the instance carried out itself (the local data plane on host memory, the staged
-        path). Called once for each Granted message of such a transfer. After it the Acquire stream goes on: with Done, or
-        with the next source.
+        """Reports how a transfer ended. Called once for each Granted message: on host memory when the instance has copied or
+        mapped the bytes and verified them; where the broker moves the bytes, when the instance has verified them after
+        Moved, or at any time to give up: that returns once nobody writes any more. After it the Acquire stream goes on:
+        with Done, or with the next source.
 
-        INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
+        INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong, or success is reported before Moved; correct it.
         NOT_FOUND (TRANSFER_NOT_FOUND): no such transfer runs for this instance.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,1 @@
+"""What moves the bytes where the broker does: `local` within a card, `datasystem` between cards."""

@@ -1,0 +1,124 @@
+"""Between cards: the source's sender offers the bytes under a key that nobody used before, the destination's receiver
+fetches them, the sender takes the key back. A key is a transfer, or one round of it if there are very many tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from weight_broker.layout import Layout
+from weight_brokerd.cards import messages, plan
+from weight_brokerd.cards.blobs import BlobList
+from weight_brokerd.cards.errors import CardError, CardLost, CardRefused, CardTimeout, CardUnavailable
+from weight_brokerd.cards.extents import TooScattered
+from weight_brokerd.cards.senders import OfferEnd
+from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.cards.tasks import uninterrupted
+from weight_brokerd.core.model import FailureCause
+from weight_brokerd.dataplane.protocol import MoveFailed, Place
+
+
+class DatasystemPlane:
+    """Moves between cards through the datasystem."""
+
+    def __init__(self, cards: CardSupervisor) -> None:
+        self._cards = cards
+        self._readers: dict[str, asyncio.Future[str]] = {}
+        """By key: resolved, with the reason, if its sender has ended."""
+
+    def offers_lost(self, keys: Sequence[str], why: str) -> None:
+        """The process that offered the keys has ended: their readers are not to wait for the engine to notice."""
+        for key in keys:
+            reader = self._readers.get(key)
+            if reader is not None and not reader.done():
+                reader.set_result(why)
+
+    async def move(
+        self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
+    ) -> Mapping[str, float]:
+        """See `weight_brokerd.dataplane.protocol.BulkPlane`."""
+        begun = time.monotonic()
+        try:
+            pieces = await asyncio.to_thread(plan.pieces, layout, source.placements, destination.placements)
+        except TooScattered as error:
+            raise MoveFailed(str(error), cause=FailureCause.RECEIVER, touched=False) from error
+        rounds = await asyncio.to_thread(plan.rounds, pieces)
+        source_ids = tuple(region.region_id for region in source.regions)
+        destination_ids = tuple(region.region_id for region in destination.regions)
+        moving, touched = 0.0, False
+        for one in rounds:
+            left = timeout - (time.monotonic() - begun)
+            try:
+                moving += await self._round(
+                    source.card,
+                    BlobList(source_ids, one.source),
+                    destination,
+                    BlobList(destination_ids, one.destination),
+                    timeout=max(left, 0.0),
+                    peer=peer,
+                )
+            except MoveFailed as error:
+                error.touched = error.touched or touched
+                raise
+            touched = True
+        return {"map": time.monotonic() - begun - moving, "transfer": moving}
+
+    async def _round(
+        self, card: str, given: BlobList, destination: Place, taken: BlobList, *, timeout: float, peer: str
+    ) -> float:
+        """One key. Returns the seconds in which bytes moved."""
+        key = fresh_key()
+        lost = self._readers[key] = asyncio.get_running_loop().create_future()
+        end = OfferEnd.UNREAD
+        try:
+            try:
+                await self._cards.offer(card, key, given, peer=peer)
+            except CardError as error:
+                raise MoveFailed(
+                    f"the source's card: {error}", cause=FailureCause.SOURCE_UNREACHABLE, touched=False
+                ) from error
+            end = OfferEnd.ABANDONED
+            fetch = self._cards.fetch(destination.card, key, taken, destination.regions, timeout=timeout, peer=peer)
+            try:
+                done = await _unless(fetch, lost)
+            except (CardRefused, CardUnavailable) as error:  # it has not begun
+                end = OfferEnd.UNREAD
+                raise _failed(error, FailureCause.RECEIVER) from error
+            except (CardLost, CardTimeout) as error:
+                end = OfferEnd.ABANDONED if error.touched else OfferEnd.UNREAD
+                raise _failed(error, FailureCause.SOURCE_UNREACHABLE) from error
+            end = OfferEnd.DELIVERED
+            return done.seconds.get("dev_mget", 0.0) + done.seconds.get("unpack", 0.0)
+        finally:
+            del self._readers[key]
+            await uninterrupted(self._cards.withdraw(card, key, end))
+
+
+async def _unless(fetch: Coroutine[Any, Any, messages.Done], lost: asyncio.Future[str]) -> messages.Done:
+    """The fetch, which is ended if its source is lost meanwhile."""
+    task = asyncio.ensure_future(fetch)
+    try:
+        both: set[asyncio.Future[Any]] = {task, lost}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+            if task.cancelled():
+                raise CardLost(lost.result(), touched=True)
+        return task.result()
+    except asyncio.CancelledError:
+        task.cancel()
+        await uninterrupted(_ended(task))
+        if not task.cancelled() and isinstance(error := task.exception(), CardError) and not error.quiesced:
+            raise error from None
+        raise
+
+
+async def _ended(task: asyncio.Task[messages.Done]) -> None:
+    await asyncio.wait({task})
+
+
+def _failed(error: CardError, cause: FailureCause) -> MoveFailed:
+    return MoveFailed(str(error), cause=cause, touched=error.touched, quiesced=error.quiesced)

@@ -1,0 +1,54 @@
+"""Within a card: its receiver maps both sides and copies. The engine does not send from a card to itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+
+from weight_broker.layout import Layout
+from weight_brokerd.cards import plan
+from weight_brokerd.cards.blobs import Blob, BlobList, Part
+from weight_brokerd.cards.errors import CardError
+from weight_brokerd.cards.extents import TooScattered
+from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.supervisor import CardSupervisor
+from weight_brokerd.core.model import FailureCause
+from weight_brokerd.dataplane.protocol import MoveFailed, Place
+
+
+class LocalPlane:
+    """Copies within a card."""
+
+    def __init__(self, cards: CardSupervisor) -> None:
+        self._cards = cards
+
+    async def move(
+        self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
+    ) -> Mapping[str, float]:
+        """See `weight_brokerd.dataplane.protocol.BulkPlane`."""
+        begun = time.monotonic()
+        try:
+            pieces = await asyncio.to_thread(plan.pieces, layout, source.placements, destination.placements)
+        except TooScattered as error:
+            raise MoveFailed(str(error), cause=FailureCause.RECEIVER, touched=False) from error
+        if not pieces:
+            return {}
+        given = _blobs(source.regions, ((one.source_region, one.source_offset, one.size) for one in pieces))
+        taken = _blobs(
+            destination.regions, ((one.destination_region, one.destination_offset, one.size) for one in pieces)
+        )
+        regions = {region.region_id: region for region in (*source.regions, *destination.regions)}
+        try:
+            done = await self._cards.copy(destination.card, given, taken, list(regions.values()), timeout=timeout)
+        except CardError as error:
+            raise MoveFailed(
+                str(error), cause=FailureCause.SOURCE_UNREACHABLE, touched=error.touched, quiesced=error.quiesced
+            ) from error
+        copying = done.seconds.get("copy", 0.0)
+        return {"map": time.monotonic() - begun - copying, "transfer": copying}
+
+
+def _blobs(regions: Iterable[ImportRegion], spans: Iterable[tuple[int, int, int]]) -> BlobList:
+    parts = (Part(*span) for span in spans)
+    return BlobList(tuple(region.region_id for region in regions), tuple(Blob(part.size, (part,)) for part in parts))

@@ -1,0 +1,91 @@
+"""Device memory that publications lie in: mapped by the sender of its card, once, for as long as one of them needs it.
+
+The same allocation is in several publications if an instance publishes several weight sets, or one weight set twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from weight_brokerd.cards.errors import CardError, CardRefused
+from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.supervisor import CardSupervisor
+
+
+@dataclass(slots=True)
+class _Mapped:
+    card: str
+    region: ImportRegion
+    holders: set[str] = field(default_factory=set)
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class DeviceMemory:
+    """All regions of device memory that are published on this host. A region's id names it on the whole host."""
+
+    def __init__(self, cards: CardSupervisor) -> None:
+        self._cards = cards
+        self._regions: dict[str, _Mapped] = {}
+
+    @property
+    def region_count(self) -> int:
+        """Mapped regions."""
+        return len(self._regions)
+
+    @property
+    def region_bytes(self) -> int:
+        """Bytes of them."""
+        return sum(one.region.size_bytes for one in self._regions.values())
+
+    def holders_of(self, region_id: str) -> list[str]:
+        """The publications that lie in a region."""
+        mapped = self._regions.get(region_id)
+        return sorted(mapped.holders) if mapped is not None else []
+
+    async def hold(self, holder: str, card: str, regions: Iterable[ImportRegion]) -> None:
+        """Maps the regions for a publication, all or none. Raises CardError."""
+        held: list[str] = []
+        try:
+            for region in regions:
+                held.append(region.region_id)
+                await self._hold(holder, card, region)
+        except BaseException:
+            with suppress(CardError):  # what was raised first says more
+                await self.release(holder, held)
+            raise
+
+    async def release(self, holder: str, region_ids: Iterable[str]) -> None:
+        """Unmaps what only this publication needs: its owner may free it when this returns. Idempotent.
+
+        Raises CardError with `quiesced` False if the driver does not let go of some of it; call again.
+        """
+        failure: CardError | None = None
+        for region_id in region_ids:
+            try:
+                await self._release(holder, region_id)
+            except CardError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    async def _hold(self, holder: str, card: str, region: ImportRegion) -> None:
+        mapped = self._regions.setdefault(region.region_id, _Mapped(card, region))
+        if mapped.region != region or mapped.card != card:
+            raise CardRefused(f"region {region.region_id!r} is other memory")
+        mapped.holders.add(holder)
+        async with mapped.changing:
+            await self._cards.register(card, region)  # again changes nothing
+
+    async def _release(self, holder: str, region_id: str) -> None:
+        mapped = self._regions.get(region_id)
+        if mapped is None or holder not in mapped.holders:
+            return
+        async with mapped.changing:
+            if mapped.holders == {holder}:
+                await self._cards.unregister(mapped.card, region_id)
+            mapped.holders.discard(holder)
+            if not mapped.holders and self._regions.get(region_id) is mapped:
+                del self._regions[region_id]

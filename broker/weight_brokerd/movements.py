@@ -1,0 +1,148 @@
+"""The transfers whose bytes the broker moves, one at a time for each acquisition.
+
+An acquisition may lose its source and be granted another one while the bytes of the first are still being written: the
+second movement begins when the first has ended, and nobody is told to use its memory before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from weight_brokerd.core.model import DataPlane, FailureCause, Transfer
+from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place
+
+log = structlog.get_logger()
+
+
+class MovementEvents(Protocol):
+    """Who hears how movements end. Not called for one that was stopped."""
+
+    def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
+        """Every byte is where it belongs."""
+
+    def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
+        """The movement has failed."""
+
+
+@dataclass(slots=True)
+class _Acquisition:
+    """What moves, or has moved, into the memory of one acquisition."""
+
+    tasks: dict[asyncio.Task[None], Transfer] = field(default_factory=dict)
+    """Those that have not ended, in the order in which they were granted."""
+    transfer: Transfer | None = None
+    """The one that moves now and was not stopped."""
+    touched: bool = False
+    quiesced: bool = True
+
+
+class Movements:
+    """All of them, by acquisition."""
+
+    def __init__(self, planes: Mapping[DataPlane, BulkPlane], events: MovementEvents) -> None:
+        self._planes = planes
+        self._events = events
+        self._acquisitions: dict[str, _Acquisition] = {}
+
+    def start(self, transfer: Transfer, source: Place, destination: Place, timeout: float) -> None:
+        """Moves the bytes, after what moves into the same memory has ended."""
+        mine = self._acquisitions.setdefault(transfer.acquisition_id, _Acquisition())
+        mine.transfer = transfer
+        work = self._move(mine, list(mine.tasks), transfer, source, destination, timeout)
+        task = asyncio.get_running_loop().create_task(work)
+        mine.tasks[task] = transfer
+        task.add_done_callback(lambda ended: mine.tasks.pop(ended, None))
+
+    def stop(self, transfer: Transfer) -> None:
+        """Ends a movement; `settled` says when it has ended. Does nothing if it has ended already."""
+        mine = self._acquisitions.get(transfer.acquisition_id)
+        if mine is None or mine.transfer is not transfer:
+            return
+        mine.transfer = None
+        for task, moved in mine.tasks.items():
+            if moved is transfer and task is not asyncio.current_task():
+                task.cancel()
+
+    def is_moving(self, acquisition_id: str) -> bool:
+        """Whether somebody may write now."""
+        return bool(self._others(acquisition_id))
+
+    async def settled(self, acquisition_id: str) -> None:
+        """Waits until nobody writes any more, or nobody can say so."""
+        while tasks := self._others(acquisition_id):
+            await asyncio.wait(tasks)
+
+    def outcome(self, acquisition_id: str) -> tuple[bool, bool]:
+        """(touched, quiesced) of the acquisition's memory, once it is settled."""
+        mine = self._acquisitions.get(acquisition_id)
+        return (False, True) if mine is None else (mine.touched, mine.quiesced)
+
+    async def forget(self, acquisition_id: str) -> None:
+        """The acquisition is over: nothing is to move into its memory any more."""
+        mine = self._acquisitions.get(acquisition_id)
+        if mine is None:
+            return
+        if mine.transfer is not None:
+            self.stop(mine.transfer)
+        await self.settled(acquisition_id)
+        self._acquisitions.pop(acquisition_id, None)
+
+    async def close(self) -> None:
+        """Ends all of them."""
+        await asyncio.gather(*(self.forget(acquisition_id) for acquisition_id in list(self._acquisitions)))
+
+    def _others(self, acquisition_id: str) -> set[asyncio.Task[None]]:
+        """What moves into the acquisition's memory, without the task that asks."""
+        mine = self._acquisitions.get(acquisition_id)
+        tasks = mine.tasks if mine is not None else {}
+        return {task for task in tasks if not task.done() and task is not asyncio.current_task()}
+
+    async def _move(
+        self,
+        mine: _Acquisition,
+        before: Sequence[asyncio.Task[None]],
+        transfer: Transfer,
+        source: Place,
+        destination: Place,
+        timeout: float,
+    ) -> None:
+        begun = asyncio.get_running_loop().time()
+        failure: MoveFailed | None = None
+        seconds: Mapping[str, float] = {}
+        try:
+            if before:
+                await asyncio.wait(before)
+            if not mine.quiesced:
+                raise MoveFailed(
+                    "somebody may still write to the memory", cause=FailureCause.RECEIVER, touched=True, quiesced=False
+                )
+            left = timeout - (asyncio.get_running_loop().time() - begun)
+            seconds = await self._planes[transfer.data_plane].move(
+                transfer.publication.layout, source, destination, timeout=max(left, 0.0), peer=transfer.transfer_id
+            )
+            mine.touched = True
+        except asyncio.CancelledError:
+            mine.touched = True
+            return
+        except MoveFailed as error:
+            mine.touched = mine.touched or error.touched
+            mine.quiesced = mine.quiesced and error.quiesced
+            failure = error
+        except Exception as error:  # whatever it was, the acquisition must not wait for ever
+            log.exception("defect", transfer_id=transfer.transfer_id)
+            mine.touched = True
+            failure = MoveFailed(
+                f"the broker failed: {type(error).__name__}", cause=FailureCause.SOURCE_UNREACHABLE, touched=True
+            )
+        if mine.transfer is not transfer:  # stopped just now: nobody wants to hear of it
+            return
+        mine.transfer = None
+        if failure is None:
+            self._events.moved(transfer, seconds)
+        else:
+            self._events.not_moved(transfer, failure)
