@@ -79,7 +79,7 @@ def plain_copy(client: BrokerClient, key: WeightSetKey, tensors: Tensors) -> Pla
     outcome = client._attach_and_share(key)
     assert isinstance(outcome, tuple)
     _, shared = outcome
-    descriptor, size_bytes = shared.regions[0]
+    descriptor, size_bytes = shared.memfds[0]
     mapping = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     offsets = {spec.name: offset for spec, (_, offset) in zip(shared.layout, shared.placements, strict=True)}

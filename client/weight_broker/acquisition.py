@@ -23,18 +23,29 @@ from weight_broker.errors import (
     TransferFailed,
 )
 from weight_broker.key import WeightSetKey
+from weight_broker.memory.device import DeviceDestination
 from weight_broker.receiving import Received, Receiver
 from weight_broker.report import AcquireReport
 from weight_broker.session import Session
-from weight_broker.shared import SharedWeights
+from weight_broker.shared import Shared, SharedWeights
 from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
-from weight_broker.wire import digests_from_wire, key_to_wire, layout_from_wire, layout_to_wire
+from weight_broker.wire import (
+    DEVICE_KINDS,
+    digests_from_wire,
+    key_to_wire,
+    layout_from_wire,
+    layout_to_wire,
+    placements_to_wire,
+)
 
 IF_ABSENT = {"fail": pb.IF_ABSENT_FAIL, "wait": pb.IF_ABSENT_WAIT, "load": pb.IF_ABSENT_LOAD}
 """What to do if nobody holds the weight set."""
 
 _LAST_WORD_SECONDS = 1.0
+_GRACE_SECONDS = 35.0
+"""Beyond the deadline, for the broker to end what writes to this process's memory and to say so."""
+_PHASE_NAMES = {value: name for name, value in calls.PHASES.items()}
 _DATA_PLANES = {resources_pb2.DATA_PLANE_LOCAL: "local", resources_pb2.DATA_PLANE_DATASYSTEM: "datasystem"}
 _PATHS = {
     resources_pb2.TRANSFER_PATH_COPY: "copy",
@@ -50,11 +61,11 @@ _logger = logging.getLogger("weight_broker")
 
 @dataclass(slots=True)
 class Acquired:
-    """The weights are in place. `shared` is open if it was asked for: the caller closes it."""
+    """The weights are in place. `shared` is what can be published again, if asked for: the caller closes it."""
 
     report: AcquireReport
     received: Received
-    shared: SharedWeights
+    shared: Shared | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ class Acquisition:
 
     session: Session
     key: WeightSetKey
-    receiver: Receiver
+    receiver: Receiver | DeviceDestination
     if_absent: pb.IfAbsent.ValueType
     deadline: float
     """Monotonic seconds."""
@@ -80,7 +91,7 @@ class Acquisition:
     phases: dict[str, float]
     """Seconds by phase; what the caller did before is in it already."""
     keep_shared: bool = False
-    """Whether the source's memory stays open, to be published by reference."""
+    """Whether what was received stays open, to be published by reference."""
     _touched: bool = False
     _last_failure: BrokerError | None = None
     _granted: pb.Granted | None = None
@@ -90,20 +101,26 @@ class Acquisition:
     _waiting: bool = False
     _own_lease: bool = False
     """Whether the lease that is waited for is this very session's."""
+    _is_filled: bool = False
+    """Whether the broker may write to this process's memory now."""
 
     def run(self) -> Acquired | ColdLoadTold:
         """Returns with every byte in place and verified or with the lease; raises a `BrokerError` otherwise. On any
         exception the stream is cancelled, which frees the source's reader slot, and nothing stays open."""
         self._mark = time.monotonic()
-        request, stub, metadata = self._request(), self.session.stub, self.session.metadata
+        stub, metadata = self.session.stub, self.session.metadata
         stream, done = None, False
         try:
-            stream = stub.Acquire(request, timeout=self._remaining(), metadata=metadata)
+            request = self._request()
+            grace = _GRACE_SECONDS if isinstance(self.receiver, DeviceDestination) else 0.0
+            stream = stub.Acquire(request, timeout=self._remaining() + grace, metadata=metadata)
             outcome = self._follow(stream)
             done = True
             return outcome
         finally:
             try:
+                if self._is_filled:  # an interruption: whoever caught it would use the memory
+                    self._stop_filling()
                 if stream is not None:
                     stream.cancel()
             finally:
@@ -125,6 +142,10 @@ class Acquisition:
                         unheard = self._transfer(response.granted)
                         if unheard is not None:
                             return self._without_answer(unheard)
+                    case "moved":
+                        unheard = self._verify(response.moved)
+                        if unheard is not None:
+                            return self._without_answer(unheard)
                     case "done":
                         self._pass("confirm")
                         return self._finished(response.done.report)
@@ -136,7 +157,15 @@ class Acquisition:
                     case _:  # progress of a transfer that the broker carries out, or news of a newer broker
                         pass
         except grpc.RpcError as error:
-            return self._without_answer(decode_error(error, on_deadline=Reason.ACQUIRE_TIMEOUT, touched=self._touched))
+            filled, self._is_filled = self._is_filled, False
+            return self._without_answer(
+                decode_error(
+                    error,
+                    on_deadline=Reason.ACQUIRE_TIMEOUT,
+                    touched=self._touched,
+                    writer_unless_told=filled,
+                )
+            )
         return self._without_answer(BrokerError("the broker ended the acquisition without an answer"))
 
     def _hear_out(self, stream: Iterator[pb.AcquireResponse], lease: resources_pb2.ColdLoadLease) -> None:
@@ -157,26 +186,67 @@ class Acquisition:
         self._own_lease = waiting.reason == pb.Waiting.REASON_COLD_LOAD and holder == self.session.instance_id
 
     def _request(self) -> pb.AcquireRequest:
-        layout = self.receiver.layout
-        zero_copy = self.receiver.zero_copy
-        return pb.AcquireRequest(
+        receiver = self.receiver
+        layout = receiver.layout
+        request = pb.AcquireRequest(
             key=key_to_wire(self.key),
             layout=layout_to_wire(layout) if layout is not None else None,
             if_absent=self.if_absent,
-            path=resources_pb2.TRANSFER_PATH_ZERO_COPY if zero_copy else resources_pb2.TRANSFER_PATH_COPY,
+            path=resources_pb2.TRANSFER_PATH_ZERO_COPY if receiver.zero_copy else resources_pb2.TRANSFER_PATH_COPY,
             device_kind=weight_set_pb2.DEVICE_KIND_CPU,
             request_id=str(uuid.uuid4()),
         )
+        if isinstance(receiver, DeviceDestination):
+            device_id, regions, placements = receiver.open()
+            request.device_kind, request.device_id = DEVICE_KINDS[receiver.device_kind], device_id
+            request.regions.extend(regions)
+            request.placements.extend(placements_to_wire(placements))
+            request.timeout.FromNanoseconds(int(self._remaining() * 1e9))
+        return request
 
     def _transfer(self, granted: pb.Granted) -> BrokerError | None:
-        """Takes the bytes from one source and reports how it went. A failure that another source may cure is kept in
-        mind: the broker's next word decides. Any other is raised. Returns why the report was not heard, if so."""
+        """Takes the bytes from one source and reports how it went, unless the broker brings them: then `moved` follows.
+        Returns why the report was not heard, if so."""
         self._granted, self._received = granted, None
         self._close_shared()
-        try:
+        if isinstance(self.receiver, DeviceDestination):
+            self._is_filled = True
+            return None
+        receiver = self.receiver
+
+        def take() -> Received:
             self._shared = self._open(granted)
             self._add("map", self._lap())
-            received = self._receive(self._shared)
+            return self._receive(receiver, self._shared)
+
+        return self._report(granted, take)
+
+    def _verify(self, moved: pb.Moved) -> BrokerError | None:
+        """The broker has brought the bytes and writes no more."""
+        granted, receiver = self._granted, self.receiver
+        if granted is None or not isinstance(receiver, DeviceDestination):
+            raise BrokerError("the broker moved what was never granted", touched=self._touched)
+        self._is_filled = False
+        self._touched = True
+        for phase_time in moved.phase_times:
+            name = _PHASE_NAMES.get(phase_time.phase)
+            if name is not None:
+                self._add(name, phase_time.duration.ToNanoseconds() / 1e9)
+
+        def verify() -> Received:
+            begun = time.monotonic()
+            offered = digests_from_wire(granted.digests, len(receiver.layout), pass_over_unknown=True)
+            coverage = receiver.verify(offered, self.deadline)
+            self._add("verify", time.monotonic() - begun)
+            return Received(moved.size_bytes, coverage, {})
+
+        return self._report(granted, verify)
+
+    def _report(self, granted: pb.Granted, take: Callable[[], Received]) -> BrokerError | None:
+        """Tells the broker what became of a transfer. A failure that another source may cure is kept in mind: the
+        broker's next word decides. Any other is raised."""
+        try:
+            received = take()
         except (NotAttached, BrokerUnavailable) as error:
             error.touched = self._touched
             raise
@@ -199,6 +269,23 @@ class Acquisition:
             )
         )
 
+    def _stop_filling(self) -> None:
+        """Returns when the broker writes no more, if it can be told."""
+        self._is_filled = False
+        granted = self._granted
+        if granted is None:
+            return
+        try:
+            calls.report_failure(
+                self.session,
+                granted.transfer_id,
+                cause=pb.TransferFailed.CAUSE_RECEIVER,
+                detail="interrupted",
+                timeout=calls.GIVE_UP_TIMEOUT_SECONDS,
+            )
+        except BrokerError as error:
+            _logger.error("the broker may still write to the tensors: %s", error)
+
     def _open(self, granted: pb.Granted) -> SharedWeights:
         """The source's memory: nothing is touched yet."""
         for region in granted.regions:
@@ -216,7 +303,7 @@ class Acquisition:
         try:
             for index, region in enumerate(granted.regions):
                 descriptor = self._claim(granted.transfer_id, index)
-                shared.regions.append((descriptor, region.size_bytes))
+                shared.memfds.append((descriptor, region.size_bytes))
         except BaseException:
             shared.close()
             raise
@@ -230,16 +317,16 @@ class Acquisition:
         except BrokerError as error:
             raise TransferFailed(f"the source's region {index} cannot be opened: {error}") from error
 
-    def _receive(self, shared: SharedWeights) -> Received:
+    def _receive(self, receiver: Receiver, shared: SharedWeights) -> Received:
         try:
-            received = self.receiver.receive(shared, self.deadline)
+            received = receiver.receive(shared, self.deadline)
         except BrokerError as error:
             self._touched = self._touched or error.touched
             raise
         except Exception as error:  # whatever it was, the caller has to learn that the tensors may be half written
-            self._touched = not self.receiver.zero_copy
+            self._touched = not receiver.zero_copy
             raise BrokerError(f"the transfer failed here: {error}", touched=self._touched) from error
-        self._touched = self._touched or not self.receiver.zero_copy
+        self._touched = self._touched or not receiver.zero_copy
         for name, seconds in received.seconds.items():
             self._add(name, seconds)
         return received
@@ -292,8 +379,16 @@ class Acquisition:
         raise error from failure
 
     def _finished(self, report: resources_pb2.TransferReport | None) -> Acquired:
-        granted, received, shared = self._granted, self._received, self._shared
-        if granted is None or received is None or shared is None:
+        granted, received = self._granted, self._received
+        shared: Shared | None = self._shared
+        if granted is None or received is None:
+            raise BrokerError("the broker called an acquisition done that moved nothing", touched=self._touched)
+        if isinstance(self.receiver, DeviceDestination):
+            layout = self.receiver.layout
+            shared = self.receiver.keep() if self.keep_shared else None
+        elif shared is not None:
+            layout = shared.layout
+        else:
             raise BrokerError("the broker called an acquisition done that moved nothing", touched=self._touched)
         source = granted.source
         size_bytes = report.size_bytes if report is not None else received.size_bytes
@@ -306,7 +401,7 @@ class Acquisition:
                 source_publication_id=source.publication_id,
                 source_generation=source.generation,
                 size_bytes=size_bytes,
-                tensor_count=len(shared.layout),
+                tensor_count=len(layout),
                 phases=self.phases,
                 seconds=time.monotonic() - self.begun,
                 verified=received.verified,

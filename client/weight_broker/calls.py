@@ -14,12 +14,21 @@ from weight_broker.digest import DigestCoverage
 from weight_broker.errors import Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.session import Session
-from weight_broker.shared import SharedWeights
+from weight_broker.shared import Shared
 from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
-from weight_broker.wire import MAX_REASON_CHARACTERS, coverage_to_wire, digests_to_wire, key_to_wire, layout_to_wire
+from weight_broker.wire import (
+    MAX_REASON_CHARACTERS,
+    coverage_to_wire,
+    digests_to_wire,
+    key_to_wire,
+    layout_to_wire,
+    placements_to_wire,
+)
 
 REPORT_TIMEOUT_SECONDS = 10.0
+GIVE_UP_TIMEOUT_SECONDS = 30.0
+"""For the broker to end what writes to this process's memory."""
 PHASES = {
     "describe": resources_pb2.PHASE_DESCRIBE,
     "wait": resources_pb2.PHASE_WAIT,
@@ -33,8 +42,8 @@ PHASES = {
 def publish(
     session: Session,
     key: WeightSetKey,
-    shared: SharedWeights,
-    region_ids: Sequence[str],
+    shared: Shared,
+    regions: Sequence[weight_set_pb2.Region],
     *,
     fencing_token: int,
     request_id: str,
@@ -45,19 +54,8 @@ def publish(
         key=key_to_wire(key),
         layout=layout_to_wire(shared.layout),
         digests=[digests_to_wire(digests) for digests in shared.digests],
-        regions=[
-            weight_set_pb2.Region(
-                region_id=region_id,
-                device_kind=weight_set_pb2.DEVICE_KIND_CPU,
-                size_bytes=size_bytes,
-                host_memory=weight_set_pb2.HostMemory(),
-            )
-            for region_id, (_, size_bytes) in zip(region_ids, shared.regions, strict=True)
-        ],
-        placements=[
-            weight_set_pb2.TensorPlacement(region_index=index, offset_bytes=offset)
-            for index, offset in shared.placements
-        ],
+        regions=regions,
+        placements=placements_to_wire(shared.placements),
         fencing_token=fencing_token,
         request_id=request_id,
     )

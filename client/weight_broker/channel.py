@@ -61,9 +61,15 @@ def open_channel(socket_path: str | Path) -> grpc.Channel:
 
 
 def decode_error(
-    error: grpc.RpcError, *, on_deadline: Reason = Reason.BROKER_UNAVAILABLE, touched: bool = False
+    error: grpc.RpcError,
+    *,
+    on_deadline: Reason = Reason.BROKER_UNAVAILABLE,
+    touched: bool = False,
+    writer_unless_told: bool = False,
 ) -> BrokerError:
-    """The exception that a caller sees for a failed call; `on_deadline` is the reason if gRPC's own deadline passed."""
+    """The exception that a caller sees for a failed call; `on_deadline` is the reason if gRPC's own deadline passed.
+    With `writer_unless_told` the broker was writing to the caller's memory, and only its own word says that it has
+    stopped."""
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     text = (error.details() if isinstance(error, grpc.Call) else None) or code.name
     information = _error_information(error)
@@ -76,10 +82,11 @@ def decode_error(
         touched = touched or metadata.pop(TOUCHED_METADATA, "") == "true"
         quiesced = metadata.pop(QUIESCED_METADATA, "") != "false"
         return from_reason(reason, text, metadata=metadata, touched=touched, quiesced=quiesced)
+    touched, quiesced = touched or writer_unless_told, not writer_unless_told
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return from_reason(on_deadline, _LATE[on_deadline], touched=touched)
+        return from_reason(on_deadline, _LATE[on_deadline], touched=touched, quiesced=quiesced)
     reason = _REASONS.get(code, Reason.INTERNAL)
-    return from_reason(reason, f"{code.name}: {text}", touched=touched)
+    return from_reason(reason, f"{code.name}: {text}", touched=touched, quiesced=quiesced)
 
 
 def _error_information(error: grpc.RpcError) -> RpcErrorInfo | None:

@@ -17,10 +17,11 @@ from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.publication import Publication, publications_of
 from weight_broker.report import AcquireReport, AttachedTensors, LoadReport
 from weight_broker.session import Attachment
-from weight_broker.shared import SharedWeights
+from weight_broker.shared import Shared, SharedWeights
 
 if TYPE_CHECKING:
     from weight_broker.acquisition import Acquired
+    from weight_broker.memory.device import DeviceDestination
     from weight_broker.receiving import Receiver
     from weight_broker.session import Session
 
@@ -128,10 +129,12 @@ class BrokerClient:
         lease: ColdLoadLease | None = None,
         timeout: float = _PUBLISH_TIMEOUT_SECONDS,
     ) -> Publication:
-        """Offers `tensors` as a source for others. They are copied once: they may be changed and freed afterwards.
+        """Offers `tensors` as a source for others. Host memory is copied once: it may be changed and freed afterwards.
+        Device memory is shared where it is: it must not change, move or be freed before `Publication.retract`.
 
         `lease` is the cold-load lease that this fulfils. `PublishRefused`: the message says why and what to do.
         """
+        from weight_broker.memory.device import is_on_device, share
         from weight_broker.memory.host import export
         from weight_broker.memory.tensors import describe
 
@@ -139,6 +142,8 @@ class BrokerClient:
         _check_key(key)
         described = describe(tensors)
         self._attachment.session()  # without a broker there is no point in copying
+        if is_on_device(described):
+            return self._publish_shared(key, share(described, deadline), timeout=_left(deadline), lease=lease)
         region = export(described, digest_mode=self._digest_mode, deadline=deadline)
         shared = SharedWeights(
             described.layout,
@@ -146,12 +151,12 @@ class BrokerClient:
             region.placements,
             region.digests,
         )
-        return self._publish_shared(key, shared, timeout=max(deadline - time.monotonic(), 0.001), lease=lease)
+        return self._publish_shared(key, shared, timeout=_left(deadline), lease=lease)
 
     def _publish_shared(
         self,
         key: WeightSetKey,
-        shared: SharedWeights,
+        shared: Shared,
         *,
         timeout: float = _PUBLISH_TIMEOUT_SECONDS,
         lease: ColdLoadLease | None = None,
@@ -175,8 +180,12 @@ class BrokerClient:
 
     def close(self) -> None:
         """Retracts everything that was published through this client and leaves the broker. Idempotent; safe in a
-        forked child, where it ends nothing of the parent's."""
+        forked child, where it ends nothing of the parent's. `RetractTimeout`: device memory is still read and must not
+        be freed; call again."""
         publications = publications_of(self._attachment)
+        for publication in publications:
+            if publication.needs_retraction:
+                publication.retract()
         self._attachment.end()
         for publication in publications:
             publication.abandon()
@@ -210,8 +219,10 @@ class BrokerClient:
         acquired = self._acquire(key, mapper, timeout, if_absent, begun, {}, keep_shared=keep_shared)
         if isinstance(acquired, ColdLoadLease):
             return acquired
-        tensors = AttachedTensors(acquired.received.tensors, acquired.shared.layout, acquired.report)
-        return tensors, acquired.shared
+        shared = acquired.shared
+        if not isinstance(shared, SharedWeights):
+            raise AssertionError("what was mapped is not host memory")
+        return AttachedTensors(acquired.received.tensors, shared.layout, acquired.report), shared
 
     def _fill(
         self,
@@ -222,13 +233,25 @@ class BrokerClient:
         *,
         keep_shared: bool,
     ) -> Acquired | ColdLoadLease:
+        from weight_broker.memory.device import DeviceDestination, is_on_device
         from weight_broker.memory.tensors import describe
 
         begun = time.monotonic()
         described = describe(tensors)
-        described.require_host_memory()
         described.require_writable()
         phases = {"describe": time.monotonic() - begun}
+        if is_on_device(described):
+            destination = DeviceDestination(described)
+            try:
+                acquired = self._acquire(
+                    key, lambda: destination, timeout, if_absent, begun, phases, keep_shared=keep_shared
+                )
+            except BaseException as error:
+                if not isinstance(error, BrokerError) or error.quiesced:
+                    _close_after(destination, error)
+                raise
+            destination.close()
+            return acquired
 
         def filler() -> Receiver:
             from weight_broker.receiving import TensorFiller
@@ -240,7 +263,7 @@ class BrokerClient:
     def _acquire(
         self,
         key: WeightSetKey,
-        make_receiver: Callable[[], Receiver],
+        make_receiver: Callable[[], Receiver | DeviceDestination],
         timeout: float,
         if_absent: _IfAbsent,
         begun: float,
@@ -271,6 +294,19 @@ class BrokerClient:
             return outcome
 
         return self._attachment.run(acquire)
+
+
+def _close_after(destination: DeviceDestination, error: BaseException) -> None:
+    """The broker's word is that nobody writes any more; the driver's word counts more."""
+    try:
+        destination.close()
+    except BrokerError:
+        if isinstance(error, BrokerError):
+            error.touched, error.quiesced = True, False
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
 
 
 def _check_key(key: object) -> None:

@@ -16,7 +16,7 @@ from weight_broker.report import LoadReport
 if TYPE_CHECKING:
     from weight_broker.client import BrokerClient
     from weight_broker.report import AcquireReport
-    from weight_broker.shared import SharedWeights
+    from weight_broker.shared import Shared
 
 TensorSource = Mapping[str, object] | Callable[[], Mapping[str, object]]
 """Tensors by name, or a function that returns them: for loaders that replace tensors while they load."""
@@ -45,6 +45,8 @@ def acquire_or_load(
         if publish:
             outcome = client._acquire_and_share(key, wanted, timeout=timeout)
             if not isinstance(outcome, ColdLoadLease):
+                if outcome.shared is None:
+                    raise AssertionError("what was received was to be kept")
                 return _from_peer(client, key, outcome.report, outcome.shared, begun)
             lease = outcome
         else:  # who does not publish must not hold the lease that others wait for
@@ -87,7 +89,7 @@ def current(tensors: TensorSource) -> Mapping[str, object]:
 
 
 def _from_peer(
-    client: BrokerClient, key: WeightSetKey, report: AcquireReport, shared: SharedWeights, begun: float
+    client: BrokerClient, key: WeightSetKey, report: AcquireReport, shared: Shared, begun: float
 ) -> LoadReport:
     """The weights came from a peer. What was read is sealed, so it is published as it is: nothing is copied."""
     acquired = time.monotonic()

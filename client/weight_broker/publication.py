@@ -14,18 +14,26 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, PublicationNotFound, Reason
+from weight_broker.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    NotAttached,
+    PublicationNotFound,
+    Reason,
+    RetractTimeout,
+)
 from weight_broker.keeper import KEEPER
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout
 from weight_broker.session import Attachment, Session
-from weight_broker.shared import SharedWeights
+from weight_broker.shared import Shared
 
 if TYPE_CHECKING:
-    from weight_broker.v1 import resources_pb2
+    from weight_broker.v1 import resources_pb2, weight_set_pb2
 
 _RESTORE_TIMEOUT_SECONDS = 10.0
 _UNDO_TIMEOUT_SECONDS = 2.0
+_LET_GO_SECONDS = 0.02
 
 _logger = logging.getLogger("weight_broker")
 
@@ -37,9 +45,7 @@ class Publication:
     A context manager: it is retracted at the end of the block.
     """
 
-    def __init__(
-        self, attachment: Attachment, key: WeightSetKey, shared: SharedWeights, *, owner: object = None
-    ) -> None:
+    def __init__(self, attachment: Attachment, key: WeightSetKey, shared: Shared, *, owner: object = None) -> None:
         self.key = key
         self.layout: Layout = shared.layout
         self.id = ""
@@ -50,7 +56,7 @@ class Publication:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._session: Session | None = None
-        self._region_ids: list[str] = []
+        self._regions: list[weight_set_pb2.Region] = []
         self._wanted = True
         self._closed = False
         _publications.add(self)
@@ -71,7 +77,8 @@ class Publication:
             with self._lock:
                 self._attachment.run(lambda session: self._announce(session, deadline, fencing_token))
         except BaseException:
-            self._let_go()
+            with contextlib.suppress(RetractTimeout):  # what was raised first says more
+                self._let_go(time.monotonic() + _UNDO_TIMEOUT_SECONDS)
             raise
         KEEPER.add(self)
 
@@ -105,6 +112,7 @@ class Publication:
                 f"publication {self.id} is process {self._process}'s; only that process can retract it",
                 metadata={"publication_id": self.id},
             )
+        deadline = time.monotonic() + timeout
         with self._lock:
             if self._closed:
                 return
@@ -114,7 +122,12 @@ class Publication:
                 self._retract(session, timeout)
             # Otherwise the broker that knew it is gone, and with it the publication. Readers that hold the sealed
             # memory still can finish: it is theirs as much as ours.
-            self._let_go()
+            self._let_go(deadline)
+
+    @property
+    def needs_retraction(self) -> bool:
+        """Whether others read this process's own memory, so that it has to be retracted before that may change."""
+        return self._shared.needs_retraction and not self.is_retracted
 
     def abandon(self) -> None:
         """Lets go of the memory; for a client that ends its session, which retracts everything."""
@@ -144,30 +157,30 @@ class Publication:
         from weight_broker import calls
 
         batch = uuid.uuid4().hex
-        region_ids = [f"{batch}-{index}" for index in range(len(self._shared.regions))]
-        offered: list[str] = []
+        regions = self._shared.regions(batch)
+        offered: list[weight_set_pb2.Region] = []
         publish = partial(
             calls.publish,
             session,
             self.key,
             self._shared,
-            region_ids,
+            regions,
             fencing_token=fencing_token,
             request_id=batch,
         )
         try:
-            for region_id, (descriptor, size_bytes) in zip(region_ids, self._shared.regions, strict=True):
-                session.connection.offer_region(region_id, descriptor, size_bytes)
-                offered.append(region_id)
+            for index, region in enumerate(regions):
+                self._shared.hand_over(session.connection, region, index)
+                offered.append(region)
             published = publish(timeout=max(deadline - time.monotonic(), 0.001))
         except BaseException as error:
             answer_lost = isinstance(error, BrokerUnavailable) and error.reason is Reason.BROKER_UNAVAILABLE
             if answer_lost and not session.is_over:
                 _undo(session, publish)
-            _withdraw(session, offered)
+            self._take_back(session, offered)
             raise
         self.id, self.generation = published.publication_id, published.generation
-        self._session, self._region_ids = session, region_ids
+        self._session, self._regions = session, regions
 
     def _retract(self, session: Session, timeout: float) -> None:
         from weight_broker import calls
@@ -179,13 +192,27 @@ class Publication:
         except BrokerUnavailable:
             if not session.is_over:
                 raise
-        _withdraw(session, self._region_ids)
+        self._take_back(session, self._regions)
 
-    def _let_go(self) -> None:
-        self._closed = True
+    def _take_back(self, session: Session, regions: list[weight_set_pb2.Region]) -> None:
+        for region in regions:
+            with contextlib.suppress(BrokerError):  # the session may be over; then so are its regions
+                self._shared.take_back(session.connection, region)
+
+    def _let_go(self, deadline: float = 0.0) -> None:
+        """Ends the sharing. Whoever has device memory mapped gets until `deadline` (monotonic seconds) to let go of it:
+        a broker's processes end soon after the broker."""
         self._wanted = False
         KEEPER.remove(self)
-        self._shared.close()
+        while True:
+            try:
+                self._shared.close()
+                break
+            except RetractTimeout:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_LET_GO_SECONDS)
+        self._closed = True
 
 
 def publications_of(attachment: Attachment) -> list[Publication]:
@@ -203,12 +230,6 @@ def _undo(session: Session, publish: Callable[..., resources_pb2.Publication]) -
 
     with contextlib.suppress(BrokerError):  # it cannot be known; the end of the session ends it too
         calls.retract(session, publish(timeout=_UNDO_TIMEOUT_SECONDS).publication_id, timeout=_UNDO_TIMEOUT_SECONDS)
-
-
-def _withdraw(session: Session, region_ids: list[str]) -> None:
-    for region_id in region_ids:
-        with contextlib.suppress(BrokerError):  # the session may be over; then so are its regions
-            session.connection.withdraw_region(region_id)
 
 
 _publications: weakref.WeakSet[Publication] = weakref.WeakSet()

@@ -101,7 +101,7 @@ class TensorMapper:
         with ExitStack() as mappings:
             addresses = [
                 mappings.enter_context(Mapping(descriptor, size_bytes)).address
-                for descriptor, size_bytes in source.regions
+                for descriptor, size_bytes in source.memfds
             ]
             contents = [
                 (addresses[region] + offset, spec.content_bytes) if spec.content_bytes else (0, 0)

@@ -18,6 +18,13 @@ from weight_broker.v1 import weight_set_pb2 as pb
 MAX_REASON_CHARACTERS = 1024
 """Longest reason or detail that a report carries."""
 
+DEVICE_KINDS = {
+    "cpu": pb.DEVICE_KIND_CPU,
+    "npu": pb.DEVICE_KIND_NPU,
+    "cuda": pb.DEVICE_KIND_CUDA,
+}
+"""Kinds of memory by their names."""
+
 _ROLES = {pb.ROLE_TARGET: Role.TARGET, pb.ROLE_DRAFT: Role.DRAFT}
 _STAGES = {pb.STAGE_LOADED: Stage.LOADED, pb.STAGE_RUNTIME: Stage.RUNTIME}
 _FORMATS = {
@@ -174,3 +181,8 @@ def coverage_to_wire(coverage: DigestCoverage | None) -> pb.DigestCoverage.Value
 def coverage_from_wire(value: pb.DigestCoverage.ValueType) -> DigestCoverage | None:
     """The coverage in a message value; None if it is not set or not known."""
     return _COVERAGES.get(value)
+
+
+def placements_to_wire(placements: Iterable[tuple[int, int]]) -> list[pb.TensorPlacement]:
+    """(region index, offset in bytes) of each tensor."""
+    return [pb.TensorPlacement(region_index=index, offset_bytes=offset) for index, offset in placements]

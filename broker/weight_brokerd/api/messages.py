@@ -11,8 +11,7 @@ from weight_broker.digest import DigestCoverage
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_broker_service_pb2 as service
-from weight_broker.v1 import weight_set_pb2
-from weight_broker.wire import coverage_to_wire, key_to_wire
+from weight_broker.wire import DEVICE_KINDS, coverage_to_wire, key_to_wire
 from weight_brokerd.cards.supervisor import CardHealth, CardState
 from weight_brokerd.core.explain import Explanation, Outcome
 from weight_brokerd.core.model import (
@@ -31,11 +30,6 @@ from weight_brokerd.core.selection import Candidate, Refusal
 from weight_brokerd.core.weight_sets import WeightSetRecord
 from weight_brokerd.driver import Driver
 
-DEVICE_KINDS = {
-    "cpu": weight_set_pb2.DEVICE_KIND_CPU,
-    "npu": weight_set_pb2.DEVICE_KIND_NPU,
-    "cuda": weight_set_pb2.DEVICE_KIND_CUDA,
-}
 DEVICE_KIND_NAMES = {value: name for name, value in DEVICE_KINDS.items()}
 PATHS = {
     TransferPath.COPY: pb.TRANSFER_PATH_COPY,

@@ -9,31 +9,6 @@ from dataclasses import dataclass
 from weight_broker.layout import MemoryFormat
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceTensor:
-    """Anything with a device pointer: a tensor of whichever framework, by what the device path needs of it.
-
-    The elements are dense: they fill `storage_bytes` bytes from `address` on without gaps, in any order.
-    """
-
-    address: int
-    """Device address of its first byte; 0 if it has no elements."""
-    dtype: str
-    """Element type by its PyTorch name."""
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    """In elements."""
-    storage_bytes: int
-    """Bytes in its memory format, with that format's padding."""
-    device_index: int
-    """The device as this process counts, not a physical number."""
-    memory_format: MemoryFormat = MemoryFormat.STRIDED
-    storage_offset: int = 0
-    """In elements; for the layout's information."""
-    owner: object = None
-    """What keeps the memory alive."""
-
-
 class SegmentKind(enum.StrEnum):
     """How the driver gave a segment."""
 
@@ -62,6 +37,33 @@ class Segment:
     def end(self) -> int:
         """The first address behind it."""
         return self.base + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTensor:
+    """Anything with a device pointer: a tensor of whichever framework, by what the device path needs of it.
+
+    The elements are dense: they fill `storage_bytes` bytes from `address` on without gaps, in any order.
+    """
+
+    address: int
+    """Device address of its first byte; 0 if it has no elements."""
+    dtype: str
+    """Element type by its PyTorch name."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    """In elements."""
+    storage_bytes: int
+    """Bytes in its memory format, with that format's padding."""
+    device_index: int
+    """The device as this process counts, not a physical number."""
+    memory_format: MemoryFormat = MemoryFormat.STRIDED
+    storage_offset: int = 0
+    """In elements; for the layout's information."""
+    owner: object = None
+    """What keeps the memory alive."""
+    segment: Segment | None = None
+    """The driver's allocation that it lies in; None if its framework can tell."""
 
 
 SegmentProvider = Callable[[], Sequence[Segment]]

@@ -9,7 +9,7 @@ from functools import partial
 from weight_broker.errors import InvalidArgument
 from weight_broker.layout import ITEM_SIZES, Layout, MemoryFormat, TensorSpec
 from weight_broker.memory import npu_torch
-from weight_broker.memory.device_tensor import DeviceTensor, SegmentProvider
+from weight_broker.memory.device_tensor import DeviceTensor, Segment, SegmentProvider
 from weight_broker.memory.tensors import DescribedTensor, DescribedTensors
 
 
@@ -33,6 +33,7 @@ def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
     described: list[DescribedTensor] = []
     targets: dict[tuple[object, ...], str] = {}
     device_index, by_torch = -1, False
+    named: dict[int, Segment] = {}
     for name in sorted(tensors):
         value = tensors[name]
         by_torch = by_torch or not isinstance(value, DeviceTensor)
@@ -42,6 +43,8 @@ def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
             hint = "Publish the tensors of each device on their own: a weight set is one rank's."
             raise _refusal(name, "device", f"npu:{tensor.device_index}", f"npu:{device_index}, as {first!r} is", hint)
         device_index = tensor.device_index
+        if tensor.segment is not None:
+            named[tensor.segment.base] = tensor.segment
         described.append(_describe(name, tensor, targets))
     return DescribedDeviceTensors(
         Layout([one.spec for one in described]),
@@ -49,8 +52,12 @@ def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
         "npu",
         device_index,
         partial(npu_torch.synchronize, device_index) if by_torch else None,
-        partial(npu_torch.segments, device_index) if by_torch else None,
+        partial(_segments, device_index, list(named.values()), by_torch=by_torch) if by_torch or named else None,
     )
+
+
+def _segments(device_index: int, named: list[Segment], *, by_torch: bool) -> list[Segment]:
+    return [*named, *(npu_torch.segments(device_index) if by_torch else ())]
 
 
 def _from_framework(name: str, value: object) -> DeviceTensor:

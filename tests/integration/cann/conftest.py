@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from doubles.cann.control import CannHost
 from support import datasystem_actions
 from support.card_process import CardProcess
 from support.datasystem_worker import DatasystemWorker, require_wheel
+from support.device_host import DeviceHost
 
 
 @pytest.fixture
@@ -74,3 +76,13 @@ def worker() -> Iterator[DatasystemWorker]:
         yield running.start()
     finally:
         running.close()
+
+
+@pytest.fixture
+def device_host(cann_host: CannHost, worker: DatasystemWorker, tmp_path: Path) -> Iterator[DeviceHost]:
+    """A host whose broker and instances the test starts."""
+    host = DeviceHost(cann_host, tmp_path, worker)
+    try:
+        yield host
+    finally:
+        host.close()
