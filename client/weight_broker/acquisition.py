@@ -365,7 +365,7 @@ class Acquisition:
         if self._received is not None and error.reason in _BROKER_GONE:
             _logger.warning("every byte is in place and verified, but the broker did not confirm it: %s", error)
             return self._finished(None)
-        error.touched = self._touched
+        error.touched = error.touched or self._touched
         if self._own_lease and error.reason is Reason.ACQUIRE_TIMEOUT:
             error = AcquireTimeout(
                 f"{error.message}; it waited for a cold-load lease that this very process holds: publish with it, or "

@@ -187,6 +187,16 @@ def acquire_or_load(model: str, seed: int, *, timeout: float = 60.0) -> Outcome:
     )
 
 
+def acquire_until_interrupted(model: str, seed: int) -> str:
+    """Fills the model until Ctrl-C, then uses its memory for something else: the digest of that."""
+    try:
+        client().acquire(key_of(model), _models[model].tensors, timeout=60.0)
+    except KeyboardInterrupt:
+        write(model, seed)
+        return digest(model)
+    raise AssertionError("nobody interrupted it")
+
+
 def is_published(model: str) -> bool:
     """Whether it is offered now, as far as this process knows."""
     publication = _models[model].publication

@@ -1,0 +1,271 @@
+"""kill -9 of anything while weights move between cards: bounded, told apart, nothing left, and the next one works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+
+from doubles.cann.control import CannHost, Fault, is_alive
+from support import device_instance as instance
+from support.broker_process import BrokerProcess
+from support.card_process import CardProcess
+from support.datasystem_worker import DatasystemWorker, free_ports
+from support.device_host import DeviceHost, cards, published_on, wait_until_idle
+from support.device_instance import Tensor
+from support.waiting import eventually
+
+MIB = 1 << 20
+SLOW = 2 * MIB
+"""Bytes per second of a link on which the model does not arrive while a test looks."""
+ENGINE_WAITS = 60.0
+"""Seconds that the engine makes a reader wait for a source that is gone."""
+MODEL = [Tensor(f"layer{index}.weight", (4, 1024, 1024)) for index in range(4)]
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Scene:
+    """A broker; instances by name, each with the model on a card."""
+
+    def __init__(self, host: DeviceHost) -> None:
+        self.host = host
+        self.cann: CannHost = host.cann
+        self.broker: BrokerProcess = host.start_broker()
+
+    def publisher(self, name: str, card: int) -> CardProcess:
+        """One that offers the model."""
+        process = self.receiver(name, card, seed=7)
+        assert process.call(instance.publish, "model").error == ""
+        return process
+
+    def receiver(self, name: str, card: int, seed: int | None = None) -> CardProcess:
+        """One that has the tensors."""
+        process = self.host.start_instance(name)
+        process.call(instance.create, "model", card, MODEL, seed)
+        return process
+
+    def warm_up(self, *between: CardProcess) -> None:
+        """Communicators are set up, receivers are there: what follows is about bytes."""
+        for process in between:
+            assert process.call(instance.acquire, "model").error == ""
+
+    def wait_until_moving(self, card: int) -> None:
+        """A receiver of the card is fetching."""
+        eventually(lambda: cards(self.broker)[f"npu:{card}"].fetch_count == 1, within=10)
+        time.sleep(0.5)  # it has begun to write
+
+
+def is_filled(process: CardProcess) -> bool:
+    return process.call(instance.acquire, "model").error == ""
+
+
+@pytest.fixture
+def scene(device_host: DeviceHost) -> Scene:
+    return Scene(device_host)
+
+
+def test_a_publisher_killed_while_it_is_read_costs_a_failover(scene: Scene) -> None:
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    second = scene.publisher("second", 2)
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    acquiring = receiver.begin(instance.acquire, "model")
+    scene.wait_until_moving(1)
+    first.kill()
+    scene.cann.clear()
+    outcome = acquiring(30)
+    assert (outcome.error, outcome.source) == ("", "second")
+    assert receiver.call(instance.digest, "model") == second.call(instance.digest, "model")
+    assert published_on(scene.broker) == [("second", "npu:2")]
+    assert second.call(instance.retract, "model").error == ""
+    wait_until_idle(scene.broker)
+
+
+def test_the_only_publisher_killed_while_it_is_read_is_a_failure_and_the_next_publication_is_read_at_once(
+    scene: Scene,
+) -> None:
+    """H2: the engine would poison the key and make the next reader wait for a minute."""
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    acquiring = receiver.begin(instance.acquire, "model")
+    scene.wait_until_moving(1)
+    first.kill()
+    begun = time.monotonic()
+    outcome = acquiring(30)
+    assert (outcome.error, outcome.touched, outcome.quiesced) == ("TransferFailed", True, True)
+    scene.cann.clear()
+    again = scene.publisher("again", 0)
+    assert receiver.call(instance.acquire, "model").source == "again"
+    assert time.monotonic() - begun < ENGINE_WAITS / 2
+    assert receiver.call(instance.digest, "model") == again.call(instance.digest, "model")
+
+
+def test_a_killed_receiver_takes_no_source_from_anybody_and_leaves_nothing(scene: Scene) -> None:
+    first, receiver, other = scene.publisher("first", 0), scene.receiver("receiver", 1), scene.receiver("other", 2)
+    scene.warm_up(receiver, other)
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    receiver.begin(instance.acquire, "model")
+    scene.wait_until_moving(1)
+    receiver.kill()
+    outcome = other.call(instance.acquire, "model")
+    assert (outcome.error, outcome.source) == ("", "first")
+    eventually(lambda: not cards(scene.broker)["npu:1"].fetch_count, within=5)
+    scene.cann.clear()
+    eventually(lambda: not scene.cann.used_bytes()[1], within=10)
+    assert first.call(instance.retract, "model").error == ""
+    wait_until_idle(scene.broker)
+
+
+def test_a_deadline_ends_the_transfer_and_says_that_nobody_writes(scene: Scene) -> None:
+    """H5: the engine would go on writing."""
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    (writer,) = cards(scene.broker)["npu:1"].receiver_pids
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    receiver.call(instance.write, "model", None)
+    outcome = receiver.call(instance.acquire, "model", timeout=2.0)
+    assert (outcome.error, outcome.touched, outcome.quiesced) == ("AcquireTimeout", True, True)
+    assert not is_alive(writer)
+    receiver.call(instance.write, "model", 99)
+    mine = receiver.call(instance.digest, "model")
+    scene.cann.clear()
+    time.sleep(1.0)
+    assert receiver.call(instance.digest, "model") == mine, "bytes arrived after the error"
+    scene.warm_up(receiver)
+    assert receiver.call(instance.digest, "model") == first.call(instance.digest, "model")
+    assert published_on(scene.broker) == [("first", "npu:0")], "its source was not harmed"
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_killed_card_process_costs_its_own_transfers_and_is_replaced(scene: Scene, role: str) -> None:
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    acquiring = receiver.begin(instance.acquire, "model")
+    scene.wait_until_moving(1)
+    known = cards(scene.broker)
+    os.kill(known["npu:0"].sender_pid if role == "sender" else known["npu:1"].receiver_pids[0], signal.SIGKILL)
+    outcome = acquiring(30)
+    assert (outcome.error, outcome.touched, outcome.quiesced) == ("TransferFailed", True, True)
+    scene.cann.clear()
+    assert published_on(scene.broker) == [("first", "npu:0")], "what is published stays published"
+    scene.warm_up(receiver)
+    assert receiver.call(instance.digest, "model") == first.call(instance.digest, "model")
+    assert first.call(instance.retract, "model").error == ""
+    wait_until_idle(scene.broker)
+    first.call(instance.free, "model")
+
+
+def test_a_killed_broker_leaves_nobody_sure_of_the_memory_and_a_new_one_has_the_publications_back(
+    scene: Scene,
+) -> None:
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    acquiring = receiver.begin(instance.acquire, "model")
+    scene.wait_until_moving(1)
+    children = [pid for card in cards(scene.broker).values() for pid in (card.sender_pid, *card.receiver_pids) if pid]
+    assert len(children) == 2
+    scene.broker.kill()
+    outcome = acquiring(30)
+    assert (outcome.error, outcome.touched, outcome.quiesced) == ("BrokerUnavailable", True, False)
+    eventually(lambda: not any(map(is_alive, children)), within=5)
+    scene.cann.clear()
+    scene.broker.start()
+    eventually(lambda: published_on(scene.broker) == [("first", "npu:0")], within=15)
+    other = scene.receiver("other", 2)
+    assert other.call(instance.acquire, "model").source == "first"
+    assert other.call(instance.digest, "model") == first.call(instance.digest, "model")
+
+
+def test_a_retraction_waits_for_its_reader_and_then_the_memory_can_be_freed(scene: Scene) -> None:
+    """H3: the engine does not count readers. The double's driver refuses to free what is mapped elsewhere."""
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    expected = first.call(instance.digest, "model")
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=12 * MIB)
+    acquiring = receiver.begin(instance.acquire, "model")
+    scene.wait_until_moving(1)
+    late = first.call(instance.retract, "model", timeout=0.3)
+    assert late.error == "RetractTimeout"
+    assert first.call(instance.retract, "model").error == ""
+    first.call(instance.write, "model", None)
+    assert acquiring(30).error == ""
+    assert receiver.call(instance.digest, "model") == expected
+    first.call(instance.free, "model")
+    wait_until_idle(scene.broker)
+    assert scene.cann.violations() == []
+
+
+def test_wrong_bytes_are_found_and_their_source_is_not_read_again(scene: Scene) -> None:
+    scene.publisher("first", 0)
+    receiver = scene.receiver("receiver", 1)
+    scene.cann.inject(Fault.CORRUPT_LINK, card=1)
+    outcome = receiver.call(instance.acquire, "model")
+    assert (outcome.error, outcome.touched, outcome.quiesced) == ("IntegrityError", True, True)
+    scene.cann.clear()
+    assert receiver.call(instance.acquire, "model").error == "WeightsNotFound"
+    (publication,) = scene.broker.publications()
+    assert "tensors layer" in publication.quarantine_reason
+
+
+def test_an_interrupted_instance_is_not_written_to_any_more(scene: Scene) -> None:
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    acquiring = receiver.begin(instance.acquire_until_interrupted, "model", 99)
+    scene.wait_until_moving(1)
+    os.kill(receiver.pid, signal.SIGINT)
+    mine = acquiring(40)
+    scene.cann.clear()
+    time.sleep(1.0)
+    assert receiver.call(instance.digest, "model") == mine, "bytes arrived after the interruption"
+    scene.warm_up(receiver)
+    assert receiver.call(instance.digest, "model") == first.call(instance.digest, "model")
+
+
+def test_a_worker_that_is_killed_costs_a_bounded_time_and_comes_back(
+    cann_host: CannHost, device_host: DeviceHost
+) -> None:
+    worker = DatasystemWorker().start()
+    try:
+        device_host.worker = worker
+        scene = Scene(device_host)
+        first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+        scene.warm_up(receiver)
+        worker.kill()
+        begun = time.monotonic()
+        outcome = receiver.call(instance.acquire, "model", timeout=50.0)
+        assert time.monotonic() - begun < ENGINE_WAITS / 2
+        assert (outcome.error, outcome.quiesced) == ("TransferFailed", True)
+        eventually(lambda: not scene.broker.host().datasystem_worker.reachable, within=5)
+        same_card = scene.receiver("same card", 0)
+        worker.start()
+        eventually(lambda: scene.broker.host().datasystem_worker.reachable, within=10)
+        assert published_on(scene.broker) == [("first", "npu:0")]
+        for process in (receiver, same_card):
+            eventually(partial(is_filled, process), within=60, every=0.5)
+            assert process.call(instance.digest, "model") == first.call(instance.digest, "model")
+    finally:
+        worker.close()
+
+
+def test_without_a_worker_publishing_is_refused_at_once_with_the_reason(
+    device_host: DeviceHost,
+) -> None:
+    (port,) = free_ports(1)
+    broker = device_host.start_broker(worker_port=port)
+    process = device_host.start_instance("first")
+    process.call(instance.create, "model", 0, MODEL, 7)
+    outcome = process.call(instance.acquire_or_load, "model", 7)
+    assert outcome.source == "disk"
+    assert f"no datasystem worker answers at 127.0.0.1:{port}" in outcome.message
+    assert {card.state for card in cards(broker).values()} == {2}
+    assert all("no datasystem worker" in card.problem for card in cards(broker).values())
+    assert broker.publications() == []
+    assert process.call(instance.exports) == 0
