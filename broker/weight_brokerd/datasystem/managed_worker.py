@@ -48,17 +48,17 @@ class _NotStartedError(Exception):
 class ManagedWorker:
     """At most one worker at a time. All methods are called on the loop."""
 
-    def __init__(
-        self, settings: DatasystemSettings, state_directory: Path, on_change: Callable[[], None] = lambda: None
-    ) -> None:
-        """`on_change` is called whenever `problem`, `pid` or `is_ready` differ from before."""
+    is_managed = True
+
+    def __init__(self, settings: DatasystemSettings, state_directory: Path) -> None:
         self.problem = "the datasystem worker has not been started yet"
         """Why it does not serve, and what to do; empty while it serves."""
         self.pid = 0
         """The worker's process; 0 while there is none."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when it begins to serve, and when it has ended or could not be started."""
         self._ready = asyncio.Event()
         self._settings = settings
-        self._on_change = on_change
         self._files = WorkerFiles(
             Path(settings.directory) if settings.directory else state_directory / "datasystem",
         )
@@ -176,7 +176,7 @@ class ManagedWorker:
                     address=f"{HOST}:{self._port}",
                     seconds=round(time.monotonic() - begun, 2),
                 )
-                self._on_change()
+                self.on_change()
             status = await asyncio.shield(ended)
         finally:
             ended.cancel()
@@ -218,7 +218,7 @@ class ManagedWorker:
         if words != self.problem:
             log.error("datasystem_worker_failed", problem=words, retry_seconds=retry_seconds)
         self.problem = words
-        self._on_change()
+        self.on_change()
 
 
 async def _end(process: asyncio.subprocess.Process) -> bool:
