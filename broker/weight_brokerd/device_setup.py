@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import structlog
@@ -11,8 +10,9 @@ from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.settings import cards_configuration, why_no_cards
 from weight_brokerd.config import Config
 from weight_brokerd.config_rules import split_address
+from weight_brokerd.datasystem.managed_worker import ManagedWorker
 from weight_brokerd.devices import Devices
-from weight_brokerd.runtime import StartError
+from weight_brokerd.runtime import StartError, state_directory
 
 log = structlog.get_logger()
 
@@ -40,13 +40,21 @@ def make_devices(config: Config, runtime_directory: Path) -> Devices | None:
     if why_not and config.cards.enabled != "on":
         log.debug("host_memory_only", why=why_not)
         return None
-    state_directory = Path(os.environ.get("STATE_DIRECTORY") or runtime_directory)
-    worker = ExternalWorker(config.datasystem.worker_address)
+    files = state_directory(runtime_directory)
+    managed = ManagedWorker(config.datasystem, files) if config.datasystem.managed else None
+    worker = managed or ExternalWorker(config.datasystem.worker_address)
 
     async def connect() -> CardsConfiguration:
         if why_not:
             raise StartError(f"{why_not}, and cards.enabled is 'on'")
         host, port = await worker.start()
-        return cards_configuration(config, host, port, state_directory)
+        return cards_configuration(config, host, port, files)
 
-    return Devices(connect, worker, transfer_seconds=config.cards.transfer_seconds)
+    devices = Devices(connect, worker, transfer_seconds=config.cards.transfer_seconds)
+
+    def tell() -> None:
+        devices.on_health_change()  # as it is then: the application sets it later
+
+    if managed is not None:
+        managed.on_change = tell
+    return devices

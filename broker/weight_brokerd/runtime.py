@@ -37,12 +37,6 @@ class RuntimeDirectory:
         self._group = grp.getgrnam(settings.socket_group).gr_gid if settings.socket_group else None
         self._shared = bool(configured)
 
-    @property
-    def state_path(self) -> Path:
-        """Where files go that may be large: systemd's `$STATE_DIRECTORY`, else the runtime directory itself."""
-        given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-        return Path(given) if given else self.path
-
     def prepare(self) -> None:
         """Makes the directory if it is not there; raises `StartError`."""
         longest = max(len(os.fsencode(self.grpc_socket)), len(os.fsencode(self.attach_socket)))
@@ -86,6 +80,12 @@ class RuntimeDirectory:
         if not self._shared:  # a directory of this user: below $XDG_RUNTIME_DIR or /tmp
             return 0o700
         return 0o755 if self._permissions & _READABLE_BY_OTHERS else 0o750
+
+
+def state_directory(runtime: Path) -> Path:
+    """Where files go that may be large: systemd's `$STATE_DIRECTORY`, else the runtime directory itself."""
+    given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return Path(given) if given else runtime
 
 
 def allow_many_files() -> None:

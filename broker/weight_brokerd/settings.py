@@ -119,7 +119,7 @@ class DatasystemSettings:
     metastore_port: int = _setting(0, rules.whole_number(0, 65_535))
     """The port of the managed worker's metastore on 127.0.0.1; 0: a free one."""
     shared_memory_mb: int = _setting(1024, rules.whole_number(64, 64 << 20))
-    """The managed worker's memory for host objects, in MiB of /dev/shm."""
+    """The most memory, in MiB, that the managed worker takes for host objects."""
     directory: str = _setting("", rules.absolute_path)
     """The managed worker's files and logs; below the state directory if empty."""
     extra_arguments: tuple[str, ...] = _setting((), rules.worker_arguments)

@@ -8,9 +8,9 @@ import select
 import socket
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 from weight_broker.errors import BrokerError, NotAttached
+from weight_brokerd.processes import start_time
 
 # Missing from the socket module of Python 3.11; the numbers are those of asm-generic/socket.h.
 SO_PEERGROUPS = 59
@@ -21,8 +21,6 @@ _INTEGER = struct.Struct("i")
 _GROUP_BYTES = 4
 # What getsockopt of Python reads at most. A process in more groups than fit is taken to be in none of them.
 _LONGEST_OPTION = 1024
-_FIRST_FIELD_AFTER_NAME = 3
-_START_TIME_FIELD = 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +64,12 @@ def _supplementary_groups(connection: socket.socket) -> tuple[int, ...]:
 def _open_pidfd_by_number(connection: socket.socket, peer: PeerCredentials) -> int:
     """For kernels before 6.5. The number may have passed to another process since connect(2), so look twice."""
     try:
-        before = _start_time(peer.pid)
+        before = start_time(peer.pid)
         pidfd = os.pidfd_open(peer.pid)
     except (OSError, ValueError) as error:
         raise _unseen(peer, error) from error
     try:
-        same_process = before == _start_time(peer.pid) and os.stat(f"/proc/{peer.pid}").st_uid == peer.uid
+        same_process = before == start_time(peer.pid) and os.stat(f"/proc/{peer.pid}").st_uid == peer.uid
         # While the peer lives its end of the connection is open; if it were closed, the number could be anybody's.
         if not same_process or _ended(pidfd) or _hung_up(connection):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
@@ -79,13 +77,6 @@ def _open_pidfd_by_number(connection: socket.socket, peer: PeerCredentials) -> i
         os.close(pidfd)
         raise _unseen(peer, error) from error
     return pidfd
-
-
-def _start_time(pid: int) -> int:
-    """When the process started, in clock ticks since boot."""
-    # The second field is the program's name in parentheses and may have anything in it, also parentheses and spaces.
-    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    return int(fields[_START_TIME_FIELD - _FIRST_FIELD_AFTER_NAME])
 
 
 def _ended(pidfd: int) -> bool:
