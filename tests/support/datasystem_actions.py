@@ -114,7 +114,7 @@ def withdraw(name: str, key: str, device: int) -> Outcome:
         outcome = call(name, "dev_local_delete", [key])
         if "Try again" not in outcome.error or time.monotonic() > deadline:
             return outcome
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def store(name: str, key: str, device: int, blobs: Blobs) -> Outcome:

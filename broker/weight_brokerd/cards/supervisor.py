@@ -113,9 +113,10 @@ class CardSupervisor:
         """Lets one reader fetch registered memory under a fresh key. Raises CardError."""
         return await self._card(card).senders.offer(_checked(key), blobs, peer)
 
-    async def withdraw(self, card: str, key: str, end: OfferEnd) -> None:
-        """Ends an offer, when its reader has ended as `end` says. Idempotent; never fails."""
-        await self._card(card).senders.withdraw(key, end)
+    async def withdraw(self, card: str, key: str, end: OfferEnd) -> messages.Done:
+        """Ends an offer, when its reader has ended as `end` says. Idempotent; never fails. Without times if there was
+        nothing to end or the sender could not."""
+        return await self._card(card).senders.withdraw(key, end)
 
     # Destinations
 
