@@ -1,15 +1,14 @@
 """What do the card processes add to the datasystem's own device transfers?
 
-The same dev_mset, dev_mget and dev_local_delete of the same bytes: by two plain processes with a client each, and by the
-card processes through `CardSupervisor`. Both move between two cards of the double of Ascend's driver, over communicators
-that are set up. Nothing of it says how fast an NPU is. Run by `make benchmark-ascend`.
+The same dev_mset, dev_mget and dev_local_delete of the same bytes: by two plain processes with a client each, and by
+the card processes through `CardSupervisor`. Both move between two cards of the double of Ascend's driver, over
+communicators that are set up. Nothing of it says how fast an NPU is. Run by `make benchmark-ascend`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from pathlib import Path
 from benchmarks.harness import Options
 from benchmarks.measure import Samples, interleaved
 from benchmarks.report import Budget, Row, milliseconds, number, size
+
 from doubles.cann.control import CannHost
 from support import acl
 from support import datasystem_actions as engine
 from support.card_process import CardProcess
 from support.cards import Owned, configuration, own, supervised
 from support.datasystem_worker import DatasystemWorker
-
 from weight_brokerd.cards.senders import OfferEnd
 from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
 
@@ -92,20 +91,28 @@ async def _whole_transfers(
     """Times of whole transfers, and of what is not the engine in them."""
     loop = asyncio.get_running_loop()
     steps: list[dict[str, float]] = []
+    processor: dict[str, list[float]] = {"broker": [], "plain": []}
 
     def broker() -> float:
+        front, children = time.process_time(), _processor_seconds(*_children(cards))
         steps.append(asyncio.run_coroutine_threadsafe(_move(cards, shared, spans), loop).result())
+        used = time.process_time() - front + _processor_seconds(*_children(cards)) - children
+        processor["broker"].append(used)
         return steps[-1]["all"]
 
+    def plainly() -> float:
+        pids = plain.source.process.pid, plain.destination.process.pid
+        used = _processor_seconds(*pids)
+        seconds = sum(_move_plainly(plain, spans))
+        processor["plain"].append(_processor_seconds(*pids) - used)
+        return seconds
+
     rounds = max(options.rounds, _LEAST_ROUNDS)
-    seconds = await asyncio.to_thread(
-        interleaved,
-        {"broker": broker, "plain": lambda: sum(_move_plainly(plain, spans))},
-        rounds=rounds,
-        warm_up=2,
-    )
+    arms = {"broker": broker, "plain": plainly}
+    seconds = await asyncio.to_thread(interleaved, arms, rounds=rounds, warm_up=2)
     own_time = Samples(tuple(one["all"] - one["engine"] for one in steps[-rounds:]))
     within = Samples(tuple(one["engine"] for one in steps[-rounds:]))
+    used = {arm: sum(values[-rounds:]) / rounds for arm, values in processor.items()}
     ratio = seconds["broker"].ratio_to(seconds["plain"])
     moved = sum(length for _, length in spans)
     what = f"{size(moved)} as {len(spans)} {'tensor' if len(spans) == 1 else 'tensors'}"
@@ -123,8 +130,15 @@ async def _whole_transfers(
             f"of it what is not the engine, {what}",
             str(own_time),
             f"{within} in the engine's three calls of the same transfers",
-            f"{number(Samples(own_time.values).ratio_to(within))} x",
+            f"{number(own_time.ratio_to(within))} x",
             conditions="wall time of the transfer less the time that the card processes spent in the engine",
+        ),
+        Row(
+            f"processor time of it, {what}",
+            f"{milliseconds(used['broker'])} of front, sender and receiver",
+            f"{milliseconds(used['plain'])} of two plain processes",
+            f"{number(used['broker'] / used['plain'])} x",
+            conditions="mean; hardly depends on what else the machine does",
         ),
     ]
 
@@ -180,19 +194,20 @@ async def _idle(cards: CardSupervisor, worker: DatasystemWorker) -> list[Row]:
 async def _move(cards: CardSupervisor, pair: _Pair, spans: Spans) -> dict[str, float]:
     """Seconds until the bytes are there, of all of it, and of what the engine took."""
     key = fresh_key()
+    offered: dict[str, float] = {}
+    given, taken = pair.source.blobs(*spans), pair.destination.blobs(*spans)
+
+    async def reserve() -> None:
+        offered.update((await cards.offer(pair.source.card, key, given)).seconds)
+
     begun = time.perf_counter()
-    offered = await cards.offer(pair.source.card, key, pair.source.blobs(*spans))
     fetched = await cards.fetch(
-        pair.destination.card,
-        key,
-        pair.destination.blobs(*spans),
-        [pair.destination.region],
-        timeout=_TIMEOUT_SECONDS,
+        pair.destination.card, key, taken, [pair.destination.region], timeout=_TIMEOUT_SECONDS, reserve=reserve
     )
     arrived = time.perf_counter()
     withdrawn = await cards.withdraw(pair.source.card, key, OfferEnd.DELIVERED)
     ended = time.perf_counter()
-    in_engine = offered.seconds["dev_mset"] + fetched.seconds["dev_mget"] + withdrawn.seconds["dev_local_delete"]
+    in_engine = offered["dev_mset"] + fetched.seconds["dev_mget"] + withdrawn.seconds["dev_local_delete"]
     return {"arrived": arrived - begun, "all": ended - begun, "engine": in_engine}
 
 
@@ -203,7 +218,7 @@ def _move_plainly(pair: _Pair, spans: Spans) -> tuple[float, float, float]:
     outcomes = (
         pair.source.process.call(engine.publish, "client", key, pair.source.device, given),
         pair.destination.process.begin(engine.fetch, "client", key, pair.destination.device, taken)(_TIMEOUT_SECONDS),
-        pair.source.process.call(engine.withdraw, "client", key, pair.source.device),
+        pair.source.process.call(engine.withdraw, "client", key, pair.source.device, _TIMEOUT_SECONDS / 4),
     )
     for outcome in outcomes:
         if outcome.error or outcome.failed_keys:
@@ -234,6 +249,15 @@ def _process(host: CannHost, worker: DatasystemWorker) -> Iterator[CardProcess]:
         process.close()
 
 
-def _processor_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def _children(cards: CardSupervisor) -> tuple[int, ...]:
+    """All card processes that live."""
+    return tuple(
+        pid for card in cards.health for pid in (card.sender_pid, *card.retiring_pids, *card.receiver_pids) if pid
+    )
+
+
+def _processor_seconds(*pids: int) -> float:
+    """Of all of their threads, to the nanosecond where the kernel counts them."""
+    return sum(
+        int(path.read_text().split()[0]) / 1e9 for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/schedstat")
+    )
