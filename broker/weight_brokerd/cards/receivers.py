@@ -26,6 +26,8 @@ log = structlog.get_logger()
 Reserve = Callable[[], Coroutine[Any, Any, object]]
 """Has the key of a fetch offered at its source. It is cancelled if the memory cannot be mapped."""
 
+_HELD = "the driver does not let go of the memory"
+
 
 class ReceiverSide:
     """The receivers of one card."""
@@ -159,10 +161,10 @@ class ReceiverSide:
             raise CardRefused(str(error), quiesced=quiesced) from error
         except BaseException as error:
             if not await uninterrupted(child.kill()):
-                raise CardLost("the driver does not let go of the memory", touched=touched, quiesced=False) from error
+                raise CardLost(_HELD, touched=True, quiesced=False) from error
             raise
         if not await uninterrupted(self._unmap(child, regions)):
-            raise CardLost("the driver does not let go of the memory", touched=True, quiesced=False)
+            raise CardLost(_HELD, touched=True, quiesced=False)
         return done
 
     async def _prepare(
@@ -179,6 +181,8 @@ class ReceiverSide:
                 quiesced = await uninterrupted(self._unmap(child, regions))
                 if isinstance(error, TimeoutError):
                     raise CardTimeout("the source did not offer its memory in time", quiesced=quiesced) from None
+                if not quiesced:
+                    raise CardLost(_HELD, quiesced=False) from error
                 raise
         finally:
             reserving.cancel()
@@ -190,10 +194,9 @@ class ReceiverSide:
                 for region in regions:
                     await self._hooks.authorize(region.region_id, child.ready.bare_tgid)
                 seconds = self._configuration.import_seconds
-                asked = await asyncio.gather(
-                    *(child.ask(region, seconds) for region in regions), return_exceptions=True
-                )
-            for outcome in asked:
+                importing = (child.ask(region, seconds) for region in regions)
+                outcomes = await asyncio.gather(*importing, return_exceptions=True)
+            for outcome in outcomes:
                 if isinstance(outcome, BaseException):
                     raise outcome
         except TimeoutError:
@@ -205,8 +208,9 @@ class ReceiverSide:
         except CardRefused as error:
             quiesced = await uninterrupted(self._unmap(child, regions))
             raise CardRefused(str(error), quiesced=quiesced) from error
-        except BaseException:
-            await uninterrupted(child.kill())
+        except BaseException as error:
+            if not await uninterrupted(child.kill()):
+                raise CardLost(_HELD, quiesced=False) from error
             raise
 
     async def _unmap(self, child: CardProcess, regions: Sequence[ImportRegion]) -> bool:
