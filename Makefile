@@ -22,7 +22,8 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
 
-.PHONY: help find-python demo test test-slow test-ascend lint types generate check-generated proto-baseline benchmark clean
+.PHONY: help find-python demo test test-slow test-ascend lint types generate check-generated proto-baseline benchmark \
+	benchmark-ascend clean
 .DEFAULT_GOAL := help
 
 help:  ## show the commands
@@ -84,6 +85,10 @@ proto-baseline: $(STAMP)  ## accept proto/ as it is as what later changes must n
 
 benchmark: $(STAMP)  ## measure the budgets of docs/ARCHITECTURE.md and print each as measured / budget
 	$(RUN)python -m benchmarks
+
+benchmark-ascend: $(STAMP)  ## measure what the card processes add to the datasystem's own transfers, on the double (needs gcc)
+	$(RUN)pip install --quiet openyuanrong-datasystem==0.8.1
+	PYTHONPATH=tests $(RUN)python -m benchmarks datasystem_overhead $(BENCHMARK_ARGUMENTS)
 
 clean:  ## remove the virtual environments
 	rm -rf $(VENV) .venv-codegen

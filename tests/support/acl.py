@@ -7,6 +7,7 @@ from functools import cache
 
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 KEY_BYTES = 65
+PAGE = 4096
 CHUNK = 2 << 20
 """The granularity of physical chunks."""
 

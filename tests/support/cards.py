@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from doubles.cann.build import build
@@ -17,6 +18,7 @@ from support.card_process import CardProcess
 from support.datasystem_worker import DatasystemWorker
 from weight_brokerd.cards.blobs import Blob, BlobList, Part
 from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.cards.errors import CardError
 from weight_brokerd.cards.hooks import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.senders import OfferEnd
@@ -120,6 +122,40 @@ def own(
     return owned
 
 
+class CardScene:
+    """An emulated host, a worker and instances: what a test of the card processes takes place on."""
+
+    def __init__(self, host: CannHost, worker: DatasystemWorker, start_process: Callable[[], CardProcess]) -> None:
+        self.host, self.worker, self.start_process = host, worker, start_process
+
+    def own(self, card: int, size: int, **how: Any) -> Owned:
+        """Memory of an instance of its own, as `own` makes it."""
+        return own(self.start_process(), card, size, **how)
+
+    def pair(self, size: int, **how: Any) -> tuple[Owned, Owned]:
+        """A source with content on card 0, and a destination on card 1; of two instances."""
+        return self.own(0, size, seed=3, **how), self.own(1, size, **how)
+
+    def run(
+        self,
+        scenario: Callable[[CardSupervisor], Coroutine[Any, Any, None]],
+        *registered: Owned,
+        hooks: Hooks | None = None,
+        **changes: Any,
+    ) -> None:
+        """The scenario with a supervisor, in which the memory is registered already. `changes`: of the configuration.
+        Fails if the driver was not used as it is to be."""
+
+        async def whole() -> None:
+            async with supervised(configuration(self.host, self.worker, **changes), hooks) as cards:
+                for owned in registered:
+                    await cards.register(owned.card, owned.region)
+                await scenario(cards)
+
+        asyncio.run(whole())
+        assert self.host.violations() == []
+
+
 async def move(
     cards: CardSupervisor,
     source: Owned,
@@ -132,13 +168,18 @@ async def move(
     seconds: dict[str, float] = {}
     for given, taken in sides or [(source.blobs(), destination.blobs())]:
         key = fresh_key()
-        await cards.offer(source.card, key, given)
+        reserve = partial(cards.offer, source.card, key, given)
+        end = OfferEnd.ABANDONED
         try:
-            done = await cards.fetch(destination.card, key, taken, [destination.region], timeout=timeout)
-        except BaseException:
-            await cards.withdraw(source.card, key, OfferEnd.ABANDONED)
+            done = await cards.fetch(
+                destination.card, key, taken, [destination.region], timeout=timeout, reserve=reserve
+            )
+            end = OfferEnd.DELIVERED
+        except CardError as error:
+            end = OfferEnd.ABANDONED if error.touched else OfferEnd.UNREAD
             raise
-        await cards.withdraw(source.card, key, OfferEnd.DELIVERED)
+        finally:
+            await cards.withdraw(source.card, key, end)
         seconds.update(done.seconds)
     return seconds
 

@@ -106,15 +106,15 @@ def fetch(name: str, key: str, device: int, blobs: Blobs, wait_ms: int = 5000) -
     return call(name, "dev_mget", [key], [_blob_list(device, blobs)], wait_ms)
 
 
-def withdraw(name: str, key: str, device: int) -> Outcome:
+def withdraw(name: str, key: str, device: int, seconds: float = 2.0) -> Outcome:
     """dev_local_delete, again while a reader's acknowledgement, which comes after its dev_mget, is on its way."""
     acl.set_device(device)
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + seconds
     while True:
         outcome = call(name, "dev_local_delete", [key])
         if "Try again" not in outcome.error or time.monotonic() > deadline:
             return outcome
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def store(name: str, key: str, device: int, blobs: Blobs) -> Outcome:

@@ -50,7 +50,7 @@ class Work:
             case messages.Offer() if self._role is Role.SENDER:
                 return self._offer(request)
             case messages.Withdraw(key, wait_ms) if self._role is Role.SENDER:
-                self._withdraw(key, wait_ms)
+                return self._withdraw(key, wait_ms)
             case messages.Fetch() if self._role is Role.RECEIVER:
                 return self._fetch(request)
             case messages.CopyWithinCard() if self._role is Role.RECEIVER:
@@ -87,13 +87,15 @@ class Work:
         clock.stop("dev_mset")
         return messages.Done(clock.seconds)
 
-    def _withdraw(self, key: str, wait_ms: int) -> None:
+    def _withdraw(self, key: str, wait_ms: int) -> messages.Done:
+        clock = _Clock()
         offered = self._offers.get(key)
-        if offered is None:
-            return
-        self._engine.withdraw(key, wait_ms / 1000)
-        offered.staging.free()
-        self._offers.pop(key, None)
+        if offered is not None:
+            self._engine.withdraw(key, wait_ms / 1000)
+            clock.stop("dev_local_delete")
+            offered.staging.free()
+            self._offers.pop(key, None)
+        return messages.Done(clock.seconds)
 
     def _fetch(self, request: messages.Fetch) -> messages.Answer:
         clock = _Clock()

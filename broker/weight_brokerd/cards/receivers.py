@@ -7,7 +7,8 @@ transfer is overdue or has failed in the engine is killed, and its end is awaite
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import structlog
 
@@ -22,6 +23,10 @@ from weight_brokerd.cards.tasks import Background, uninterrupted
 from weight_brokerd.cards.worker_watch import WorkerWatch
 
 log = structlog.get_logger()
+Reserve = Callable[[], Coroutine[Any, Any, object]]
+"""Has the key of a fetch offered at its source. It is cancelled if the memory cannot be mapped."""
+
+_HELD = "the driver does not let go of the memory"
 
 
 class ReceiverSide:
@@ -50,9 +55,11 @@ class ReceiverSide:
         request: messages.Fetch | messages.CopyWithinCard,
         regions: Sequence[ImportRegion],
         timeout: float,
+        reserve: Reserve | None = None,
     ) -> messages.Done:
-        """Maps the regions, fills them and unmaps them, within `timeout` seconds. What is raised says whether memory
-        was touched, and that nobody writes any more: CardTimeout, CardRefused, CardLost, CardUnavailable."""
+        """Maps the regions, fills them and unmaps them, within `timeout` seconds; `reserve` runs while they are mapped.
+        What is raised says whether memory was touched, and that nobody writes any more: CardTimeout, CardRefused,
+        CardLost, CardUnavailable. What `reserve` raises is raised as it is, with nothing touched and nothing mapped."""
         if isinstance(request, messages.Fetch) and not self._worker.is_there:
             raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
         deadline = asyncio.get_running_loop().time() + timeout
@@ -69,7 +76,7 @@ class ReceiverSide:
                 raise CardTimeout(f"no receiver of card {self._device.identity} started in {timeout:g} s") from None
             self.busy.add(child)
             try:
-                return await self._transfer(child, request, regions, deadline)
+                return await self._transfer(child, request, regions, deadline, reserve)
             finally:
                 self.busy.discard(child)
                 self._put_back(child)
@@ -137,48 +144,102 @@ class ReceiverSide:
         request: messages.Fetch | messages.CopyWithinCard,
         regions: Sequence[ImportRegion],
         deadline: float,
+        reserve: Reserve | None,
     ) -> messages.Done:
-        touched = False
+        await self._prepare(child, regions, deadline, reserve)
         try:
             async with asyncio.timeout_at(deadline):
-                for region in regions:
-                    await self._hooks.authorize(region.region_id, child.ready.bare_tgid)
-                    await child.ask(region, self._configuration.import_seconds)
-                touched = True
                 done = await child.ask(request, max(0.0, deadline - asyncio.get_running_loop().time()))
         except TimeoutError:
             quiesced = await uninterrupted(child.kill())
-            raise CardTimeout(
-                f"card {self._device.identity} was not done in time; its receiver was killed",
-                touched=touched,
-                quiesced=quiesced,
-            ) from None
+            raise CardTimeout(self._overdue(), touched=True, quiesced=quiesced) from None
         except (EngineFailed, CardLost) as error:
             quiesced = await uninterrupted(child.kill())
-            raise CardLost(str(error), touched=touched, quiesced=quiesced) from error
+            raise CardLost(str(error), touched=True, quiesced=quiesced) from error
         except CardRefused as error:  # it has not begun, so the receiver is as good as before
             quiesced = await uninterrupted(self._unmap(child, regions))
             raise CardRefused(str(error), quiesced=quiesced) from error
         except BaseException as error:
             if not await uninterrupted(child.kill()):
-                raise CardLost("the driver does not let go of the memory", touched=touched, quiesced=False) from error
+                raise CardLost(_HELD, touched=True, quiesced=False) from error
             raise
         if not await uninterrupted(self._unmap(child, regions)):
-            raise CardLost("the driver does not let go of the memory", touched=True, quiesced=False)
+            raise CardLost(_HELD, touched=True, quiesced=False)
         return done
+
+    async def _prepare(
+        self, child: CardProcess, regions: Sequence[ImportRegion], deadline: float, reserve: Reserve | None
+    ) -> None:
+        """Maps the regions while the key is reserved. If it raises, nothing is mapped and nothing is being reserved."""
+        reserving = asyncio.create_task(_nothing() if reserve is None else reserve())
+        try:
+            await self._map(child, regions, deadline)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await reserving
+            except BaseException as error:  # the receiver is as good as before
+                quiesced = await uninterrupted(self._unmap(child, regions))
+                if isinstance(error, TimeoutError):
+                    raise CardTimeout("the source did not offer its memory in time", quiesced=quiesced) from None
+                if not quiesced:
+                    raise CardLost(_HELD, quiesced=False) from error
+                raise
+        finally:
+            reserving.cancel()
+            await uninterrupted(_ended(reserving))
+
+    async def _map(self, child: CardProcess, regions: Sequence[ImportRegion], deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                for region in regions:
+                    await self._hooks.authorize(region.region_id, child.ready.bare_tgid)
+                seconds = self._configuration.import_seconds
+                importing = (child.ask(region, seconds) for region in regions)
+                outcomes = await asyncio.gather(*importing, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+        except TimeoutError:
+            quiesced = await uninterrupted(child.kill())
+            raise CardTimeout(self._overdue(), quiesced=quiesced) from None
+        except CardLost as error:
+            quiesced = await uninterrupted(child.kill())
+            raise CardLost(str(error), quiesced=quiesced) from error
+        except CardRefused as error:
+            quiesced = await uninterrupted(self._unmap(child, regions))
+            raise CardRefused(str(error), quiesced=quiesced) from error
+        except BaseException as error:
+            if not await uninterrupted(child.kill()):
+                raise CardLost(_HELD, quiesced=False) from error
+            raise
 
     async def _unmap(self, child: CardProcess, regions: Sequence[ImportRegion]) -> bool:
         """Whether the memory is unmapped; the process is killed if it does not do it."""
-        try:
-            for region in regions:
-                await child.ask(messages.CloseRegion(region.region_id), self._configuration.import_seconds)
-        except (TimeoutError, CardRefused, CardLost) as error:
-            log.info("region_held_by_receiver", device=self._device.identity, error=str(error))
-            return await child.kill()
+        seconds = self._configuration.import_seconds
+        closing = (child.ask(messages.CloseRegion(region.region_id), seconds) for region in regions)
+        for outcome in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(outcome, (TimeoutError, CardRefused, CardLost)):
+                log.info("region_held_by_receiver", device=self._device.identity, error=str(outcome))
+                return await child.kill()
+            if isinstance(outcome, BaseException):
+                raise outcome
         return True
+
+    def _overdue(self) -> str:
+        return f"card {self._device.identity} was not done in time; its receiver was killed"
 
     def _set_problem(self, problem: str) -> None:
         changed = problem != self.problem
         self.problem = problem
         if changed:
             self._hooks.on_health_change()
+
+
+async def _nothing() -> None:
+    """For a key that is on offer already."""
+
+
+async def _ended(task: asyncio.Task[object]) -> None:
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # it was raised, or something that matters more was

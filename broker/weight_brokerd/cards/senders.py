@@ -136,17 +136,17 @@ class SenderSide:
             self._background.spawn(self.withdraw(key, OfferEnd.UNREAD))
             raise
 
-    async def withdraw(self, key: str, end: OfferEnd) -> None:
+    async def withdraw(self, key: str, end: OfferEnd) -> messages.Done:
         """Ends an offer. Never fails: a sender that cannot do it is replaced. Idempotent."""
         sender = next((one for one in self._all() if key in one.offers), None)
         if sender is None:
-            return
+            return messages.Done()
         if end is OfferEnd.ABANDONED:
             sender.is_stuck = True
             self._retire(sender)
         wait = self._configuration.withdraw_seconds if end is OfferEnd.DELIVERED else _SHORT_WAIT_MS / 1000
         try:
-            await sender.child.ask(messages.Withdraw(key, int(wait * 1000)), wait + 1)
+            return await sender.child.ask(messages.Withdraw(key, int(wait * 1000)), wait + 1)
         except (TimeoutError, CardRefused) as error:
             log.info("offer_not_withdrawn", device=self._device.identity, key=key, end=end.value, error=str(error))
             self._retire(sender)
@@ -154,6 +154,7 @@ class SenderSide:
             pass
         finally:
             self._forget(sender, key)
+        return messages.Done()
 
     def replace(self) -> None:
         """Starts a fresh sender for new offers; the old one ends when its readers are done."""

@@ -18,7 +18,7 @@ from weight_brokerd.cards.errors import CardUnavailable
 from weight_brokerd.cards.hooks import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.probe import Device, find_devices
-from weight_brokerd.cards.receivers import ReceiverSide
+from weight_brokerd.cards.receivers import ReceiverSide, Reserve
 from weight_brokerd.cards.senders import OfferEnd, SenderSide
 from weight_brokerd.cards.worker_watch import WorkerWatch
 
@@ -113,9 +113,10 @@ class CardSupervisor:
         """Lets one reader fetch registered memory under a fresh key. Raises CardError."""
         return await self._card(card).senders.offer(_checked(key), blobs, peer)
 
-    async def withdraw(self, card: str, key: str, end: OfferEnd) -> None:
-        """Ends an offer, when its reader has ended as `end` says. Idempotent; never fails."""
-        await self._card(card).senders.withdraw(key, end)
+    async def withdraw(self, card: str, key: str, end: OfferEnd) -> messages.Done:
+        """Ends an offer, when its reader has ended as `end` says. Idempotent; never fails. Without times if there was
+        nothing to end or the sender could not."""
+        return await self._card(card).senders.withdraw(key, end)
 
     # Destinations
 
@@ -128,13 +129,15 @@ class CardSupervisor:
         *,
         timeout: float,
         peer: str = "",
+        reserve: Reserve | None = None,
     ) -> messages.Done:
         """Fills `blobs`, which lie in `regions`, from an offer of another card. When this returns or raises, nobody
         writes to the regions any more, unless the error has `quiesced` False. May be cancelled, at the price of the
-        receiver. Raises CardError."""
+        receiver. `reserve` has the key offered; it runs once a receiver is free, while the regions are mapped, so that
+        neither waits for the other. Raises CardError, and what `reserve` raises. Withdraw the key in any case."""
         milliseconds = int(min(timeout, MAXIMUM_TIMEOUT_SECONDS) * 1000)
         request = messages.Fetch(_checked(key), blobs, milliseconds, peer)
-        return await self._card(card).receivers.run(request, regions, timeout)
+        return await self._card(card).receivers.run(request, regions, timeout, reserve)
 
     async def copy(
         self,

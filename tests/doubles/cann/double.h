@@ -183,6 +183,9 @@ struct place { char *alias; struct range *range; bool on_device; uint64_t offset
 int locate(const char *what, const void *address, uint64_t bytes, int card, struct place *place);
 void place_hold(const struct place *place);      /* as long as a task works on it */
 void place_release(const struct place *place);
+/* A card has large pages and no page faults. What is shared gets the host's large pages, where it has some: otherwise each
+ * process that maps it would spend longer on faults than on copying. */
+void large_pages(const struct place *place, uint64_t bytes);
 int memory_available(int card, uint64_t bytes);  /* capacity and the out-of-memory fault */
 int card_memory(uint64_t bytes);                 /* a new memfd, or -1 */
 

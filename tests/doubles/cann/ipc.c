@@ -76,6 +76,8 @@ API int aclrtIpcMemGetExportKey(void *address, size_t bytes, char *key, size_t l
     code = export_range(range_at(address), address, bytes, key, flags);
     board_unlock();
     memory_unlock();
+    struct place place;
+    if (!code && !locate("export", address, bytes, card, &place)) large_pages(&place, bytes);
     return code;
 }
 

@@ -9,6 +9,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25   /* Linux 6.1 */
+#endif
+
 static const uint64_t arena_bytes = 16ULL << 40;
 static char *arena, *arena_next;
 static struct range **ranges;   /* by address */
@@ -23,6 +27,18 @@ bool was_device_memory(const void *address)
     return arena && (const char *)address >= arena && (const char *)address < arena + arena_bytes;
 }
 
+/* Aligned so that the host's large pages fit, where they can. */
+static char *reserve_alias(uint64_t bytes)
+{
+    uint64_t spare = bytes < HUGE_PAGE_BYTES ? 0 : HUGE_PAGE_BYTES;
+    char *reserved = mmap(NULL, bytes + spare, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED) return NULL;
+    char *alias = spare ? (char *)round_up((uint64_t)reserved, HUGE_PAGE_BYTES) : reserved;
+    if (alias > reserved) munmap(reserved, (size_t)(alias - reserved));
+    if (alias < reserved + spare) munmap(alias + bytes, (size_t)(reserved + spare - alias));
+    return alias;
+}
+
 struct range *range_create(enum range_kind kind, uint64_t bytes, uint64_t alignment, int card)
 {
     if (!arena) {
@@ -33,8 +49,8 @@ struct range *range_create(enum range_kind kind, uint64_t bytes, uint64_t alignm
     struct range *range = calloc(1, sizeof *range);
     *range = (struct range){ .kind = kind, .bytes = bytes, .requested = bytes, .card = card };
     range->base = (char *)round_up((uint64_t)arena_next, alignment);
-    range->alias = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (range->alias == MAP_FAILED || range->base + bytes + PAGE_BYTES > arena + arena_bytes) {
+    range->alias = reserve_alias(bytes);
+    if (!range->alias || range->base + bytes + PAGE_BYTES > arena + arena_bytes) {
         free(range);
         return NULL;
     }
@@ -53,6 +69,12 @@ int range_map(struct range *range, uint64_t offset, uint64_t bytes, int descript
     *piece = (struct piece){ offset, bytes, slot, descriptor, handle, *place };
     *place = piece;
     return ACL_SUCCESS;
+}
+
+void large_pages(const struct place *place, uint64_t bytes)
+{
+    uint64_t from = round_up((uint64_t)place->alias, HUGE_PAGE_BYTES), to = (uint64_t)(place->alias + bytes) & ~(HUGE_PAGE_BYTES - 1ULL);
+    if (place->on_device && from < to) madvise((void *)from, to - from, MADV_COLLAPSE);
 }
 
 void range_unmap(struct range *range, struct piece *piece)

@@ -14,6 +14,7 @@ from doubles.cann.build import CannotBuild, build
 from doubles.cann.control import CannHost
 from support import datasystem_actions
 from support.card_process import CardProcess
+from support.cards import CardScene
 from support.datasystem_worker import DatasystemWorker, require_wheel
 from support.device_host import DeviceHost
 
@@ -59,6 +60,12 @@ def start_client(start_process: Callable[..., CardProcess]) -> Callable[[Datasys
         return process
 
     return start
+
+
+@pytest.fixture
+def scene(cann_host: CannHost, worker: DatasystemWorker, start_process: Callable[..., CardProcess]) -> CardScene:
+    """What a test of the card processes takes place on."""
+    return CardScene(cann_host, worker, start_process)
 
 
 @pytest.fixture
