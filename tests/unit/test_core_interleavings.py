@@ -22,14 +22,17 @@ from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator, Decisions
 from weight_brokerd.core.leases import LeaseTable
 from weight_brokerd.core.model import (
+    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
+    DataPlane,
     FailureCause,
     IfAbsent,
     Instance,
     Limits,
     Offer,
+    Publication,
     PublicationState,
     Transfer,
     TransferPath,
@@ -40,6 +43,8 @@ LAYOUTS = [
     Layout([TensorSpec("weight", "bfloat16", (4,), (1,), 8)]),
     Layout([TensorSpec("weight", "bfloat16", (8,), (1,), 16)]),
 ]
+DEVICES = [("cpu", ""), ("npu", "npu:0"), ("npu", "npu:1")]
+"""Kinds of memory and cards: host memory is copied by its receiver, device memory by the broker."""
 LEASE_SECONDS = 60.0
 WAIT_SECONDS = 300.0
 
@@ -65,6 +70,10 @@ class Core(RuleBasedStateMachine):
         self.loading: dict[str, ColdLoadLease] = {}
         self.generations: set[int] = set()
         self.evicted: set[str] = set()
+        self.mapping: list[Publication] = []
+        """Publications in device memory whose card has not said yet whether it can map them."""
+        self.writing: set[str] = set()
+        """Transfers whose bytes the broker moves now."""
         self.held: dict[str, set[str]] = {}
         """Transfers that hold a publication's memory, by publication."""
 
@@ -94,12 +103,20 @@ class Core(RuleBasedStateMachine):
         key=st.sampled_from(KEYS),
         layout=st.sampled_from(LAYOUTS),
         fulfils=st.booleans(),
+        device=st.sampled_from(DEVICES),
     )
-    def publish(self, instance_id: str, key: WeightSetKey, layout: Layout, fulfils: bool) -> object:
+    def publish(
+        self,
+        instance_id: str,
+        key: WeightSetKey,
+        layout: Layout,
+        fulfils: bool,
+        device: tuple[str, str] = DEVICES[0],
+    ) -> object:
         self.number += 1
         lease = self.loading.get(key.id)
         token = lease.fencing_token if fulfils and lease is not None and lease.instance_id == instance_id else 0
-        offer = Offer(key, layout, instance_id, "cpu", "", token, f"request-{self.number}")
+        offer = Offer(key, layout, instance_id, *device, token, f"request-{self.number}")
         try:
             publication, decisions = self.coordinator.publish(offer, self.now)
         except BrokerError as error:
@@ -143,11 +160,26 @@ class Core(RuleBasedStateMachine):
         key=st.sampled_from(KEYS),
         layout=st.sampled_from([*LAYOUTS, None]),
         if_absent=st.sampled_from(list(IfAbsent)),
+        device=st.sampled_from(DEVICES),
     )
-    def acquire(self, instance_id: str, key: WeightSetKey, layout: Layout | None, if_absent: IfAbsent) -> None:
-        self.ask(instance_id, key, layout, if_absent)
+    def acquire(
+        self,
+        instance_id: str,
+        key: WeightSetKey,
+        layout: Layout | None,
+        if_absent: IfAbsent,
+        device: tuple[str, str],
+    ) -> None:
+        self.ask(instance_id, key, layout, if_absent, device)
 
-    def ask(self, instance_id: str, key: WeightSetKey, layout: Layout | None, if_absent: IfAbsent) -> None:
+    def ask(
+        self,
+        instance_id: str,
+        key: WeightSetKey,
+        layout: Layout | None,
+        if_absent: IfAbsent,
+        device: tuple[str, str] = DEVICES[0],
+    ) -> None:
         self.number += 1
         acquisition = Acquisition(
             acquisition_id=f"acquisition-{self.number}",
@@ -155,8 +187,8 @@ class Core(RuleBasedStateMachine):
             layout=layout,
             instance_id=instance_id,
             if_absent=if_absent,
-            device_kind="cpu",
-            device_id="",
+            device_kind=device[0],
+            device_id=device[1],
             path=TransferPath.COPY,
             begun_at=self.now,
             deadline=self.now + WAIT_SECONDS,
@@ -187,6 +219,13 @@ class Core(RuleBasedStateMachine):
 
     def end(self, transfer: Transfer, cause: FailureCause | None) -> None:
         receiver = transfer.receiver_instance_id
+        if cause is None and transfer.is_brokers and not transfer.is_moved:
+            try:
+                self.coordinator.transfer_succeeded(transfer.transfer_id, receiver, Arrival(8, (), "full"), self.now)
+            except BrokerError as error:
+                assert error.reason is Reason.INVALID_ARGUMENT
+                return
+            raise AssertionError("success was taken before every byte was moved")
         if cause is None:
             decisions = self.coordinator.transfer_succeeded(
                 transfer.transfer_id, receiver, Arrival(8, (), "full"), self.now
@@ -194,6 +233,33 @@ class Core(RuleBasedStateMachine):
         else:
             decisions = self.coordinator.transfer_failed(transfer.transfer_id, receiver, cause, "test", self.now)
         self.carry_out(decisions)
+
+    @rule(data=st.data())
+    def finish_moving(self, data: st.DataObject) -> None:
+        if self.writing:
+            transfer_id = data.draw(st.sampled_from(sorted(self.writing)))
+            self.writing.discard(transfer_id)
+            transfer = self.coordinator.transfers.running[transfer_id]
+            self.carry_out(self.coordinator.transfer_moved(transfer_id, self.now))
+            assert transfer.is_moved
+            assert transfer_id not in transfer.publication.readers, "its source is not needed any more"
+            assert self.coordinator.transfer_moved("transfer-0", self.now) == []
+
+    @rule(data=st.data(), works=st.booleans())
+    def finish_mapping(self, data: st.DataObject, works: bool) -> None:
+        if self.mapping:
+            publication = data.draw(st.sampled_from(self.mapping))
+            self.mapping.remove(publication)
+            if works:
+                self.carry_out(self.coordinator.mapped(publication, self.now))
+            else:
+                self.carry_out(self.coordinator.mapping_failed(publication))
+
+    @rule(publication_id=publications)
+    def lose(self, publication_id: str) -> None:
+        publication = self.coordinator.registry.find(publication_id)
+        if publication is not None and publication.device_kind != HOST_MEMORY:
+            self.carry_out(self.coordinator.lose(publication_id, "test", self.now))
 
     @rule(data=st.data())
     def give_up_load(self, data: st.DataObject) -> None:
@@ -247,13 +313,24 @@ class Core(RuleBasedStateMachine):
                     assert len(publication.readers) <= publication.reader_limit
                     assert acquisition_id not in self.answers
                     self.held.setdefault(publication.publication_id, set()).add(transfer.transfer_id)
+                    if transfer.is_brokers:
+                        assert (transfer.data_plane is DataPlane.LOCAL) == (
+                            publication.device_id == self.coordinator.acquisitions[acquisition_id].device_id
+                        )
+                        self.writing.add(transfer.transfer_id)
                 case decide.EndTransfer(transfer):
                     self.held[transfer.publication.publication_id].remove(transfer.transfer_id)
+                    self.writing.discard(transfer.transfer_id)
                 case decide.Unmap(publication):
                     readers = self.held.get(publication.publication_id, set())
+                    if publication.device_kind != HOST_MEMORY:  # it may be freed now, so nothing may read it
+                        assert not readers & self.writing, "device memory was given back while the broker read it"
+                        continue
                     died = publication.instance_id not in self.coordinator.instances
                     forced = died or publication.publication_id in self.evicted
                     assert forced or not readers, "memory was given back while somebody read it"
+                case decide.Map(publication) if publication.device_kind != HOST_MEMORY:
+                    self.mapping.append(publication)
                 case decide.Map(publication):
                     self.carry_out(self.coordinator.mapped(publication, self.now))
                 case decide.ClaimLease():
@@ -298,6 +375,7 @@ class Core(RuleBasedStateMachine):
                         or len(publication.readers) == publication.reader_limit
                         or publication.publication_id in acquisition.failed_sources
                         or acquisition.layout not in (None, publication.layout)
+                        or acquisition.device_kind != publication.device_kind
                     )
 
     @invariant()
@@ -305,7 +383,9 @@ class Core(RuleBasedStateMachine):
         for record in self.coordinator.weight_sets:
             loads = [one for one in record.waiting.values() if one.if_absent is IfAbsent.LOAD]
             busy = any(
-                publication.state is PublicationState.RESIDENT and len(publication.readers) == publication.reader_limit
+                publication.device_kind in {one.device_kind for one in loads}
+                and publication.state is PublicationState.RESIDENT
+                and len(publication.readers) == publication.reader_limit
                 for publication in self.coordinator.registry.of_weight_set(record.key.id)
             )
             if loads and not busy:
@@ -322,7 +402,7 @@ class Core(RuleBasedStateMachine):
             running = {
                 transfer.transfer_id
                 for transfer in self.coordinator.transfers.running.values()
-                if transfer.publication is publication
+                if transfer.publication is publication and not transfer.is_moved
             }
             assert publication.readers == running
 

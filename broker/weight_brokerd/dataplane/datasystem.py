@@ -72,25 +72,31 @@ class DatasystemPlane:
         key = fresh_key()
         lost = self._readers[key] = asyncio.get_running_loop().create_future()
         end = OfferEnd.UNREAD
-        try:
+
+        async def reserve() -> None:
+            nonlocal end
             try:
                 await self._cards.offer(card, key, given, peer=peer)
             except CardError as error:
                 raise MoveFailed(
                     f"the source's card: {error}", cause=FailureCause.SOURCE_UNREACHABLE, touched=False
                 ) from error
-            end = OfferEnd.ABANDONED
-            fetch = self._cards.fetch(destination.card, key, taken, destination.regions, timeout=timeout, peer=peer)
-            try:
-                done = await _unless(fetch, lost)
-            except (CardRefused, CardUnavailable) as error:  # it has not begun
-                end = OfferEnd.UNREAD
-                raise _failed(error, FailureCause.RECEIVER) from error
-            except (CardLost, CardTimeout) as error:
-                end = OfferEnd.ABANDONED if error.touched else OfferEnd.UNREAD
-                raise _failed(error, FailureCause.SOURCE_UNREACHABLE) from error
+            end = OfferEnd.ABANDONED  # unless it turns out otherwise
+
+        fetch = self._cards.fetch(
+            destination.card, key, taken, destination.regions, timeout=timeout, peer=peer, reserve=reserve
+        )
+        try:
+            done = await _unless(fetch, lost)
             end = OfferEnd.DELIVERED
             return done.seconds.get("dev_mget", 0.0) + done.seconds.get("unpack", 0.0)
+        except (CardRefused, CardUnavailable) as error:  # it has not begun
+            end = OfferEnd.UNREAD
+            raise _failed(error, FailureCause.RECEIVER) from error
+        except (CardLost, CardTimeout) as error:
+            if not error.touched:
+                end = OfferEnd.UNREAD
+            raise _failed(error, FailureCause.SOURCE_UNREACHABLE) from error
         finally:
             del self._readers[key]
             await uninterrupted(self._cards.withdraw(card, key, end))
