@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from weight_broker.errors import BrokerError, PublicationNotFound, Reason
+from weight_broker.errors import BrokerError, InvalidArgument, PublicationNotFound, Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
@@ -220,12 +221,9 @@ class Core(RuleBasedStateMachine):
     def end(self, transfer: Transfer, cause: FailureCause | None) -> None:
         receiver = transfer.receiver_instance_id
         if cause is None and transfer.is_brokers and not transfer.is_moved:
-            try:
+            with pytest.raises(InvalidArgument, match="has not moved every byte"):
                 self.coordinator.transfer_succeeded(transfer.transfer_id, receiver, Arrival(8, (), "full"), self.now)
-            except BrokerError as error:
-                assert error.reason is Reason.INVALID_ARGUMENT
-                return
-            raise AssertionError("success was taken before every byte was moved")
+            return
         if cause is None:
             decisions = self.coordinator.transfer_succeeded(
                 transfer.transfer_id, receiver, Arrival(8, (), "full"), self.now

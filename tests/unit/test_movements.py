@@ -1,0 +1,206 @@
+"""What the broker moves into one acquisition's memory is one thing at a time, and nobody is told to use it before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+
+from weight_broker.key import WeightSetKey
+from weight_broker.layout import Layout, TensorSpec
+from weight_brokerd.core.model import DataPlane, FailureCause, Publication, Transfer, TransferPath
+from weight_brokerd.dataplane.protocol import MoveFailed, Place
+from weight_brokerd.movements import Movements
+
+LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
+PLACE = Place("npu:0", (), ((0, 0),))
+SOURCE = Publication(
+    "publication-1",
+    WeightSetKey("model"),
+    LAYOUT,
+    generation=1,
+    instance_id="a",
+    instance_name="a",
+    host_id="host",
+    device_kind="npu",
+    device_id="npu:1",
+    reader_limit=4,
+    published_at=0.0,
+    request_id="r",
+    fencing_token=0,
+)
+
+
+def transfer(number: int, acquisition_id: str = "acquisition-1") -> Transfer:
+    return Transfer(number, acquisition_id, SOURCE, "b", TransferPath.COPY, DataPlane.DATASYSTEM, 0.0)
+
+
+@dataclass
+class Plane:
+    """Moves as a test says: what `script` does for the n-th movement. Notes who writes at a time."""
+
+    script: Callable[[str], Awaitable[Mapping[str, float]]]
+    writing: int = 0
+    most_writing: int = 0
+    begun: list[str] = field(default_factory=list)
+
+    async def move(
+        self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
+    ) -> Mapping[str, float]:
+        self.begun.append(peer)
+        self.writing += 1
+        self.most_writing = max(self.most_writing, self.writing)
+        try:
+            return await self.script(peer)
+        finally:
+            self.writing -= 1
+
+
+@dataclass
+class Events:
+    """What the driver hears."""
+
+    moved_ids: list[str] = field(default_factory=list)
+    failures: list[tuple[str, bool, bool]] = field(default_factory=list)
+    on_failure: Callable[[Transfer], None] = lambda _: None
+
+    def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
+        self.moved_ids.append(transfer.transfer_id)
+
+    def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
+        self.failures.append((transfer.transfer_id, failure.touched, failure.quiesced))
+        self.on_failure(transfer)
+
+
+def scene(script: Callable[[str], Awaitable[Mapping[str, float]]]) -> tuple[Movements, Plane, Events]:
+    plane, events = Plane(script), Events()
+    return Movements({DataPlane.DATASYSTEM: plane}, events), plane, events
+
+
+def start(movements: Movements, moved: Transfer) -> None:
+    movements.start(moved, PLACE, PLACE, timeout=10.0)
+
+
+async def takes_a_while_to_end(_: str) -> Mapping[str, float]:
+    """As a receiver that is killed: its end is awaited."""
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        await asyncio.sleep(0.05)
+        raise
+    return {}
+
+
+def test_what_was_moved_is_told_once_and_touched() -> None:
+    async def at_once(_: str) -> Mapping[str, float]:
+        return {"transfer": 1.0}
+
+    async def run() -> None:
+        movements, _, events = scene(at_once)
+        start(movements, transfer(1))
+        await movements.settled("acquisition-1")
+        assert events.moved_ids == ["transfer-1"]
+        assert movements.outcome("acquisition-1") == (True, True)
+        await movements.forget("acquisition-1")
+        assert movements.outcome("acquisition-1") == (False, True)
+
+    asyncio.run(run())
+
+
+def test_the_next_source_begins_when_the_one_before_has_stopped_writing() -> None:
+    async def run() -> None:
+        movements, plane, events = scene(takes_a_while_to_end)
+        first, second, third = transfer(1), transfer(2), transfer(3)
+        start(movements, first)
+        await asyncio.sleep(0.01)
+        movements.stop(first)
+        start(movements, second)
+        movements.stop(second)  # it never began
+        start(movements, third)
+        assert movements.is_moving("acquisition-1")
+        await asyncio.sleep(0.02)
+        assert plane.begun == ["transfer-1"], "the killed receiver may still write"
+        await asyncio.sleep(0.1)
+        assert plane.begun == ["transfer-1", "transfer-3"]
+        assert plane.most_writing == 1
+        await movements.forget("acquisition-1")
+        assert plane.writing == 0
+        assert (events.moved_ids, events.failures) == ([], []), "nobody wants to hear of what was stopped"
+
+    asyncio.run(run())
+
+
+def test_a_memory_that_somebody_may_write_to_is_never_filled_again() -> None:
+    async def clings(_: str) -> Mapping[str, float]:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise MoveFailed("held", cause=FailureCause.RECEIVER, touched=True, quiesced=False) from None
+        return {}
+
+    async def run() -> None:
+        movements, plane, events = scene(clings)
+        first = transfer(1)
+        start(movements, first)
+        await asyncio.sleep(0.01)
+        movements.stop(first)
+        start(movements, transfer(2))
+        await movements.settled("acquisition-1")
+        assert plane.begun == ["transfer-1"]
+        assert events.failures == [("transfer-2", True, False)]
+        assert movements.outcome("acquisition-1") == (True, False)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_failure_is_told_with_what_it_touched_and_may_be_answered_with_the_next_source(touched: bool) -> None:
+    async def first_fails(peer: str) -> Mapping[str, float]:
+        if peer == "transfer-1":
+            raise MoveFailed("gone", cause=FailureCause.SOURCE_UNREACHABLE, touched=touched)
+        return {}
+
+    async def run() -> None:
+        movements, _, events = scene(first_fails)
+
+        def failed(ended: Transfer) -> None:
+            movements.stop(ended)  # the core ends the transfer and grants another one, in this very step
+            assert not movements.is_moving("acquisition-1"), "the one that tells has ended"
+            start(movements, transfer(2))
+
+        events.on_failure = failed
+        start(movements, transfer(1))
+        await asyncio.sleep(0.01)
+        await movements.settled("acquisition-1")
+        assert events.failures == [("transfer-1", touched, True)]
+        assert events.moved_ids == ["transfer-2"]
+
+    asyncio.run(run())
+
+
+def test_a_defect_of_a_data_plane_is_a_failure_of_the_transfer() -> None:
+    async def breaks(_: str) -> Mapping[str, float]:
+        raise KeyError("text that is nobody's business")
+
+    async def run() -> None:
+        movements, _, events = scene(breaks)
+        start(movements, transfer(1))
+        await movements.settled("acquisition-1")
+        assert events.failures == [("transfer-1", True, True)]
+
+    asyncio.run(run())
+
+
+def test_acquisitions_do_not_wait_for_each_other_and_all_end_with_the_broker() -> None:
+    async def run() -> None:
+        movements, plane, _ = scene(takes_a_while_to_end)
+        for number in range(3):
+            start(movements, transfer(number, f"acquisition-{number}"))
+        await asyncio.sleep(0.01)
+        assert plane.writing == 3
+        await movements.close()
+        assert plane.writing == 0
+
+    asyncio.run(run())
