@@ -103,6 +103,12 @@ def create(model: str, card: int, tensors: Sequence[Tensor], seed: int | None = 
     write(model, seed)
 
 
+def alias(model: str, name: str) -> None:
+    """The same tensors as another model."""
+    mine = _models[model]
+    _models[name] = Model(mine.card, mine.base, mine.size, mine.tensors)
+
+
 def write(model: str, seed: int | None) -> None:
     """Writes the bytes of `seed` or zeros into all of the model's memory."""
     mine = _models[model]
