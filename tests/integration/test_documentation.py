@@ -47,7 +47,7 @@ RUN_INSTEAD = {
 }
 """Commands that run in another form."""
 
-FENCES = {"console", "python", "mermaid"}
+FENCES = {"console", "python", "mermaid", "toml"}
 PLACES = {"benchmarks", "broker", "client", "deploy", "docs", "proto", "tests", "weight_broker", "weight_brokerd"}
 ROOTS = (REPOSITORY, REPOSITORY / "client", REPOSITORY / "broker")
 
@@ -85,11 +85,14 @@ def reader(tmp_path: Path, models: Path) -> Iterator[Reader]:
 
 
 @pytest.mark.parametrize("name", [name for name, one in DOCUMENTS.items() if one.examples])
-def test_everything_that_a_document_shows_works_from_top_to_bottom(name: str, reader: Reader) -> None:
+def test_everything_that_a_document_shows_works_from_top_to_bottom(name: str, reader: Reader, tmp_path: Path) -> None:
     for language, block in DOCUMENTS[name].examples:
         assert language in FENCES, f"```{language}: say what it is, so that it is run"
         if language == "python":
             reader.paste(block)
+        if language == "toml":
+            (tmp_path / "shown.toml").write_text(block)
+            assert config.load(tmp_path / "shown.toml", {}) != config.Config()
         for command in commands_in(block) if language == "console" else ():
             if not cannot_run(command):
                 reader.type(Command(RUN_INSTEAD.get(command.line, command.line), command.output))

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weight_brokerd.cards import messages, packets
+from weight_brokerd.cards import messages
 from weight_brokerd.cards.blobs import Blob, BlobList, Part
+from weight_brokerd.children import packets
 
 BLOBS = BlobList(("a", "b"), (Blob(10, (Part(0, 0, 10),)), Blob(4096, (Part(1, 7, 3), Part(0, 100, 4)))))
 ALL: list[messages.Message] = [
@@ -34,7 +35,7 @@ ALL: list[messages.Message] = [
 
 @pytest.mark.parametrize("message", ALL, ids=lambda message: type(message).__name__)
 def test_a_message_survives_the_way(message: messages.Message) -> None:
-    assert messages.decode(messages.encode(5, message)) == (5, message)
+    assert messages.CODEC.decode(messages.CODEC.encode(5, message)) == (5, message)
 
 
 @pytest.mark.parametrize(
@@ -60,14 +61,14 @@ def test_a_message_survives_the_way(message: messages.Message) -> None:
 )
 def test_what_is_no_message_is_not_taken_for_one(data: bytes) -> None:
     with pytest.raises(ValueError):
-        messages.decode(data)
+        messages.CODEC.decode(data)
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=4)))
 def test_any_json_is_a_message_or_a_value_error(value: object) -> None:
     for data in (value, [1, value, {}], [1, "Offer", {"key": "k", "blobs": value}]):
         with suppress(ValueError):
-            messages.decode(json.dumps(data).encode())
+            messages.CODEC.decode(json.dumps(data).encode())
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Packets of the attach socket: one message each, with at most one file descriptor."""
+"""Packets of sockets that keep them apart (SOCK_SEQPACKET), each with at most one file descriptor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 
 MAXIMUM_PACKET_BYTES = 16 * 1024
+"""On the attach socket, where a packet is a message."""
 # Room for one more descriptor than any request has, so that it is seen and refused. The kernel opens no more than fit.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
@@ -31,13 +32,13 @@ class Packet:
                 os.close(self.descriptors.pop())
 
 
-def receive(connection: socket.socket) -> Packet | None:
+def receive(connection: socket.socket, maximum: int = MAXIMUM_PACKET_BYTES) -> Packet | None:
     """The next packet, None at the end of the connection. Raises BlockingIOError if there is none yet, or OSError."""
     try:
-        data, ancillary, flags, _ = connection.recvmsg(MAXIMUM_PACKET_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = connection.recvmsg(maximum, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         # The peer closed without reading its last answers. What it sent before (a Goodbye, say) is still there.
-        data, ancillary, flags, _ = connection.recvmsg(MAXIMUM_PACKET_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = connection.recvmsg(maximum, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -6,9 +6,7 @@ It prints nothing, does what comes over the socket, and ends when the other end 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import socket
 import threading
 import time
@@ -22,11 +20,10 @@ from weight_brokerd.cards.child_engine import Engine, EngineError
 from weight_brokerd.cards.child_memory import NotPossible
 from weight_brokerd.cards.child_work import Work
 from weight_brokerd.cards.messages import Role
-from weight_brokerd.cards.packets import PACKET_BYTES, Joiner, split
+from weight_brokerd.children.connection import Connection, belong_to_parent
 
 THREADS = 16
 _STOP_SECONDS = 1.5
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -36,48 +33,38 @@ def main() -> None:
     parser.add_argument("--device", type=int, required=True)
     parser.add_argument("--socket", type=int, required=True)
     options = parser.parse_args()
-    # The service manager and the terminal signal every process of the daemon; this one ends when the daemon is done.
-    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
-    _die_with_parent()
+    belong_to_parent()
     with socket.socket(fileno=options.socket) as connection:
         os._exit(_Child(connection, options.role, options.device).serve())
 
 
-def _die_with_parent() -> None:
-    """For when the daemon is killed while an engine's call keeps this process from noticing that the socket closed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 class _Child:
     def __init__(self, connection: socket.socket, role: Role, device: int) -> None:
-        self._connection = connection
+        self._connection = Connection(connection, messages.CODEC)
         self._role = role
         self._device = device
-        self._joiner = Joiner()
-        self._sending = threading.Lock()
 
     def serve(self) -> int:
         """The exit status."""
-        first = self._receive()
+        first = self._connection.receive()
         if first is None:
             return 0
         number, start = first
         if not isinstance(start, messages.Start):
-            self._answer(number, messages.Refusal("the first request is Start"))
+            self._connection.answer(number, messages.Refusal("the first request is Start"))
             return 1
         try:
             work, ready = self._start(start)
         except (AclError, EngineError) as error:
-            self._answer(number, messages.Refusal(str(error)))
+            self._connection.answer(number, messages.Refusal(str(error)))
             return 1
         pool = ThreadPoolExecutor(THREADS, "work", initializer=lambda: acl.load().set_device(self._device))
-        self._answer(number, ready)
-        while (request := self._receive()) is not None:
+        self._connection.answer(number, ready)
+        while (request := self._connection.receive()) is not None:
             number, message = request
             if isinstance(message, messages.Stop):
                 self._stop(work)
-                self._answer(number, messages.Done())
+                self._connection.answer(number, messages.Done())
                 return 0
             pool.submit(self._do, work, number, message)
         return 0
@@ -113,7 +100,7 @@ class _Child:
             answer = messages.Refusal(str(error))
         except BaseException as error:  # noqa: BLE001 - a defect: the daemon is to hear of it rather than to wait
             answer = messages.Refusal(f"a defect in the card process: {error!r}", started=True)
-        self._answer(number, answer)
+        self._connection.answer(number, answer)
 
     def _stop(self, work: Work) -> None:
         """Gives back what can be given back soon; the end of the process gives back the rest."""
@@ -128,26 +115,6 @@ class _Child:
         closing = threading.Thread(target=close, name="stop", daemon=True)
         closing.start()
         closing.join(_STOP_SECONDS)
-
-    def _receive(self) -> tuple[int, messages.Message] | None:
-        while True:
-            try:
-                packet = self._connection.recv(PACKET_BYTES)
-            except ConnectionError:
-                return None
-            if not packet:
-                return None
-            message = self._joiner.add(packet)
-            if message is not None:
-                return messages.decode(message)
-
-    def _answer(self, number: int, answer: messages.Answer) -> None:
-        with self._sending:
-            try:
-                for packet in split(messages.encode(number, answer)):
-                    self._connection.send(packet)
-            except ConnectionError:  # the daemon is gone, and this process with it
-                os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NOT_FOR_CHILDREN = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID")
+from weight_brokerd.children.environment import inherited
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,7 @@ class CardsConfiguration:
 
     def child_environment(self) -> dict[str, str]:
         """All variables of a card process."""
-        variables = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_CHILDREN}
-        variables.pop("LD_PRELOAD", None)
+        variables = inherited()
         if self.library_path:
             variables["LD_LIBRARY_PATH"] = self.library_path
         if self.preload:

@@ -7,12 +7,11 @@ may come in any order.
 from __future__ import annotations
 
 import enum
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from weight_brokerd.cards.blobs import BlobList
+from weight_brokerd.children.codec import Codec
 
 
 class Role(enum.StrEnum):
@@ -154,80 +153,20 @@ Answer = Ready | Done | Figures | Refusal
 Message = Request | Answer
 
 
-def encode(number: int, message: Message) -> bytes:
-    """A message on the wire."""
-    values = {one.name: getattr(message, one.name) for one in fields(message)}
-    return json.dumps([number, type(message).__name__, values], separators=(",", ":")).encode()
-
-
-def decode(data: bytes) -> tuple[int, Message]:
-    """The number and the message. Raises ValueError for anything that `encode` does not make."""
-    try:
-        number, kind, values = json.loads(data)
-        hints = _HINTS[kind]
-        taken = {name: _TAKE[hints[name]](value) for name, value in values.items()}
-        message = _KINDS[kind](**taken)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not a message: {error!r}") from error
-    return _integer(number), message
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a text")
-    return value
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a number")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is neither true nor false")
-    return value
-
-
-def _integers(value: Any) -> tuple[int, ...]:
-    return tuple(map(_integer, value))
-
-
-def _texts_by_name(value: Any) -> dict[str, str]:
-    return {_text(name): _text(text) for name, text in value.items()}
-
-
-def _seconds(value: Any) -> dict[str, float]:
-    return {_text(name): float(number) for name, number in value.items()}
-
-
-_TAKE: Mapping[Any, Callable[[Any], object]] = {
-    str: _text,
-    int: _integer,
-    bool: _flag,
-    tuple[int, ...]: _integers,
-    dict[str, str]: _texts_by_name,
-    dict[str, float]: _seconds,
-    BlobList: BlobList.from_json,
-}
-_KINDS: Mapping[str, Callable[..., Message]] = {
-    kind.__name__: kind
-    for kind in (
-        Start,
-        Ready,
-        ImportRegion,
-        CloseRegion,
-        Offer,
-        Withdraw,
-        Fetch,
-        CopyWithinCard,
-        Ping,
-        AskFigures,
-        Stop,
-        Done,
-        Figures,
-        Refusal,
-    )
-}
-_HINTS = {name: get_type_hints(kind) for name, kind in _KINDS.items()}
+_KINDS: tuple[Callable[..., Message], ...] = (
+    Start,
+    Ready,
+    ImportRegion,
+    CloseRegion,
+    Offer,
+    Withdraw,
+    Fetch,
+    CopyWithinCard,
+    Ping,
+    AskFigures,
+    Stop,
+    Done,
+    Figures,
+    Refusal,
+)
+CODEC: Codec[Message] = Codec(_KINDS, {BlobList: BlobList.from_json})

@@ -11,6 +11,7 @@ from weight_broker.acl import LIBRARY
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.config import Config
 from weight_brokerd.datasystem.credentials import credentials
+from weight_brokerd.datasystem.settings import client_logs
 
 _LDCONFIG_SECONDS = 10
 _SYSTEM_BINARIES = "/sbin:/usr/sbin:/bin:/usr/bin"
@@ -27,7 +28,7 @@ def cards_configuration(
         credentials=credentials(config.datasystem),
         library_path=cards.library_path,
         preload=cards.preload,
-        log_directory=Path(cards.log_directory) if cards.log_directory else state_directory / "datasystem-clients",
+        log_directory=client_logs(config, state_directory),
         start_seconds=cards.start_seconds,
         import_seconds=cards.import_seconds,
         request_seconds=cards.request_seconds,
