@@ -138,7 +138,7 @@ class CardScene:
 
     def run(
         self,
-        scenario: Callable[[CardSupervisor], Coroutine[Any, Any, None]],
+        scenario: Callable[[CardSupervisor], Coroutine[Any, Any, object]],
         *registered: Owned,
         hooks: Hooks | None = None,
         **changes: Any,
@@ -163,15 +163,17 @@ async def move(
     sides: Sequence[tuple[BlobList, BlobList]] | None = None,
     *,
     timeout: float = 30.0,
+    receiving: CardSupervisor | None = None,
 ) -> Mapping[str, float]:
-    """One whole transfer of registered memory, as the data plane does it: a key for each round."""
+    """One whole transfer of registered memory, as the data plane does it: a key for each round. `receiving`: the
+    destination's supervisor, if it is another host's."""
     seconds: dict[str, float] = {}
     for given, taken in sides or [(source.blobs(), destination.blobs())]:
         key = fresh_key()
         reserve = partial(cards.offer, source.card, key, given)
         end = OfferEnd.ABANDONED
         try:
-            done = await cards.fetch(
+            done = await (receiving or cards).fetch(
                 destination.card, key, taken, [destination.region], timeout=timeout, reserve=reserve
             )
             end = OfferEnd.DELIVERED
