@@ -153,7 +153,8 @@ class CardScene:
                 await scenario(cards)
 
         asyncio.run(whole())
-        assert self.host.violations() == []
+        violations = self.host.violations()
+        assert not violations, violations
 
 
 async def move(
@@ -162,7 +163,7 @@ async def move(
     destination: Owned,
     sides: Sequence[tuple[BlobList, BlobList]] | None = None,
     *,
-    timeout: float = 30.0,
+    timeout: float = 60.0,
     receiving: CardSupervisor | None = None,
 ) -> Mapping[str, float]:
     """One whole transfer of registered memory, as the data plane does it: a key for each round. `receiving`: the

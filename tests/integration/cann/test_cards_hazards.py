@@ -81,12 +81,13 @@ def test_h3_a_slow_reader_gets_the_right_bytes_although_a_fast_one_is_done_and_w
 
     async def scenario(cards: CardSupervisor) -> None:
         await asyncio.gather(cards.warm_up("npu:1"), cards.warm_up("npu:2"))
-        scene.host.inject(Fault.SLOW_LINK, card=2, value=12 * MIB)
+        scene.host.inject(Fault.SLOW_LINK, card=2, value=MIB // 4)
         slowly = asyncio.create_task(move(cards, source, slow))
         await asyncio.sleep(0.3)
         await move(cards, source, fast)
         assert not slowly.done(), "they did not overlap"
         assert cards.health[0].offers == 1, "the slow reader is counted"
+        scene.host.clear()
         await slowly
         assert cards.health[0].offers == 0
         source.fill(None)  # as an instance does when its retraction is answered: now nobody reads

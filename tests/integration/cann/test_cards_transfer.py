@@ -96,10 +96,10 @@ def test_what_does_not_fit_the_regions_is_refused_before_anything_is_touched(sce
             await cards.offer("npu:0", fresh_key(), source.blobs((4 * MIB - 10, 11)))
         taken = destination.blobs((0, 4 * MIB + 1))
         with pytest.raises(CardRefused, match="not within it") as caught:
-            await cards.fetch("npu:1", fresh_key(), taken, [destination.region], timeout=5)
+            await cards.fetch("npu:1", fresh_key(), taken, [destination.region], timeout=30)
         assert not caught.value.touched
         with pytest.raises(CardRefused, match="not mapped here"):
-            await cards.fetch("npu:1", fresh_key(), destination.blobs(), [], timeout=5)
+            await cards.fetch("npu:1", fresh_key(), destination.blobs(), [], timeout=30)
         pid = cards.health[1].receiver_pids
         await move(cards, source, destination)
         assert cards.health[1].receiver_pids == pid, "a refusal costs no process"
