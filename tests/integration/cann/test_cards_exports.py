@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from doubles.cann.control import CannHost
 from support import acl, card_actions, npu_actions
 from support.acl import CHUNK
 from support.card_process import CardProcess
-from support.cards import configuration, supervised
-from support.datasystem_worker import DatasystemWorker
+from support.cards import CardScene
 from support.npu_actions import Place, Shared
 from weight_broker.layout import MemoryFormat
 from weight_broker.memory.npu import Segment, SegmentKind, describe_device
@@ -23,10 +20,9 @@ from weight_brokerd.cards.hooks import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.regions import import_request
 from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import fresh_key
+from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
 
 MIB = 1 << 20
-StartProcess = Callable[..., CardProcess]
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -80,10 +76,8 @@ def requests(prefix: str, shared: Shared) -> list[ImportRegion]:
 
 
 @pytest.mark.parametrize("destination_card", [1, 0], ids=["another card", "the same card"])
-def test_what_one_instance_exports_fills_what_another_exports(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess, destination_card: int
-) -> None:
-    source, destination = Instance(start_process(), 0, 0), Instance(start_process(), destination_card, 1024)
+def test_what_one_instance_exports_fills_what_another_exports(scene: CardScene, destination_card: int) -> None:
+    source, destination = Instance(scene.start_process(), 0, 0), Instance(scene.start_process(), destination_card, 1024)
     source.fill(1)
     destination.fill(100)
     exports = {"source": source.share("it", source.places), "destination": destination.share("it", destination.places)}
@@ -96,33 +90,29 @@ def test_what_one_instance_exports_fills_what_another_exports(
     pieces = plan.pieces(source.layout, exports["source"].placements, exports["destination"].placements)
     ids = [tuple(region.region_id for region in side) for side in (given, taken)]
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker), Hooks(authorize=authorize)) as cards:
-            for region in given:
-                await cards.register(source.card, region)
-            for sent, received in plan.rounds(pieces):
-                blobs, filled = BlobList(ids[0], sent), BlobList(ids[1], received)
-                if source.card == destination.card:
-                    await cards.copy(source.card, blobs, filled, [*given, *taken], timeout=20)
-                    continue
-                key = fresh_key()
-                await cards.offer(source.card, key, blobs)
-                await cards.fetch(destination.card, key, filled, taken, timeout=20)
-                await cards.withdraw(source.card, key, OfferEnd.DELIVERED)
-            assert destination.digests() == source.digests()
-            destination.process.call(npu_actions.unshare, "it")  # refused while anybody has it open
-            for region in given:
-                await cards.unregister(source.card, region.region_id)
-            source.process.call(npu_actions.unshare, "it")
+    async def scenario(cards: CardSupervisor) -> None:
+        for region in given:
+            await cards.register(source.card, region)
+        for sent, received in plan.rounds(pieces):
+            blobs, filled = BlobList(ids[0], sent), BlobList(ids[1], received)
+            if source.card == destination.card:
+                await cards.copy(source.card, blobs, filled, [*given, *taken], timeout=20)
+                continue
+            key = fresh_key()
+            await cards.offer(source.card, key, blobs)
+            await cards.fetch(destination.card, key, filled, taken, timeout=20)
+            await cards.withdraw(source.card, key, OfferEnd.DELIVERED)
+        assert destination.digests() == source.digests()
+        destination.process.call(npu_actions.unshare, "it")  # refused while anybody has it open
+        for region in given:
+            await cards.unregister(source.card, region.region_id)
+        source.process.call(npu_actions.unshare, "it")
 
-    asyncio.run(scenario())
-    assert cann_host.violations() == []
+    scene.run(scenario, hooks=Hooks(authorize=authorize))
 
 
-def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go_one_by_one(
-    cann_host: CannHost, worker: DatasystemWorker, start_process: StartProcess
-) -> None:
-    instance = Instance(start_process(), 0, 0)
+def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go_one_by_one(scene: CardScene) -> None:
+    instance = Instance(scene.start_process(), 0, 0)
     whole = requests("whole", instance.share("whole", instance.places))
     part = requests("part", instance.share("part", instance.places[:1] + instance.places[3:4]))
     assert {len(region.shareable_handles) for region in whole + part} == {0, 1, 2}
@@ -130,19 +120,17 @@ def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go
     async def authorize(region_id: str, bare_tgid: int) -> None:
         await asyncio.to_thread(instance.process.call, npu_actions.admit, region_id.partition("/")[0], bare_tgid)
 
-    async def scenario() -> None:
-        async with supervised(configuration(cann_host, worker), Hooks(authorize=authorize)) as cards:
-            for region in whole + part:
-                await cards.register("npu:0", region)
-            for regions in (whole, part):
-                for region in regions:
-                    await cards.unregister("npu:0", region.region_id)
-                if regions is whole:
-                    for region in part:  # still there
-                        every = BlobList((region.region_id,), plan.rounds([plan.Piece(0, 0, 0, 0, MIB)])[0].source)
-                        await cards.offer("npu:0", fresh_key(), every)
-            pid = cards.health[0].sender_pid
-            assert not {"imports", "mappings", "reservations"} & set(cann_host.live(pid))
+    async def scenario(cards: CardSupervisor) -> None:
+        for region in whole + part:
+            await cards.register("npu:0", region)
+        for regions in (whole, part):
+            for region in regions:
+                await cards.unregister("npu:0", region.region_id)
+            if regions is whole:
+                for region in part:  # still there
+                    every = BlobList((region.region_id,), plan.rounds([plan.Piece(0, 0, 0, 0, MIB)])[0].source)
+                    await cards.offer("npu:0", fresh_key(), every)
+        pid = cards.health[0].sender_pid
+        assert not {"imports", "mappings", "reservations"} & set(scene.host.live(pid))
 
-    asyncio.run(scenario())
-    assert cann_host.violations() == []
+    scene.run(scenario, hooks=Hooks(authorize=authorize))
