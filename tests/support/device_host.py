@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,9 +25,13 @@ class DeviceHost:
         self._stack = ExitStack()
 
     def start_broker(
-        self, *, worker_port: int | None = None, faults: dict[Fault, float] | None = None, **environment: str
+        self,
+        *,
+        worker_port: int | None = None,
+        faults: dict[Fault, float] | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> BrokerProcess:
-        """A broker that serves the host's cards."""
+        """A broker that serves the host's cards. `settings`: more variables."""
         double = self.cann.environment(faults=faults)
         preload = double.pop("LD_PRELOAD")
         del double["LD_LIBRARY_PATH"]
@@ -40,7 +45,7 @@ class DeviceHost:
                 "WEIGHT_BROKER_CARDS_PRELOAD": preload,
                 "WEIGHT_BROKER_CARDS_START_SECONDS": "20",
                 "WEIGHT_BROKER_DATASYSTEM_WORKER_ADDRESS": f"127.0.0.1:{port}",
-                **environment,
+                **(settings or {}),
             },
         )
         self._stack.callback(broker.close)

@@ -71,7 +71,7 @@ _clients: list[BrokerClient] = []
 def client() -> BrokerClient:
     """This process's."""
     if not _clients:
-        _clients.append(BrokerClient(name=os.environ.get("INSTANCE_NAME", "")))
+        _clients.append(BrokerClient(name=os.environ.get("INSTANCE_NAME", ""), connect_timeout=20.0))
     return _clients[0]
 
 
