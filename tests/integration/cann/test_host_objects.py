@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 from support.asynchronous import on_a_loop
 from support.cards import until
 from support.datasystem_worker import DatasystemWorker, require_wheel
-from weight_brokerd.datasystem import objects
+from weight_brokerd.datasystem import objects, worker_command
+from weight_brokerd.datasystem.credentials import credentials
 from weight_brokerd.datasystem.errors import (
     ObjectError,
     ObjectNotFound,
@@ -26,6 +29,7 @@ from weight_brokerd.datasystem.errors import (
 )
 from weight_brokerd.datasystem.object_value import ObjectValue
 from weight_brokerd.datasystem.objects import HostObjects, ObjectsConfiguration
+from weight_brokerd.settings import DatasystemSettings
 
 MIB = 1 << 20
 ARENAS = 16
@@ -337,3 +341,17 @@ async def test_the_check_finds_a_worker_that_gives_other_bytes_back(
         monkeypatch.setattr(host_objects, "get", other)
         with pytest.raises(ObjectError, match="other bytes"):
             await host_objects.check(timeout=20)
+
+
+@pytest.mark.parametrize(("module", "client"), [("kv_client", "KVClient"), ("hetero_client", "HeteroClient")])
+def test_credentials_have_the_names_of_the_clients_arguments(module: str, client: str, tmp_path: Path) -> None:
+    require_wheel()
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    files = {one.name: str(secret) for one in fields(DatasystemSettings) if one.name.endswith("_file")}
+    given = credentials(DatasystemSettings(tenant_id="tenant", **files))  # type: ignore[arg-type]
+    source = (worker_command.wheel() / f"{module}.py").read_text()
+    (definition,) = (one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == client)
+    (constructor,) = (one for one in definition.body if isinstance(one, ast.FunctionDef) and one.name == "__init__")
+    assert len(given) == 7
+    assert given.keys() <= {argument.arg for argument in constructor.args.args}
