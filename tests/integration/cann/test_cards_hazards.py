@@ -196,7 +196,7 @@ def test_h11_every_thread_of_a_card_process_has_its_card(scene: CardScene) -> No
         await asyncio.gather(*(cards.offer("npu:1", key, packed) for key in keys))
         (figures,) = (await cards.figures("npu:1")).values()
         assert (figures.keys, figures.staging_bytes) == (40, 80 * MIB)
-        await asyncio.gather(*(cards.withdraw("npu:1", key, OfferEnd.UNREAD) for key in keys))
+        await asyncio.gather(*(cards.withdraw("npu:1", key, OfferEnd.UNREAD) for key in [*keys, *keys]))
         (figures,) = (await cards.figures("npu:1")).values()
         assert (figures.keys, figures.staging_bytes) == (0, 0)
         assert cards.health[0].retiring_pids == ()
