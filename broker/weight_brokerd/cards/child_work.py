@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weight_broker.acl import Acl, AclError
 from weight_brokerd.cards import messages
@@ -22,6 +22,8 @@ race it and leave an entry behind."""
 @dataclass(slots=True)
 class _Offered:
     staging: Staging
+    withdrawing: threading.Lock = field(default_factory=threading.Lock)
+    """Whoever asks a second time waits for the first, and finds nothing left to do."""
 
 
 class Work:
@@ -90,11 +92,14 @@ class Work:
     def _withdraw(self, key: str, wait_ms: int) -> messages.Done:
         clock = _Clock()
         offered = self._offers.get(key)
-        if offered is not None:
-            self._engine.withdraw(key, wait_ms / 1000)
-            clock.stop("dev_local_delete")
-            offered.staging.free()
-            self._offers.pop(key, None)
+        if offered is None:
+            return messages.Done()
+        with offered.withdrawing:
+            if key in self._offers:
+                self._engine.withdraw(key, wait_ms / 1000)
+                clock.stop("dev_local_delete")
+                offered.staging.free()
+                del self._offers[key]
         return messages.Done(clock.seconds)
 
     def _fetch(self, request: messages.Fetch) -> messages.Answer:

@@ -69,7 +69,7 @@ def test_a_killed_receiver_that_the_driver_does_not_let_go_in_time_is_not_called
         assert caught.value.touched
         assert not caught.value.quiesced
 
-    scene.run(scenario, source, exit_seconds=0.0)
+    scene.run(scenario, source, exit_seconds=0.0, check_driver=False)
 
 
 def test_bytes_do_not_arrive_after_a_fetch_was_given_up(scene: CardScene) -> None:
@@ -89,7 +89,7 @@ def test_bytes_do_not_arrive_after_a_fetch_was_given_up(scene: CardScene) -> Non
         await asyncio.sleep(0.8)
         assert destination.digest() == content
 
-    scene.run(scenario, source)
+    scene.run(scenario, source, check_driver=False)
 
 
 def test_while_one_reader_hangs_the_readers_that_run_are_served_by_the_old_sender_to_their_end(
@@ -117,7 +117,7 @@ def test_while_one_reader_hangs_the_readers_that_run_are_served_by_the_old_sende
         await until(lambda: cards.health[0].retiring_pids == ())
         assert not is_alive(old)
 
-    scene.run(scenario, source)
+    scene.run(scenario, source, check_driver=False)
 
 
 def test_an_instance_that_dies_while_its_memory_is_read_costs_one_fetch_and_no_other_publication(
@@ -149,7 +149,7 @@ def test_an_instance_that_dies_while_its_memory_is_read_costs_one_fetch_and_no_o
         assert set(scene.host.used_bytes()) == {0, 1}
         await until(lambda: scene.host.used_bytes() == {0: 28 * MIB, 1: 24 * MIB})
 
-    scene.run(scenario, dying, living)
+    scene.run(scenario, dying, living, check_driver=False)
 
 
 def test_a_sender_that_dies_is_replaced_by_one_with_the_same_memory_and_its_readers_are_told(scene: CardScene) -> None:
@@ -180,7 +180,7 @@ def test_a_sender_that_dies_is_replaced_by_one_with_the_same_memory_and_its_read
         await move(cards, source, destination)
         assert cards.health[0].state is CardState.READY
 
-    scene.run(scenario, source, gone, hooks=hooks)
+    scene.run(scenario, source, gone, hooks=hooks, check_driver=False)
     assert destination.digest() == source.digest()
 
 
@@ -202,7 +202,7 @@ def test_a_receiver_that_dies_is_an_error_at_once_and_the_next_fetch_works(scene
         scene.host.clear()
         await move(cards, source, destination)
 
-    scene.run(scenario, source)
+    scene.run(scenario, source, check_driver=False)
     assert destination.digest() == source.digest()
 
 
@@ -221,7 +221,7 @@ def test_an_engine_that_fails_costs_the_receiver_because_it_may_go_on_writing(sc
         await cards.withdraw("npu:0", key, OfferEnd.ABANDONED)
         await move(cards, source, destination)
 
-    scene.run(scenario, source)
+    scene.run(scenario, source, check_driver=False)
     assert destination.digest() == source.digest()
 
 
@@ -239,7 +239,7 @@ def test_without_a_worker_everything_is_refused_at_once_and_says_so(scene: CardS
         assert {card.state for card in cards.health} == {CardState.DEGRADED}
         assert "no datasystem worker" in cards.health[0].problem
 
-    scene.run(scenario, worker_port=nobody)
+    scene.run(scenario, worker_port=nobody, check_driver=False)
 
 
 def test_a_card_that_does_not_open_is_told_in_the_drivers_words_and_the_others_serve(scene: CardScene) -> None:
@@ -265,7 +265,7 @@ def test_a_card_that_does_not_open_is_told_in_the_drivers_words_and_the_others_s
         seen.append(cards.health[2].state)
         assert seen == [CardState.DEGRADED, CardState.READY]
 
-    scene.run(scenario)
+    scene.run(scenario, check_driver=False)
 
 
 def test_no_driver_at_all_is_a_reason_too(scene: CardScene) -> None:
@@ -273,7 +273,7 @@ def test_no_driver_at_all_is_a_reason_too(scene: CardScene) -> None:
         assert cards.health == []
         assert "libascendcl.so" in cards.problem
 
-    scene.run(scenario, library_path="/nowhere", preload="")
+    scene.run(scenario, library_path="/nowhere", preload="", check_driver=False)
 
 
 def test_memory_that_the_driver_does_not_import_is_refused_and_the_card_goes_on(scene: CardScene) -> None:
@@ -295,7 +295,7 @@ def test_memory_that_the_driver_does_not_import_is_refused_and_the_card_goes_on(
         scene.host.clear()
         await move(cards, source, destination)
 
-    scene.run(scenario)
+    scene.run(scenario, check_driver=False)
     assert destination.digest() == source.digest()
 
 
@@ -313,7 +313,7 @@ def test_signals_that_the_whole_service_gets_do_not_end_a_card_process_before_th
         await move(cards, source, destination)
         assert pids == [cards.health[0].sender_pid, *cards.health[1].receiver_pids]
 
-    scene.run(scenario, source)
+    scene.run(scenario, source, check_driver=False)
 
 
 DAEMON = """
@@ -389,6 +389,6 @@ def test_a_worker_that_was_killed_and_started_again_serves_the_next_fetch(
         assert destination.digest() == source.digest()
 
     try:
-        scene.run(scenario, source)
+        scene.run(scenario, source, check_driver=False)
     finally:
         worker.close()

@@ -196,7 +196,7 @@ def test_h11_every_thread_of_a_card_process_has_its_card(scene: CardScene) -> No
         await asyncio.gather(*(cards.offer("npu:1", key, packed) for key in keys))
         (figures,) = (await cards.figures("npu:1")).values()
         assert (figures.keys, figures.staging_bytes) == (40, 80 * MIB)
-        await asyncio.gather(*(cards.withdraw("npu:1", key, OfferEnd.UNREAD) for key in keys))
+        await asyncio.gather(*(cards.withdraw("npu:1", key, OfferEnd.UNREAD) for key in [*keys, *keys]))
         (figures,) = (await cards.figures("npu:1")).values()
         assert (figures.keys, figures.staging_bytes) == (0, 0)
         assert cards.health[0].retiring_pids == ()
@@ -230,8 +230,7 @@ def test_h12_a_process_whose_fetch_hangs_goes_on_answering(scene: CardScene) -> 
         (figures,) = (await cards.figures("npu:1")).values()
         assert figures.imports == 1
         assert not moving.done(), "it was over before"
-        moving.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await moving
+        scene.host.clear()
+        await moving
 
     scene.run(scenario, source)
