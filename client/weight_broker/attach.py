@@ -155,7 +155,7 @@ class AttachConnection:
                 # lease stays behind that nobody here knows of. What is published is published again.
                 self._break_off(self._socket)
                 raise BrokerUnavailable(
-                    f"the broker does not answer on {self.path}; it did not in the time it was given"
+                    f"the broker does not answer on {self.path} within the time it was given"
                 ) from None
             except OSError as error:
                 raise NotAttached(f"the broker closed the attach connection ({error.strerror or error})") from None
