@@ -1,6 +1,9 @@
-"""`weight-broker demo --device npu`: the main job on Ascend cards. The instance on the first card loads a checkpoint from
-disk and publishes it; instances on the other cards, started at once, are filled from it; then the first is killed and one
-that starts in its place is filled from the others. Fails unless all of them have the checkpoint's bytes, bit for bit."""
+"""`weight-broker demo --device npu`: the main job on Ascend cards.
+
+The instance on the first card loads a checkpoint from disk and publishes it; instances on the other cards, started at
+once, are filled from it; then the first is killed and one that starts in its place is filled from the others. Fails
+unless all of them have the checkpoint's bytes, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,8 @@ def run(options: argparse.Namespace) -> ExitCode:
         framework = framework_of(options.framework)
         model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
         with CardStage(model_dir, framework, progress) as stage:
-            report, state = stage.play(options.instances)
+            stage.start(options.instances)
+            report, state = stage.play()
         failures = report.failures()
         if options.json:
             output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
@@ -143,17 +147,30 @@ class CardStage(Stage):
         self._files = checkpoint_files(model_dir)
         self._cards: list[int] = []
 
-    def play(self, count: int | None) -> tuple[CardReport, State]:
-        """Runs everything; returns what was measured and the broker's state while all instances were alive."""
+    @property
+    def cards(self) -> list[int]:
+        """Indices of the cards that are used."""
+        return self._cards
+
+    def start(self, count: int | None) -> pb.Host:
+        """Starts the broker; the host as it is then. `count`: instances that are to be started at once."""
         with self._progress.step("starting a broker and its datasystem worker, asking the driver for its cards"):
             start_broker(self)
-            self._cards = self._usable(wait_for_cards(self, self._check), count)
+            host = wait_for_cards(self, self._check)
+        self._cards = self._usable(host, count)
+        return host
+
+    def play(self) -> tuple[CardReport, State]:
+        """Runs everything; returns what was measured and the broker's state while all instances were alive."""
         first = self._instance("instance 1", self._cards[0])
         self._open([first])
         page_cache.evict(self._files)
         share = page_cache.resident_share(self._files)
         with self._progress.step(f"{first.name} loads from disk into its card and publishes"):
             first_result = self._results([first])[0]
+        if first_result.problems:  # without a source there is nothing to see
+            log = self.processes[0].log_end()
+            raise CommandError(f"{first.name} is no source: {'; '.join(first_result.problems)}\nthe broker:{log}")
         warm_result = self._load_warm()
         others = [self._instance(f"instance {number + 2}", card) for number, card in enumerate(self._cards[1:])]
         self._open(others)

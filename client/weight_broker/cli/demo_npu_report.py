@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "ready: until every byte is on the card and verified; of that, read: the checkpoint from disk into the card, ask: "
-    "the broker, wait: for others, map: memory is exported and mapped, card processes and communicators are set up, "
-    "move: the bytes, verify: digests on the card. GB/s: over read or move. x cold, x warm: how many times sooner ready "
-    "than instance 1 and than `warm disk`, a load from a warm page cache without a broker. Afterwards: publish."
+    "the broker, wait: for others, map: exporting and mapping memory, starting card processes and communicators, move: "
+    "the bytes, verify: digests on the card. GB/s: over read or move. x cold, x warm: how many times sooner ready than "
+    "instance 1 and than `warm disk`, a load from a warm page cache without a broker. Afterwards: publish."
 )
 PHASES = {
     "wait": ("wait",),

@@ -130,6 +130,13 @@ class Answering(Process):
 
     def answer(self, event: str, deadline: float, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Its next answer, which has to be of this kind."""
+        answer = self.next_answer(deadline, tick)
+        if answer.get("event") != event:
+            raise CommandError(f"{self.name} answered {answer.get('event')!r}, not {event!r}")
+        return answer
+
+    def next_answer(self, deadline: float, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Its next answer."""
         if self._child.stdout is None:
             raise AssertionError("started with a pipe")
         with selectors.DefaultSelector() as selector:
@@ -146,8 +153,6 @@ class Answering(Process):
                     raise CommandError(f"{self.name} did not answer in time{self.log_end()}")
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
-        if answer.get("event") != event:
-            raise CommandError(f"{self.name} answered {answer.get('event')!r}, not {event!r}")
         return answer
 
 

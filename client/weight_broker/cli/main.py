@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_explain(commands)
     _add(commands, "watch", "print the state, then every change as it happens")
+    _add_answer_timeout(_add(commands, "doctor", "check what can be wrong here, and say what to do about it"))
     _add_drain(commands)
     _add_evict(commands)
     _add_quarantine(commands)

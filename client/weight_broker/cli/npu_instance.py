@@ -1,8 +1,8 @@
-"""One instance on an Ascend card, a process of its own, for the demo and for `ascend-check`: gets a model's weights into
-its card's memory, from a peer or from disk, and stays until told to go.
+"""One instance on an Ascend card, a process of its own, for the demo and for `ascend-check`.
 
-It is told what to do by one argument (JSON) and by lines on standard input: `begin` loads, `digest` reads everything
-back from the card; the end of the input ends it. It answers with JSON lines on standard output.
+It gets a model's weights into its card's memory, from a peer or from disk, and stays until told to go. What to do is in
+one argument (JSON) and in lines on standard input: `begin` loads, `digest` reads everything back from the card; the end
+of the input ends it. It answers with JSON lines on standard output.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _load(
 
 
 def _sizes(memory: CardMemory) -> list[int]:
-    return [getattr(one, "storage_bytes", None) or getattr(one, "nbytes", 0) for one in memory.tensors.values()]
+    return [int(getattr(one, "storage_bytes", 0) or getattr(one, "nbytes", 0)) for one in memory.tensors.values()]
 
 
 def _disk_bytes() -> int | None:

@@ -31,8 +31,9 @@ _BUFFER_BYTES = 32 << 20
 class CardMemory(Protocol):
     """Where an instance keeps its weights."""
 
-    tensors: Mapping[str, Any]
-    """What is handed to the broker, by name."""
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """What is handed to the broker, by name."""
 
     def load(self) -> None:
         """Reads the checkpoint from disk."""
