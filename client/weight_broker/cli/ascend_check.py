@@ -13,7 +13,7 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from weight_broker import __version__
@@ -24,7 +24,7 @@ from weight_broker.cli.demo_npu_report import CardReport
 from weight_broker.cli.demo_stage import stoppable
 from weight_broker.cli.doctor import Finding, Verdict
 from weight_broker.cli.failure import CommandError, ExitCode
-from weight_broker.cli.inspector import State
+from weight_broker.cli.inspector import Inspector, State
 from weight_broker.cli.progress import Progress
 from weight_broker.errors import BrokerError
 from weight_broker.memory import npu_driver
@@ -69,15 +69,22 @@ def _run(options: argparse.Namespace) -> int:
         host = stage.start(options.instances)
         with progress.step("single steps, without a broker"):
             steps = _steps(stage, host, options)
-        report, state = stage.play()
+        report, why_not = None, ""
+        try:
+            report, state = stage.play()
+        except CommandError as error:  # the report is to say so
+            why_not = f"the main job: {error}"
+            with Inspector(stage.runtime_directory) as inspector:
+                state = inspector.state()
+    failures = [f"{row.what}: {row.problem}" for row in steps.failures()]
+    failures += report.failures() if report is not None else [why_not]
     findings = doctor_ascend.findings(state)
-    written = "\n".join(_report(options, framework, host, findings, steps, report, state)) + "\n"
+    written = "\n".join(_report(options, framework, host, findings, steps, report, state, failures)) + "\n"
     if options.report is not None:
         options.report.write_text(written)
         print(f"the report is in {options.report}", file=sys.stderr)
     else:
         sys.stdout.write(written)
-    failures = [f"{row.what}: {row.problem}" for row in steps.failures()] + report.failures()
     for failure in failures:
         print(f"ascend-check: {failure}", file=sys.stderr)
     return ExitCode.FAILED if failures else ExitCode.DONE
@@ -118,17 +125,17 @@ def _report(
     host: pb.Host,
     findings: list[Finding],
     steps: Steps,
-    report: CardReport,
+    report: CardReport | None,
     state: State,
+    failures: Sequence[str],
 ) -> Iterator[str]:
     yield f"# Ascend check of {host.hostname}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
     yield ""
-    failed = steps.failures()
-    problems = report.failures()
-    verdict = (
-        "Everything worked." if not (failed or problems) else f"{len(failed) + len(problems)} things did NOT work."
-    )
-    yield f"**{verdict}** " + (report.verdict() if not problems else "")
+    verdict = "Everything worked." if not failures else f"{len(failures)} things did NOT work."
+    yield f"**{verdict}** " + (report.verdict() if report is not None and not report.failures() else "")
+    if failures:
+        yield ""
+        yield from (f"- {_cell(one)}" for one in failures)
     yield from ("", "## Host", "", "| What | |", "|---|---|")
     yield from (f"| {name} | {_cell(value)} |" for name, value in _host(host, framework))
     yield from ("", "## Checks", "", "| Check | Verdict | Found |", "|---|---|---|")
@@ -140,14 +147,14 @@ def _report(
     yield from ("", "| Step | Size | Seconds | GB/s | Least to most |", "|---|---|---|---|---|")
     yield from map(_step, steps.rows)
     yield from ("", "## The main job, through the broker", "")
-    rows = report.rows()
-    yield "| " + " | ".join(rows[0]) + " |"
-    yield "|" + "---|" * len(rows[0])
-    yield from ("| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows)
-    yield from ("", demo_npu_report.LEGEND, "", report.cold_sentence())
-    yield from ("", "### What did not work", "") if failed or problems else ()
-    yield from (f"- {_cell(row.what)}: {_cell(row.problem)}" for row in failed)
-    yield from (f"- {_cell(problem)}" for problem in problems)
+    if report is None:
+        yield "It did not come to its end."
+    else:
+        rows = report.rows()
+        yield "| " + " | ".join(rows[0]) + " |"
+        yield "|" + "---|" * len(rows[0])
+        yield from ("| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows)
+        yield from ("", demo_npu_report.LEGEND, "", report.cold_sentence())
     yield from ("", "### Resident at the end", "", "| Card | State | Regions | Instances |", "|---|---|---|---|")
     for card in state.host.cards:
         names = [
@@ -202,7 +209,7 @@ def _step(row: Row) -> str:
 
 
 def _cell(value: str) -> str:
-    return text.plain(value).replace("|", "\\|")
+    return text.plain(value.replace("\n", " ")).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class _Card:
         self._engine: Engine | None = None
 
     def open(self) -> dict[str, Any]:
-        """Opens the card, as the broker's processes do: without aclInit, which is for the datasystem's client to call."""
+        """Opens the card as the broker's processes do: without aclInit, which the datasystem's client calls."""
         began = time.monotonic()
         self._runtime.set_device(self._index)
         seconds = time.monotonic() - began

@@ -131,8 +131,8 @@ def _connect(process: CardProcess, worker: tuple[str, int]) -> list[float]:
 def _link(
     steps: Steps, source: CardProcess, other: CardProcess, name: str, what: str, size: int, rounds: int, *, first: bool
 ) -> None:
-    """dev_mset and dev_mget under a fresh key each time, as the broker does it. The `first` between two processes sets a
-    communicator up, and what arrives is compared."""
+    """dev_mset and dev_mget under a fresh key each time, as the broker does it. The `first` between two processes sets
+    a communicator up. What arrives is compared once."""
     offers: list[float] = []
     fetches: list[float] = []
 
