@@ -22,8 +22,8 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
 
-.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend lint types generate check-generated proto-baseline \
-	benchmark benchmark-ascend clean
+.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend lint types generate check-generated \
+	proto-baseline benchmark benchmark-ascend clean
 .DEFAULT_GOAL := help
 
 help:  ## show the commands
