@@ -37,8 +37,8 @@ NOT_RUN = {
     r"pip install 'weight-broker\[broker,cli\]'": "needs a package index that has it; tests/e2e installs the wheel",
     r"docker run .*": "needs Ascend's images and devices",
     r"ASCEND_RT_VISIBLE_DEVICES=. vllm serve .*": "needs an NPU and vLLM",
-    r"weight-broker demo --device npu .*": "needs NPUs; tests/integration/cann/test_demo_ascend.py runs it on the double",
-    r"deploy/ascend-check.sh .*": "needs NPUs; tests/integration/cann/test_ascend_check.py runs it on the double",
+    r"weight-broker demo --device npu .*": "needs NPUs; tests/integration/cann/test_demo_ascend.py has a double",
+    r"deploy/ascend-check.sh .*": "needs NPUs; tests/integration/cann/test_ascend_check.py has a double",
     r"grpcurl .*": "is not a package that tests can depend on; the same is asked with buf curl",
 }
 """Commands that cannot run in a test, each with the reason. All others run."""

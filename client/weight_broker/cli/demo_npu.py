@@ -193,7 +193,10 @@ class CardStage(Stage):
             (tensor.name, npu_memory.file_content(tensor)) for tensor in npu_memory.checkpoint(self._model_dir)
         )
         changed = [name for name, found in again.items() if digests.setdefault(name, found) != found]
-        return CardReport(first_result, warm_result, tuple(results), digests, expected, changed, share), state
+        report = CardReport(first_result, warm_result, tuple(results), digests, expected, changed, share)
+        if report.failures():
+            self._progress.say(f"the broker's log ends with:{self.processes[0].log_end(40)}")
+        return report, state
 
     def _usable(self, host: pb.Host, count: int | None) -> list[int]:
         """Indices of the cards to be used: one more than the instances that are started at once."""

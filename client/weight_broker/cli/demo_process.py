@@ -59,9 +59,9 @@ class Process:
         if self._child.poll() is not None:
             raise CommandError(f"{self.name} ended with {self._child.returncode}{self.log_end()}")
 
-    def log_end(self) -> str:
+    def log_end(self, count: int = _LOG_LINES) -> str:
         """The last lines that it wrote, for an error message."""
-        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        lines = self._log.read_text(errors="replace").splitlines()[-count:]
         return "".join(f"\n    {line}" for line in lines)
 
     def ask_to_stop(self) -> None:
