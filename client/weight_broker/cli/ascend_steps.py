@@ -19,6 +19,7 @@ from weight_broker.cli.failure import CommandError
 
 _STEP_SECONDS = 600.0
 _FETCH_MILLISECONDS = 60_000
+_CONNECT_SECONDS = 30.0
 _LEAST_BLOB_BYTES = 2 << 20  # the engine gathers smaller ones in a buffer of its own
 
 
@@ -124,8 +125,17 @@ def measure(
 
 
 def _connect(process: CardProcess, worker: tuple[str, int]) -> list[float]:
-    answer = process.ask("connect", host=worker[0], port=worker[1])
-    return [answer["seconds"] + answer["warm_up_seconds"]]
+    """The time of the attempt that succeeds: a worker that was just started refuses device objects at first."""
+    deadline = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            answer = process.ask("connect", host=worker[0], port=worker[1])
+        except StepFailedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
+        else:
+            return [answer["seconds"] + answer["warm_up_seconds"]]
 
 
 def _link(

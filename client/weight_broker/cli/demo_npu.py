@@ -119,7 +119,8 @@ def wait_for_cards(stage: Stage, tick: Callable[[], None]) -> pb.Host:
             host = inspector.host()
             if host.device_problem:
                 raise CommandError(f"the broker serves no cards: {host.device_problem}")
-            if host.cards and host.datasystem_worker.reachable:
+            # A managed worker listens before it serves; until then there is a problem.
+            if host.cards and host.datasystem_worker.reachable and not host.datasystem_worker.problem:
                 return host
             if time.monotonic() > deadline:
                 why = host.datasystem_worker.problem or "the datasystem worker is not reachable"
