@@ -22,12 +22,12 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
 
-.PHONY: help find-python demo test test-slow test-ascend lint types generate check-generated proto-baseline benchmark \
-	benchmark-ascend clean
+.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend lint types generate check-generated \
+	proto-baseline benchmark benchmark-ascend clean
 .DEFAULT_GOAL := help
 
 help:  ## show the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	@echo "== creating $(VENV) (about 1 GB, once)"
@@ -44,6 +44,12 @@ find-python:  ## print the interpreter that make would use
 
 demo: $(STAMP)  ## run the main job: one cold load, then instances filled from it
 	$(RUN)weight-broker demo $(DEMO_ARGUMENTS)
+
+# The engine's own wheel and worker, and the broker's own calls of Ascend's runtime, on the double of the driver.
+demo-ascend-double: $(STAMP)  ## run the main job on 4 cards of a double of Ascend's driver (needs gcc)
+	$(RUN)pip install --quiet openyuanrong-datasystem==0.8.1
+	PYTHONPATH=tests $(RUN)python -m doubles.cann.run --cards 4 \
+	  $(RUN)weight-broker demo --device npu --framework acl --size 300MB $(DEMO_ARGUMENTS)
 
 test: $(STAMP)  ## run the tests
 	$(RUN)pytest -m 'not slow' $(PYTEST_ARGUMENTS)

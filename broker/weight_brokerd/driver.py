@@ -17,6 +17,7 @@ import structlog
 
 from weight_broker.errors import InvalidArgument, NotAttached, Reason, TransferFailed, from_reason
 from weight_brokerd.attach.server import PeerCredentials, Session
+from weight_brokerd.cards.supervisor import count_by_state
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import (
@@ -379,6 +380,7 @@ class Driver:
             running_transfers=len(core.transfers.running),
             waiting_acquisitions=sum(1 for one in core.acquisitions.values() if not one.transfer_id),
             cold_load_leases=sum(1 for record in core.weight_sets if record.lease is not None),
+            cards=count_by_state(self.devices.health if self.devices is not None else ()),
         )
 
     # Decisions

@@ -32,6 +32,7 @@ IMPORT_WITH_PEER_ACCESS = 1
 _MALLOC_HUGE_FIRST = 0
 _HANDLE_TYPE_NONE = 0
 _HUGE_PAGES = 1
+_LOCATION_DEVICE = 1
 
 _POINTER, _SIZE, _FLAGS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
 _INT32, _UINT32, _TEXT = ctypes.c_int32, ctypes.c_uint32, ctypes.c_char_p
@@ -54,6 +55,7 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "aclrtIpcMemClose": (_TEXT,),
     "aclrtReserveMemAddress": (_POINTER, _SIZE, _SIZE, _POINTER, _FLAGS),
     "aclrtReleaseMemAddress": (_POINTER,),
+    "aclrtMallocPhysical": (_POINTER, _SIZE, _POINTER, _FLAGS),
     "aclrtMapMem": (_POINTER, _SIZE, _SIZE, _POINTER, _FLAGS),
     "aclrtUnmapMem": (_POINTER,),
     "aclrtFreePhysical": (_POINTER,),
@@ -62,6 +64,19 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "aclrtMemSetPidToShareableHandle": (_FLAGS, _POINTER, _SIZE),
     "aclrtMemImportFromShareableHandle": (_FLAGS, _INT32, _POINTER),
 }
+
+
+class _PhysicalProperties(ctypes.Structure):
+    """aclrtPhysicalMemProp; zeros are: no handle type, pinned, huge pages."""
+
+    _fields_ = (
+        ("handle_type", _UINT32),
+        ("allocation_type", _UINT32),
+        ("memory_attribute", _UINT32),
+        ("location_id", _UINT32),
+        ("location_type", _UINT32),
+        ("reserved", _FLAGS),
+    )
 
 
 class MemcpyKind(enum.IntEnum):
@@ -215,6 +230,12 @@ class Acl:
     def release_address(self, address: int) -> None:
         """Of `reserve_address`; nothing may be mapped there any more."""
         self._call("aclrtReleaseMemAddress", address)
+
+    def malloc_physical(self, size: int, device: int) -> int:
+        """The handle of a fresh chunk of `size` bytes (a multiple of 2 MiB) on a device, for `map` and in the end
+        `free_physical`."""
+        properties = _PhysicalProperties(location_id=device, location_type=_LOCATION_DEVICE)
+        return self._address("aclrtMallocPhysical", size, ctypes.byref(properties), 0)
 
     def map(self, address: int, size: int, handle: int) -> None:
         """Maps a chunk of `size` bytes into reserved addresses."""

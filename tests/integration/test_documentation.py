@@ -35,6 +35,10 @@ NOT_RUN = {
     r"journalctl .*": "needs a host that systemd has booted; see tests/e2e",
     r"cd deploy/systemd": "prepares commands that are not run",
     r"pip install 'weight-broker\[broker,cli\]'": "needs a package index that has it; tests/e2e installs the wheel",
+    r"docker run .*": "needs Ascend's images and devices",
+    r"ASCEND_RT_VISIBLE_DEVICES=. vllm serve .*": "needs an NPU and vLLM",
+    r"weight-broker demo --device npu .*": "needs NPUs; tests/integration/cann/test_demo_ascend.py has a double",
+    r"deploy/ascend-check.sh .*": "needs NPUs; tests/integration/cann/test_ascend_check.py has a double",
     r"grpcurl .*": "is not a package that tests can depend on; the same is asked with buf curl",
 }
 """Commands that cannot run in a test, each with the reason. All others run."""
@@ -42,6 +46,7 @@ NOT_RUN = {
 RUN_INSTEAD = {
     "make demo": "make --dry-run demo",  # takes minutes and gigabytes; the demo has tests of its own
     "make test": "make --dry-run test",  # this is part of it
+    "make demo-ascend-double": "make --dry-run demo-ascend-double",  # minutes; tests/integration/cann runs the same
     # Without an end of its own.
     "weight-broker watch": "timeout --preserve-status --signal=INT 3 weight-broker watch || test $? = 130",
 }

@@ -6,7 +6,8 @@ import asyncio
 import enum
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -56,6 +57,12 @@ class CardHealth:
     regions: int
     offers: int
     fetches: int
+
+
+def count_by_state(cards: Iterable[CardHealth]) -> dict[str, int]:
+    """How many cards are in each state; all states are named."""
+    counted = Counter(card.state for card in cards)
+    return {state.value: counted[state] for state in CardState}
 
 
 @dataclass(slots=True)

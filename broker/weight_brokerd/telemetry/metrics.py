@@ -3,7 +3,8 @@
 Names and labels:
 - `grpc_server_call_started_total{grpc_method}` and `grpc_server_call_duration_seconds{grpc_method, grpc_status}`, after
   gRFC A66. Health and reflection are counted as `other`.
-- `weight_broker_<field>` for every field of `Counts`, read when Prometheus asks.
+- `weight_broker_<field>` for every number in `Counts`, read when Prometheus asks.
+- `weight_broker_cards{state}`: how many cards are ready, degraded, failed.
 - `weight_broker_build_info{version}`, always 1.
 
 prometheus_client is imported only if the endpoint is on: most hosts run without, and it costs start time and memory.
@@ -14,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -39,6 +40,7 @@ _HELP = {
     "running_transfers": "Transfers that run now.",
     "waiting_acquisitions": "Acquisitions that wait now.",
     "cold_load_leases": "Cold-load leases that are held now.",
+    "cards": "Cards of this host, by whether they serve.",
 }
 
 
@@ -53,6 +55,8 @@ class Counts:
     running_transfers: int
     waiting_acquisitions: int
     cold_load_leases: int
+    cards: Mapping[str, int] = field(default_factory=dict)
+    """By state."""
 
 
 class Metrics:
@@ -89,7 +93,13 @@ class Metrics:
 
         reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
         for name, value in asdict(reading.result(_READ_SECONDS)).items():
-            yield GaugeMetricFamily(f"weight_broker_{name}", _HELP[name], value)
+            if not isinstance(value, Mapping):
+                yield GaugeMetricFamily(f"weight_broker_{name}", _HELP[name], value)
+                continue
+            family = GaugeMetricFamily(f"weight_broker_{name}", _HELP[name], labels=["state"])
+            for state, count in value.items():
+                family.add_metric([state], count)
+            yield family
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: registering must not read the counts, since the loop that reads them is the caller."""

@@ -5,28 +5,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 
 from weight_broker.checkpoint import CheckpointError, checkpoint_files
 from weight_broker.cli import demo_memory, output, page_cache, status, text
 from weight_broker.cli.demo_checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
 from weight_broker.cli.demo_instance import Order, Result
-from weight_broker.cli.demo_process import Broker, Instance, Process
+from weight_broker.cli.demo_process import Broker, Instance
 from weight_broker.cli.demo_report import DemoReport
+from weight_broker.cli.demo_stage import Stage, stoppable
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
 from weight_broker.cli.progress import Progress
 from weight_broker.memory.capacity import available_bytes
-from weight_broker.runtime_directory import MAXIMUM_SOCKET_PATH_BYTES
 
 _PACKAGES = ("torch", "transformers", "safetensors", "weight_brokerd")
 _LEGEND = (
@@ -37,15 +30,20 @@ _LEGEND = (
     "publish, and a first forward pass."
 )
 _INSTANCE_SECONDS = 1800.0
-_LONGEST_SOCKET_NAME = len("/weight-broker-demo-12345678/run/broker.sock")
+_INSTANCES = 3
 
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Runs the demo and prints what it measured."""
+    if options.device == "npu":
+        from weight_broker.cli import demo_npu
+
+        return demo_npu.run(options)
+    options.instances = options.instances or _INSTANCES
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f"the demo needs {', '.join(missing)}: pip install 'weight-broker[demo]'", ExitCode.USAGE)
-    with _stoppable():
+    with stoppable():
         progress = Progress(quiet=options.json)
         model_dir = _model(options, progress)
         with _Stage(model_dir, progress) as stage:
@@ -60,40 +58,20 @@ def run(options: argparse.Namespace) -> ExitCode:
         return ExitCode.FAILED if failures else ExitCode.DONE
 
 
-class _Stage:
+class _Stage(Stage):
     """A broker in a directory of its own, and the instances; leaving the block stops all of them."""
 
     def __init__(self, model_dir: Path, progress: Progress) -> None:
+        super().__init__()
         self._model_dir = model_dir
         self._progress = progress
         self._files = checkpoint_files(model_dir)
-        self._processes: list[Process] = []
-        self._directory = Path()
-        self._runtime_directory = Path()
-
-    def __enter__(self) -> _Stage:
-        base = tempfile.gettempdir()
-        if len(os.fsencode(base)) + _LONGEST_SOCKET_NAME > MAXIMUM_SOCKET_PATH_BYTES:
-            base = "/tmp"
-        self._directory = Path(tempfile.mkdtemp(prefix="weight-broker-demo-", dir=base))
-        self._runtime_directory = self._directory / "run"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with _uninterrupted():
-            # Instances first: they leave the broker in order.
-            for group in (self._processes[1:], self._processes[:1]):
-                for process in group:
-                    process.ask_to_stop()
-                for process in group:
-                    process.stop()
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     def play(self, count: int) -> tuple[DemoReport, State]:
         """Runs everything; returns what was measured and the broker's state while all instances were alive."""
         with self._progress.step("starting a broker"):
-            broker = Broker(self._runtime_directory, self._directory)
-            self._processes.append(broker)
+            broker = Broker(self.runtime_directory, self.directory, WEIGHT_BROKER_CARDS_ENABLED="off")
+            self.processes.append(broker)
             broker.wait_until_ready()
         first = self._instance("instance 1", zero_copy=True)
         self._import([first])
@@ -104,7 +82,7 @@ class _Stage:
         warm = self._instance("warm disk", zero_copy=False, broker=False)
         self._import([warm])
         for file in self._files:
-            _read_through(file)
+            page_cache.read_through(file)
         with self._progress.step("another process loads from the warm page cache, without a broker"):
             warm_result = self._results([warm])[0]
         warm.ask_to_stop()
@@ -116,15 +94,15 @@ class _Stage:
         page_cache.evict(self._files)
         with self._progress.step(f"{count} instances at once are filled from instance 1"):
             results = self._results(others)
-        with Inspector(self._runtime_directory) as inspector:
+        with Inspector(self.runtime_directory) as inspector:
             state = inspector.state()
         return DemoReport(first_result, warm_result, tuple(results), share), state
 
     def _instance(self, name: str, *, zero_copy: bool, broker: bool = True) -> Instance:
-        directory = str(self._runtime_directory) if broker else None
+        directory = str(self.runtime_directory) if broker else None
         order = Order(name, str(self._model_dir), directory, zero_copy, _INSTANCE_SECONDS)
-        instance = Instance(order, self._directory)
-        self._processes.append(instance)
+        instance = Instance(order, self.directory)
+        self.processes.append(instance)
         return instance
 
     def _import(self, instances: list[Instance]) -> None:
@@ -139,7 +117,7 @@ class _Stage:
         return [one.result(time.monotonic() + _INSTANCE_SECONDS, self._check) for one in instances]
 
     def _check(self) -> None:
-        self._processes[0].check_alive()
+        self.processes[0].check_alive()
 
 
 def _model(options: argparse.Namespace, progress: Progress) -> Path:
@@ -187,12 +165,6 @@ def _check_memory(size: int, plan: demo_memory.Plan, available: int | None) -> N
         )
 
 
-def _read_through(file: Path) -> None:
-    with file.open("rb", buffering=0) as stream:
-        while stream.read(1 << 24):
-            pass
-
-
 def _print(report: DemoReport, state: State) -> None:
     console = output.console()
     console.print(report.table())
@@ -203,26 +175,3 @@ def _print(report: DemoReport, state: State) -> None:
     console.print("\nweight-broker status, while all of them were alive:", style="bold")
     for one in status.renderables(state):
         console.print(one)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM ends the demo like Ctrl-C does: with everything stopped and removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C does not stop the cleaning up, which is bounded in time."""
-    with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
-        yield

@@ -59,9 +59,9 @@ class Process:
         if self._child.poll() is not None:
             raise CommandError(f"{self.name} ended with {self._child.returncode}{self.log_end()}")
 
-    def log_end(self) -> str:
+    def log_end(self, count: int = _LOG_LINES) -> str:
         """The last lines that it wrote, for an error message."""
-        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        lines = self._log.read_text(errors="replace").splitlines()[-count:]
         return "".join(f"\n    {line}" for line in lines)
 
     def ask_to_stop(self) -> None:
@@ -81,15 +81,15 @@ class Process:
 
 
 class Broker(Process):
-    """A broker with the default configuration, in a directory of the demo's own."""
+    """A broker in a directory of the demo's own; `variables` are settings other than the defaults."""
 
-    def __init__(self, runtime_directory: Path, log_directory: Path) -> None:
+    def __init__(self, runtime_directory: Path, log_directory: Path, **variables: str) -> None:
         self.runtime_directory = runtime_directory
         super().__init__(
             "the broker",
             ["-m", "weight_brokerd"],
             log_directory,
-            **{ENVIRONMENT_VARIABLE: str(runtime_directory), "WEIGHT_BROKER_LOG_FORMAT": "console"},
+            **{ENVIRONMENT_VARIABLE: str(runtime_directory), "WEIGHT_BROKER_LOG_FORMAT": "console", **variables},
         )
 
     def wait_until_ready(self) -> None:
@@ -107,36 +107,36 @@ class Broker(Process):
                 time.sleep(_POLL_SECONDS)
 
 
-class Instance(Process):
-    """An instance that waits for the word to begin."""
+class Answering(Process):
+    """A child that is told what to do by lines on its standard input and answers with lines of JSON."""
 
-    def __init__(self, order: Order, directory: Path) -> None:
-        self.order = order
-        self._buffer = b""
-        super().__init__(
-            order.name, ["-m", "weight_broker.cli.demo_instance", order.to_argument()], directory, HF_HUB_OFFLINE="1"
-        )
+    _buffer = b""
 
-    def wait_until_imported(self, deadline: float, tick: Callable[[], None]) -> None:
-        """Returns once it has imported its libraries."""
-        self._answer("ready", deadline, tick)
-
-    def begin(self) -> None:
-        """Lets it load."""
+    def tell(self, line: str) -> None:
+        """Writes one line to it."""
         if self._child.stdin is not None:
-            self._child.stdin.write(b"begin\n")
+            self._child.stdin.write(line.encode() + b"\n")
             self._child.stdin.flush()
 
-    def result(self, deadline: float, tick: Callable[[], None]) -> Result:
-        """What it did, once it has; it stays alive."""
-        return Result(**self._answer("done", deadline, tick)["result"])
+    def kill(self) -> None:
+        """kill -9; returns when it is gone."""
+        self._child.kill()
+        self._child.wait()
 
     def ask_to_stop(self) -> None:
         """The end of its input ends it; it leaves the broker in order."""
         if self._child.stdin is not None:
             self._child.stdin.close()
 
-    def _answer(self, event: str, deadline: float, tick: Callable[[], None]) -> dict[str, Any]:
+    def answer(self, event: str, deadline: float, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Its next answer, which has to be of this kind."""
+        answer = self.next_answer(deadline, tick)
+        if answer.get("event") != event:
+            raise CommandError(f"{self.name} answered {answer.get('event')!r}, not {event!r}")
+        return answer
+
+    def next_answer(self, deadline: float, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Its next answer."""
         if self._child.stdout is None:
             raise AssertionError("started with a pipe")
         with selectors.DefaultSelector() as selector:
@@ -153,6 +153,26 @@ class Instance(Process):
                     raise CommandError(f"{self.name} did not answer in time{self.log_end()}")
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
-        if answer.get("event") != event:
-            raise CommandError(f"{self.name} answered {answer.get('event')!r}, not {event!r}")
         return answer
+
+
+class Instance(Answering):
+    """An instance that waits for the word to begin."""
+
+    def __init__(self, order: Order, directory: Path) -> None:
+        self.order = order
+        super().__init__(
+            order.name, ["-m", "weight_broker.cli.demo_instance", order.to_argument()], directory, HF_HUB_OFFLINE="1"
+        )
+
+    def wait_until_imported(self, deadline: float, tick: Callable[[], None]) -> None:
+        """Returns once it has imported its libraries."""
+        self.answer("ready", deadline, tick)
+
+    def begin(self) -> None:
+        """Lets it load."""
+        self.tell("begin")
+
+    def result(self, deadline: float, tick: Callable[[], None]) -> Result:
+        """What it did, once it has; it stays alive."""
+        return Result(**self.answer("done", deadline, tick)["result"])

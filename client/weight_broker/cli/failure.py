@@ -21,7 +21,8 @@ class ExitCode(enum.IntEnum):
 
 EXIT_CODES_TEXT = """exit codes:
   0    done
-  1    failed: what the broker refused, or what the demo found, is on standard error
+  1    failed: what the broker refused, or what the demo found, is on standard error;
+       for the doctor: there is a problem
   2    wrong usage, or a missing package
   3    no broker answers
   4    no such weight set or publication

@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_explain(commands)
     _add(commands, "watch", "print the state, then every change as it happens")
+    _add_answer_timeout(_add(commands, "doctor", "check what can be wrong here, and say what to do about it"))
     _add_drain(commands)
     _add_evict(commands)
     _add_quarantine(commands)
@@ -138,8 +139,20 @@ def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--model-dir", type=Path, metavar="DIR", help="a model to load (default: one with random weights)"
     )
-    command.add_argument("--instances", type=_count, default=3, metavar="N", help="instances to start at once (3)")
+    command.add_argument("--instances", type=_count, metavar="N", help="instances to start at once (3; npu: up to 3)")
     command.add_argument("--size", metavar="SIZE", help="size of the random model, for example 64M (about 1 GB)")
+    command.add_argument(
+        "--device",
+        choices=("cpu", "npu"),
+        default="cpu",
+        help="memory that the weights are loaded into: of the host, or of Ascend cards, one for each instance (cpu)",
+    )
+    command.add_argument(
+        "--framework",
+        choices=("auto", "acl", "torch_npu"),
+        default="auto",
+        help="npu only: who allocates the tensors, torch_npu or Ascend's runtime alone (torch_npu if it is installed)",
+    )
 
 
 def _positive(given: str) -> float:

@@ -23,6 +23,13 @@ def evict(files: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
+def read_through(file: Path) -> None:
+    """Reads a file, so that it is in the page cache."""
+    with file.open("rb", buffering=0) as stream:
+        while stream.read(1 << 24):
+            pass
+
+
 def resident_share(files: Iterable[Path]) -> float | None:
     """Share of the files' pages that are in the page cache, 0.0 to 1.0; None where the kernel does not tell."""
     resident = total = 0

@@ -1,4 +1,4 @@
-"""`weight-broker status`: weight sets, instances, leases and transfers of this host."""
+"""`weight-broker status`: weight sets, instances, leases, transfers and devices of this host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output, status_cards, text
 from weight_broker.cli.failure import ExitCode
 from weight_broker.cli.inspector import Inspector, State, age_seconds
 from weight_broker.v1 import resources_pb2 as pb
@@ -31,13 +31,14 @@ def run(options: argparse.Namespace) -> ExitCode:
 
 
 def state_to_json(state: State) -> dict[str, Any]:
-    """The state in protobuf's JSON form."""
+    """The state in protobuf's JSON form, and `residency`: which instance has what on which device."""
     return {
         "host": output.message_to_json(state.host),
         "weight_sets": [output.message_to_json(one) for one in state.weight_sets],
         "instances": [output.message_to_json(one) for one in state.instances],
         "cold_load_leases": [output.message_to_json(one) for one in state.leases],
         "transfers": [output.message_to_json(one) for one in state.transfers],
+        "residency": status_cards.residency(state),
     }
 
 
@@ -47,6 +48,7 @@ def renderables(state: State) -> list[RenderableType]:
 
     tables = [_weight_sets(state), _publications(state), _instances(state), _leases(state), _transfers(state)]
     found: list[RenderableType] = [Text(host_line(state.host), style="bold red" if state.host.draining else "")]
+    found += status_cards.renderables(state)
     found += [one for one in tables if one.row_count]
     return found
 
@@ -92,7 +94,7 @@ def _publications(state: State) -> Any:
                 one.weight_set_id[:_SHORT_ID],
                 text.plain(one.instance_name or one.instance_id),
                 text.state(pb.Publication.State.Name(one.state)) + reason,
-                device(one),
+                status_cards.device(one),
                 str(one.tensor_count),
                 f"{one.reader_count}/{one.reader_limit}",
                 str(one.served_count),
@@ -131,7 +133,7 @@ def _leases(state: State) -> Any:
 
 def _transfers(state: State) -> Any:
     names = {one.instance_id: text.plain(one.name or one.instance_id) for one in state.instances}
-    table = output.table("Transfers, newest first", "id|weight set|from|to|path|state|>size|>duration|failure")
+    table = output.table("Transfers, newest first", "id|weight set|from|to|by|path|state|>size|>duration|failure")
     for one in state.transfers:
         begun, ended = one.start_time.ToNanoseconds() / 1e9, one.end_time.ToNanoseconds() / 1e9
         duration = ended - begun if one.HasField("end_time") else age_seconds(begun)
@@ -140,6 +142,7 @@ def _transfers(state: State) -> Any:
             one.weight_set_id[:_SHORT_ID],
             names.get(one.source_instance_id, one.source_instance_id),
             names.get(one.receiver_instance_id, one.receiver_instance_id),
+            text.state(pb.DataPlane.Name(one.data_plane)).removeprefix("plane "),
             path_name(one.path),
             text.state(pb.Transfer.State.Name(one.state)),
             text.size(one.size_bytes),
@@ -158,14 +161,6 @@ def rank(weight_set: pb.WeightSet) -> str:
         if getattr(ranks, f"{kind}_parallel_size") > 1
     ]
     return " ".join(found)
-
-
-def device(publication: pb.Publication) -> str:
-    """Kind and, where there are several, identity of the memory."""
-    from weight_broker.v1 import weight_set_pb2
-
-    kind = text.state(weight_set_pb2.DeviceKind.Name(publication.device_kind)).removeprefix("kind ")
-    return f"{kind} {text.plain(publication.device_id)}".strip()
 
 
 def path_name(path: pb.TransferPath.ValueType) -> str:

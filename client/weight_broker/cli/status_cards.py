@@ -1,0 +1,118 @@
+"""The part of `weight-broker status` that is about devices: cards, what lies on them, the datasystem worker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from weight_broker.cli import output, text
+from weight_broker.cli.inspector import State
+from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_STYLES = {pb.Card.STATE_DEGRADED: "yellow", pb.Card.STATE_FAILED: "bold red"}
+
+
+def renderables(state: State) -> list[RenderableType]:
+    """Lines and tables; nothing on a host without devices."""
+    from rich.text import Text
+
+    host = state.host
+    found: list[RenderableType] = []
+    if host.device_problem:
+        found.append(Text(f"Devices are not served: {text.plain(host.device_problem)}", style="bold red"))
+    if host.HasField("datasystem_worker"):
+        worker = host.datasystem_worker
+        found.append(Text(worker_line(worker), style="" if worker.reachable else "bold red"))
+    if host.cards:
+        found += [_cards(host), *([table] if (table := _residency(state)).row_count else [])]
+    return found
+
+
+def worker_line(worker: pb.DatasystemWorker) -> str:
+    """The datasystem worker in one line."""
+    who = "managed by the broker" if worker.managed else "somebody else's"
+    if worker.reachable:
+        return f"Datasystem worker {worker.address}, {who}: reachable"
+    return f"Datasystem worker {worker.address}, {who}: AWAY" + (
+        f": {text.plain(worker.problem)}" if worker.problem else ""
+    )
+
+
+def residency(state: State) -> list[dict[str, Any]]:
+    """What lies where: a row for each publication, ordered by device and instance."""
+    instances = {one.instance_id: one for one in state.instances}
+    rows = [
+        {
+            "device": device(one),
+            "instance_id": one.instance_id,
+            "instance_name": one.instance_name,
+            "pid": instances[one.instance_id].pid if one.instance_id in instances else 0,
+            "weight_set_id": one.weight_set_id,
+            "model": weight_set.key.model,
+            "state": pb.Publication.State.Name(one.state),
+            "size_bytes": str(one.size_bytes),
+        }
+        for weight_set in state.weight_sets
+        for one in weight_set.publications
+    ]
+    return sorted(rows, key=lambda row: (_device_order(str(row["device"])), row["instance_name"], row["weight_set_id"]))
+
+
+def device(publication: pb.Publication) -> str:
+    """Where a publication lies: the device's identity, or the kind of memory where there is but one of it."""
+    kind = text.state(weight_set_pb2.DeviceKind.Name(publication.device_kind)).removeprefix("kind ")
+    return text.plain(publication.device_id) or kind
+
+
+def _cards(host: pb.Host) -> Any:
+    columns = "card|index|soc|state|>sender|>ending|>receivers|>regions|>offers|>fetches|problem"
+    table = output.table("Cards", columns)
+    for one in host.cards:
+        table.add_row(
+            one.device_id,
+            str(one.device_index),
+            text.plain(one.soc),
+            text.state(pb.Card.State.Name(one.state)),
+            str(one.sender_pid or "-"),
+            _pids(one.retiring_pids),
+            _pids(one.receiver_pids),
+            str(one.region_count),
+            str(one.offer_count),
+            str(one.fetch_count),
+            text.plain(one.problem),
+            style=_STYLES.get(one.state, ""),
+        )
+    return table
+
+
+def _residency(state: State) -> Any:
+    from rich.text import Text
+
+    table = output.table("Resident, by card", "card|instance|>pid|model|weight set|state|>size")
+    shown = ""
+    for row in residency(state):
+        where = str(row["device"])
+        table.add_row(
+            where if where != shown else Text(where, style="dim"),
+            text.plain(row["instance_name"] or row["instance_id"]),
+            str(row["pid"] or "?"),
+            text.plain(row["model"]),
+            row["weight_set_id"][:12],
+            text.state(row["state"]),
+            text.size(int(row["size_bytes"])),
+        )
+        shown = where
+    return table
+
+
+def _pids(pids: Any) -> str:
+    return " ".join(map(str, pids)) or "-"
+
+
+def _device_order(name: str) -> tuple[str, int, str]:
+    """npu:10 comes after npu:9."""
+    kind, _, number = name.partition(":")
+    return kind, int(number) if number.isdecimal() else -1, name

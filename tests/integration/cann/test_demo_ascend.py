@@ -1,0 +1,70 @@
+"""The demo on cards as `make demo-ascend-double` runs it: a real broker, a real datasystem worker, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from doubles.cann.build import CannotBuild, build
+from doubles.cann.control import CannHost, Fault
+from doubles.cann.run import variables
+from support.datasystem_worker import require_wheel
+
+pytestmark = pytest.mark.timeout(400)
+TESTS = Path(__file__).parents[2]
+DEMO = [sys.executable, "-m", "weight_broker.cli.main", "demo", "--device", "npu", "--framework", "acl"]
+
+
+@pytest.fixture(autouse=True)
+def _parts() -> None:
+    require_wheel()
+    try:
+        build()
+    except CannotBuild as error:
+        pytest.skip(str(error))
+
+
+def run(command: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    mine = {
+        "PYTHONPATH": str(TESTS),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "WEIGHT_BROKER_RUNTIME_DIRECTORY": str(tmp_path / "the-users-own"),
+    }
+    return subprocess.run(command, env=os.environ | mine | environment, capture_output=True, text=True, timeout=390)
+
+
+def test_one_instance_reads_the_disk_and_the_other_cards_are_filled_from_it(tmp_path: Path) -> None:
+    emulated = [sys.executable, "-m", "doubles.cann.run", "--cards", "3"]
+    done = run([*emulated, *DEMO, "--size", "8M", "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    first, warm, *filled = answer["instances"]
+    assert (first["source"], first["device_id"], warm["source"]) == ("disk", "npu:0", "disk")
+    assert [(one["device_id"], one["data_plane"], one["path"]) for one in filled] == [
+        ("npu:1", "datasystem", "copy"),
+        ("npu:2", "datasystem", "copy"),
+        ("npu:0", "datasystem", "copy"),  # the restart
+    ]
+    assert filled[-1]["source"] in ("instance 2", "instance 3")
+    digests = {one["digest"] for one in (first, *filled)}
+    assert digests == {answer["expected_digest"]}
+    assert sorted((row["device"], row["instance_name"]) for row in answer["status"]["residency"]) == [
+        ("npu:0", "instance 4"), ("npu:1", "instance 2"), ("npu:2", "instance 3"),
+    ]  # fmt: skip
+    assert answer["status"]["host"]["datasystem_worker"]["managed"] is True
+
+
+def test_it_fails_with_the_reason_where_there_are_too_few_cards(tmp_path: Path) -> None:
+    with CannHost(cards=2) as host:
+        host.inject(Fault.CARD_UNAVAILABLE, card=1)
+        done = run([*DEMO, "--size", "1M"], tmp_path, **variables(host))
+    assert done.returncode == 1
+    assert "2 cards are needed and 1 are ready" in done.stderr
+    assert "aclrtSetDevice failed" in done.stderr
+    assert "Traceback" not in done.stderr
