@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from weight_brokerd.cards import messages
 from weight_brokerd.cards.blobs import BlobList
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardUnavailable
+from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.cards.hooks import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.probe import Device, find_devices
@@ -26,36 +26,6 @@ log = structlog.get_logger()
 MAXIMUM_TIMEOUT_SECONDS = 1800
 """The engine waits no longer for a key."""
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,255}")
-
-
-class CardState(enum.StrEnum):
-    """Whether a card serves."""
-
-    READY = "ready"
-    """It serves, or would start a process now."""
-    DEGRADED = "degraded"
-    """Its last process did not start, or the datasystem worker is away. It is tried again."""
-    FAILED = "failed"
-    """The driver did not open it when the daemon started."""
-
-
-@dataclass(frozen=True, slots=True)
-class CardHealth:
-    """One card, for people and for health checks."""
-
-    identity: str
-    device_index: int
-    soc: str
-    state: CardState
-    problem: str
-    """The driver's or the engine's words; empty if it is ready."""
-    sender_pid: int
-    """0: none runs."""
-    retiring_pids: tuple[int, ...]
-    receiver_pids: tuple[int, ...]
-    regions: int
-    offers: int
-    fetches: int
 
 
 @dataclass(slots=True)

@@ -1,0 +1,36 @@
+"""How a card is, for people and for health checks."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class CardState(enum.StrEnum):
+    """Whether a card serves."""
+
+    READY = "ready"
+    """It serves, or would start a process now."""
+    DEGRADED = "degraded"
+    """Its last process did not start, or the datasystem worker is away. It is tried again."""
+    FAILED = "failed"
+    """The driver did not open it when the daemon started."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardHealth:
+    """One card, for people and for health checks."""
+
+    identity: str
+    device_index: int
+    soc: str
+    state: CardState
+    problem: str
+    """The driver's or the engine's words; empty if it is ready."""
+    sender_pid: int
+    """0: none runs."""
+    retiring_pids: tuple[int, ...]
+    receiver_pids: tuple[int, ...]
+    regions: int
+    offers: int
+    fetches: int
