@@ -17,7 +17,7 @@ import structlog
 
 from weight_broker.errors import InvalidArgument, NotAttached, Reason, TransferFailed, from_reason
 from weight_brokerd.attach.server import PeerCredentials, Session
-from weight_brokerd.cards.supervisor import count_by_state
+from weight_brokerd.cards.health import count_by_state
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import (
@@ -32,7 +32,7 @@ from weight_brokerd.core.model import (
     Transfer,
 )
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
-from weight_brokerd.devices import Devices
+from weight_brokerd.device_kinds import DeviceKinds
 from weight_brokerd.directory.protocol import Directory
 from weight_brokerd.memory.host import RegionTable
 from weight_brokerd.movements import Movements
@@ -93,7 +93,7 @@ class Driver:
         coordinator: Coordinator,
         regions: RegionTable,
         directory: Directory,
-        devices: Devices | None = None,
+        devices: DeviceKinds | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.regions = regions
@@ -103,8 +103,8 @@ class Driver:
         self._movements: Movements | None = None
         if devices is not None:
             self._residency = DeviceResidency(devices, self._mapped, self._not_mapped)
-            self._movements = Movements(devices.planes, self)
-            devices.on_region_lost = self._region_lost
+            self._movements = Movements(devices.plane_of, self)
+            devices.listen(on_region_lost=self._region_lost)
         self.watch = WatchHub()
         self.on_drain: Callable[[], None] = lambda: None
         """Called when a drain begins, whoever wants it."""
@@ -372,15 +372,16 @@ class Driver:
     def counts(self) -> Counts:
         """How much there is of everything."""
         core = self.coordinator
+        devices = self.devices
         return Counts(
             instances=len(core.instances),
             publications=len(core.registry),
-            regions=self.regions.region_count + (self.devices.region_count if self.devices is not None else 0),
-            region_bytes=self.regions.region_bytes + (self.devices.region_bytes if self.devices is not None else 0),
+            regions=self.regions.region_count + (devices.region_count if devices is not None else 0),
+            region_bytes=self.regions.region_bytes + (devices.region_bytes if devices is not None else 0),
             running_transfers=len(core.transfers.running),
             waiting_acquisitions=sum(1 for one in core.acquisitions.values() if not one.transfer_id),
             cold_load_leases=sum(1 for record in core.weight_sets if record.lease is not None),
-            cards=count_by_state(self.devices.health if self.devices is not None else ()),
+            cards=count_by_state([card for _, card in devices.health] if devices is not None else ()),
         )
 
     # Decisions
@@ -529,7 +530,7 @@ class Driver:
         """A card cannot map a region again after its process was replaced."""
         if self.devices is None:
             return
-        for publication_id in self.devices.memory.holders_of(region_id):
+        for publication_id in self.devices.holders_of(region_id):
             audit("lose_publication", publication_id=publication_id, why=why)
             self._carry_out(self.coordinator.lose(publication_id, why, self.clock()))
 

@@ -24,6 +24,7 @@ from weight_broker.memory.device_tensor import DeviceTensor, Segment, SegmentKin
 from weight_brokerd.cards.blobs import Blob, BlobList, Part
 from weight_brokerd.cards.child_engine import Engine, EngineError
 from weight_brokerd.cards.child_memory import CardMemory
+from weight_brokerd.cards.child_npu import NpuDriver
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.regions import import_request
 
@@ -48,7 +49,7 @@ class _Card:
         began = time.monotonic()
         self._runtime.set_device(self._index)
         seconds = time.monotonic() - began
-        self._memory = CardMemory(self._runtime, self._index)
+        self._memory = CardMemory(NpuDriver(self._runtime, self._index))
         return {"seconds": seconds, "identity": npu.device_id(self._runtime, self._index)}
 
     def allocate(self, name: str, size: int, blobs: int, chunks: bool = False) -> dict[str, Any]:

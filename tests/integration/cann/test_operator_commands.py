@@ -86,7 +86,7 @@ def test_a_card_that_does_not_open_is_told_in_the_drivers_words_and_the_others_s
     host.cann.inject(Fault.CARD_UNAVAILABLE, card=2)
     with socket.create_server(("127.0.0.1", 0)) as free:
         listen = f"127.0.0.1:{free.getsockname()[1]}"
-    broker = host.start_broker(WEIGHT_BROKER_METRICS_LISTEN=listen)
+    broker = host.start_broker(settings={"WEIGHT_BROKER_METRICS_LISTEN": listen})
     wait_for_cards(broker, 3)
     words = cards(broker)["npu:2"].problem
     assert "aclrtSetDevice failed" in words
@@ -122,7 +122,7 @@ def test_a_worker_that_is_away_is_told_with_its_address(host: DeviceHost, capsys
 def test_a_driver_that_cannot_be_asked_is_told(
     host: DeviceHost, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    broker = host.start_broker(WEIGHT_BROKER_CARDS_LIBRARY_PATH=str(tmp_path))
+    broker = host.start_broker(settings={"WEIGHT_BROKER_CARDS_LIBRARY_PATH": str(tmp_path)})
     eventually(lambda: broker.host().device_problem != "", within=60)
     words = broker.host().device_problem
     assert f"Devices are not served: {words}" in run(broker, capsys, "status")[1]
