@@ -15,7 +15,7 @@ from weight_brokerd import __version__, identity
 from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.services import SERVICE_NAMES, add_services
 from weight_brokerd.attach.server import AttachServer
-from weight_brokerd.cards.supervisor import CardState
+from weight_brokerd.cards.health import CardState
 from weight_brokerd.config import Config
 from weight_brokerd.config_rules import split_address
 from weight_brokerd.core.coordinator import Coordinator
@@ -69,7 +69,7 @@ class Application:
         self._health = Health(SERVICE_NAMES)
         self._driver.on_drain = self._health.stop_serving
         if self._devices is not None:
-            self._devices.on_health_change = self._on_device_health
+            self._devices.listen_to_health(self._on_device_health)
         self._attach_server = AttachServer(self._driver, host_id=self._host_id, broker_version=__version__)
 
     async def run(self) -> None:
@@ -164,16 +164,16 @@ class Application:
             f"({counts.region_bytes / 1e9:.1f} GB), {counts.running_transfers} transfers"
         )
         if self._devices is not None:
-            cards = self._devices.health
+            cards = [card for _, card in self._devices.health]
             ready = sum(card.state is CardState.READY for card in cards)
-            text += f", {ready} of {len(cards)} cards ready"
+            text += f", {ready} of {len(cards)} cards ready" if cards or self._devices.problem else ""
         return text
 
     def _on_device_health(self) -> None:
         devices = self._devices
         if devices is None:
             return
-        for card in devices.health:
+        for _, card in devices.health:
             log.info("card", device_id=card.identity, state=card.state.value, problem=card.problem)
             self._health.set_card(card.identity, card.state is CardState.READY)
         self._notifier.status(self._status())

@@ -17,6 +17,7 @@ from weight_brokerd.settings import (
     CREDENTIAL_FILES_TOGETHER,
     BrokerSettings,
     CardSettings,
+    CudaSettings,
     DatasystemSettings,
     LimitSettings,
     LogSettings,
@@ -60,6 +61,7 @@ class Config:
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
     cards: CardSettings = field(default_factory=CardSettings)
+    cuda: CudaSettings = field(default_factory=CudaSettings)
     datasystem: DatasystemSettings = field(default_factory=DatasystemSettings)
 
 
@@ -69,6 +71,7 @@ _SECTIONS: Mapping[str, type] = {
     "metrics": MetricsSettings,
     "log": LogSettings,
     "cards": CardSettings,
+    "cuda": CudaSettings,
     "datasystem": DatasystemSettings,
 }
 

@@ -7,11 +7,14 @@ from pathlib import Path
 import structlog
 
 from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.cards.cuda_settings import cuda_configuration, why_no_gpus
 from weight_brokerd.cards.settings import cards_configuration, why_no_cards
 from weight_brokerd.config import Config
 from weight_brokerd.config_rules import split_address
+from weight_brokerd.cuda_devices import CudaDevices
 from weight_brokerd.datasystem.managed_worker import ManagedWorker
-from weight_brokerd.devices import Devices
+from weight_brokerd.device_kinds import DeviceKinds
+from weight_brokerd.npu_devices import NpuDevices
 from weight_brokerd.runtime import StartError, state_directory
 
 log = structlog.get_logger()
@@ -34,11 +37,29 @@ class ExternalWorker:
         """It is not ours."""
 
 
-def make_devices(config: Config, runtime_directory: Path) -> Devices | None:
-    """The devices; None if this broker serves host memory only."""
+def make_devices(config: Config, runtime_directory: Path) -> DeviceKinds | None:
+    """The devices of all kinds; None if this broker serves host memory only."""
+    npus, gpus = make_npus(config, runtime_directory), make_gpus(config)
+    if npus is None and gpus is None:
+        return None
+    kinds = [one for one in (npus, gpus) if one is not None]
+    return DeviceKinds(kinds, transfer_seconds=config.cards.transfer_seconds, npus=npus)
+
+
+def make_gpus(config: Config) -> CudaDevices | None:
+    """The GPUs; None if this broker does not use them."""
+    why_not = why_no_gpus(config)
+    if why_not:
+        log.debug("no_gpus", why=why_not)
+        return None
+    return CudaDevices(cuda_configuration(config), is_wanted=config.cuda.enabled == "on")
+
+
+def make_npus(config: Config, runtime_directory: Path) -> NpuDevices | None:
+    """The NPUs; None if this broker does not use them."""
     why_not = why_no_cards(config)
     if why_not and config.cards.enabled != "on":
-        log.debug("host_memory_only", why=why_not)
+        log.debug("no_npus", why=why_not)
         return None
     files = state_directory(runtime_directory)
     managed = ManagedWorker(config.datasystem, files) if config.datasystem.managed else None
@@ -50,7 +71,7 @@ def make_devices(config: Config, runtime_directory: Path) -> Devices | None:
         host, port = await worker.start()
         return cards_configuration(config, host, port, files)
 
-    devices = Devices(connect, worker, transfer_seconds=config.cards.transfer_seconds)
+    devices = NpuDevices(connect, worker)
 
     def tell() -> None:
         devices.on_health_change()  # as it is then: the application sets it later

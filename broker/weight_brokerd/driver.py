@@ -32,7 +32,7 @@ from weight_brokerd.core.model import (
     Transfer,
 )
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
-from weight_brokerd.devices import Devices
+from weight_brokerd.device_kinds import DeviceKinds
 from weight_brokerd.directory.protocol import Directory
 from weight_brokerd.memory.host import RegionTable
 from weight_brokerd.movements import Movements
@@ -93,7 +93,7 @@ class Driver:
         coordinator: Coordinator,
         regions: RegionTable,
         directory: Directory,
-        devices: Devices | None = None,
+        devices: DeviceKinds | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.regions = regions
@@ -103,8 +103,8 @@ class Driver:
         self._movements: Movements | None = None
         if devices is not None:
             self._residency = DeviceResidency(devices, self._mapped, self._not_mapped)
-            self._movements = Movements(devices.planes, self)
-            devices.on_region_lost = self._region_lost
+            self._movements = Movements(devices.plane_of, self)
+            devices.listen(on_region_lost=self._region_lost)
         self.watch = WatchHub()
         self.on_drain: Callable[[], None] = lambda: None
         """Called when a drain begins, whoever wants it."""
@@ -529,7 +529,7 @@ class Driver:
         """A card cannot map a region again after its process was replaced."""
         if self.devices is None:
             return
-        for publication_id in self.devices.memory.holders_of(region_id):
+        for publication_id in self.devices.holders_of(region_id):
             audit("lose_publication", publication_id=publication_id, why=why)
             self._carry_out(self.coordinator.lose(publication_id, why, self.clock()))
 

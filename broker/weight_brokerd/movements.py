@@ -7,7 +7,7 @@ second movement begins when the first has ended, and nobody is told to use its m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,8 +44,9 @@ class _Acquisition:
 class Movements:
     """All of them, by acquisition."""
 
-    def __init__(self, planes: Mapping[DataPlane, BulkPlane], events: MovementEvents) -> None:
-        self._planes = planes
+    def __init__(self, plane_of: Callable[[str, DataPlane], BulkPlane], events: MovementEvents) -> None:
+        """`plane_of`: what moves a kind of device memory."""
+        self._plane_of = plane_of
         self._events = events
         self._acquisitions: dict[str, _Acquisition] = {}
 
@@ -122,7 +123,8 @@ class Movements:
                     "somebody may still write to the memory", cause=FailureCause.RECEIVER, touched=True, quiesced=False
                 )
             left = timeout - (asyncio.get_running_loop().time() - begun)
-            seconds = await self._planes[transfer.data_plane].move(
+            plane = self._plane_of(transfer.publication.device_kind, transfer.data_plane)
+            seconds = await plane.move(
                 transfer.publication.layout, source, destination, timeout=max(left, 0.0), peer=transfer.transfer_id
             )
             mine.touched = True

@@ -15,7 +15,7 @@ from weight_broker.errors import PublicationNotFound, PublishRefused, RetractTim
 from weight_brokerd.cards.errors import CardError
 from weight_brokerd.core.model import Publication
 from weight_brokerd.dataplane.protocol import Place
-from weight_brokerd.devices import Devices
+from weight_brokerd.device_kinds import DeviceKinds
 
 log = structlog.get_logger()
 
@@ -32,7 +32,7 @@ class DeviceResidency:
     """All publications in device memory that are mapped, being mapped or being unmapped."""
 
     def __init__(
-        self, devices: Devices, on_mapped: Callable[[Publication], None], on_refused: Callable[[Publication], None]
+        self, devices: DeviceKinds, on_mapped: Callable[[Publication], None], on_refused: Callable[[Publication], None]
     ) -> None:
         """`on_refused` leads to `unmap`, as every end of a publication does."""
         self._devices = devices
@@ -105,7 +105,8 @@ class DeviceResidency:
 
     async def _map(self, publication: Publication, place: Place) -> None:
         try:
-            await self._devices.memory.hold(publication.publication_id, place.card, place.regions)
+            memory = self._devices.memory_of(publication.device_kind)
+            await memory.hold(publication.publication_id, place.card, place.regions)
         except CardError as error:
             self._on_refused(publication)
             raise PublishRefused(
@@ -118,7 +119,8 @@ class DeviceResidency:
         await asyncio.wait({residency.mapping})
         try:
             region_ids = [region.region_id for region in residency.place.regions]
-            await self._devices.memory.release(publication_id, region_ids)
+            memory = self._devices.memory_of(residency.publication.device_kind)
+            await memory.release(publication_id, region_ids)
         except CardError as error:
             log.error("memory_not_released", publication_id=publication_id, error=str(error))
             raise RetractTimeout(

@@ -107,6 +107,16 @@ class CardSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class CudaSettings:
+    """[cuda]; the processes that own GPUs take as long as [cards] says."""
+
+    enabled: str = _setting("auto", rules.one_of("auto", "on", "off"))
+    """Whether NVIDIA GPUs are used. `auto`: if NVIDIA's driver is there and knows a GPU."""
+    library_path: str = _setting("", rules.absolute_paths)
+    """LD_LIBRARY_PATH of the processes that own GPUs; the broker's own if empty."""
+
+
+@dataclass(frozen=True, slots=True)
 class DatasystemSettings:
     """[datasystem]"""
 

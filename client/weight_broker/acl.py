@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from weight_broker.driver_error import DriverError
+
 LIBRARY = "libascendcl.so"
 KEY_BYTES = 65
 """Room for an export key, with the zero that ends it."""
@@ -88,17 +90,8 @@ class MemcpyKind(enum.IntEnum):
     DEVICE_TO_DEVICE = 3
 
 
-class AclError(Exception):
+class AclError(DriverError):
     """A call failed. `call` is CANN's name of it, `code` ACL's error, `words` what the driver says about it."""
-
-    def __init__(self, call: str, code: int, words: str) -> None:
-        super().__init__(call, code, words)  # all three, so that it survives pickling
-        self.call = call
-        self.code = code
-        self.words = words
-
-    def __str__(self) -> str:
-        return f"{self.call} failed with {self.code}" + (f": {self.words}" if self.words else "")
 
 
 class AclUnavailable(AclError):

@@ -23,26 +23,12 @@ class RemoteFailure(AssertionError):
     """The function raised something other than an AclError; the text is its traceback."""
 
 
-class CardProcess:
+class CalledProcess:
     """One process; module-level functions are called in its main thread, one after the other."""
 
-    def __init__(
-        self,
-        host: CannHost,
-        *,
-        faults: Mapping[Fault, float] | None = None,
-        strict: bool = True,
-        visible: str | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        self.host = host
+    def __init__(self, environment: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
-        variables = {
-            **os.environ,
-            **host.environment(faults=faults, strict=strict, visible=visible),
-            **(environment or {}),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        }
+        variables = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])}
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "support.card_main", str(theirs.fileno())],
@@ -97,6 +83,22 @@ class CardProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+class CardProcess(CalledProcess):
+    """A process on an emulated Ascend host."""
+
+    def __init__(
+        self,
+        host: CannHost,
+        *,
+        faults: Mapping[Fault, float] | None = None,
+        strict: bool = True,
+        visible: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.host = host
+        super().__init__({**host.environment(faults=faults, strict=strict, visible=visible), **(environment or {})})
 
     @property
     def live(self) -> dict[str, int]:

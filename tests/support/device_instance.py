@@ -80,6 +80,16 @@ def key_of(model: str) -> WeightSetKey:
     return WeightSetKey(model, revision="1")
 
 
+def adopt(name: str, model: Model) -> None:
+    """Memory and tensors that somebody else made."""
+    _models[name] = model
+
+
+def model_of(name: str) -> Model:
+    """One that was created or adopted here."""
+    return _models[name]
+
+
 def create(model: str, card: int, tensors: Sequence[Tensor], seed: int | None = None, *, chunks: bool = False) -> None:
     """Gives the tensors memory, one after the other in one segment, with the bytes of `seed` or zeros."""
     acl.set_device(card)

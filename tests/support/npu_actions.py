@@ -10,7 +10,7 @@ from support import acl as calls
 from weight_broker.acl import MemcpyKind, load
 from weight_broker.layout import ITEM_SIZES, MemoryFormat
 from weight_broker.memory import npu
-from weight_broker.memory.npu_digest import TorchEngine
+from weight_broker.memory.device_digest import TorchEngine
 from weight_broker.memory.npu_registry import EXPORTS
 
 

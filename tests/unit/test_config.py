@@ -18,7 +18,7 @@ from weight_brokerd.config import Config, ConfigError, environment_variable, loa
 from weight_brokerd.config_rules import split_address
 from weight_brokerd.settings import CREDENTIAL_FILES_TOGETHER
 
-SECTIONS = ("broker", "limits", "metrics", "log", "cards", "datasystem")
+SECTIONS = ("broker", "limits", "metrics", "log", "cards", "cuda", "datasystem")
 SETTINGS = [(section, one.name) for section in SECTIONS for one in fields(getattr(Config(), section))]
 EXISTING_GROUP = grp.getgrgid(os.getgid()).gr_name
 
@@ -170,7 +170,7 @@ def test_an_unknown_table_is_refused_with_the_known_ones(file: Path) -> None:
     file.write_text("level = 'info'\n[logs]\n")
     problems = problems_of(file)
     assert [problem.key for problem in problems] == ["level", "logs"]
-    known = "[broker], [limits], [metrics], [log], [cards], [datasystem]"
+    known = "[broker], [limits], [metrics], [log], [cards], [cuda], [datasystem]"
     assert all(known in problem.expected for problem in problems)
 
 

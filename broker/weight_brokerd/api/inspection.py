@@ -39,13 +39,14 @@ def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
     """The broker and its host."""
     counts = driver.counts()
     devices = driver.devices
+    npus = devices.npus if devices is not None else None
     worker = None
-    if devices is not None and devices.worker_address:
+    if npus is not None and npus.worker_address:
         worker = resources_pb2.DatasystemWorker(
-            address=devices.worker_address,
-            reachable=devices.worker_is_there,
-            managed=devices.worker.is_managed,
-            problem=devices.worker.problem,
+            address=npus.worker_address,
+            reachable=npus.worker_is_there,
+            managed=npus.worker.is_managed,
+            problem=npus.worker.problem,
         )
     return resources_pb2.Host(
         host_id=driver.coordinator.host_id,
@@ -62,7 +63,7 @@ def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
         running_transfer_count=counts.running_transfers,
         waiting_acquisition_count=counts.waiting_acquisitions,
         cold_load_lease_count=counts.cold_load_leases,
-        cards=[messages.card(devices.kind, health) for health in devices.health] if devices is not None else (),
+        cards=[messages.card(kind, health) for kind, health in devices.health] if devices is not None else (),
         datasystem_worker=worker,
         device_problem=devices.problem if devices is not None else "",
     )

@@ -12,7 +12,7 @@ from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_broker_service_pb2 as service
 from weight_broker.wire import DEVICE_KINDS, coverage_to_wire, key_to_wire
-from weight_brokerd.cards.supervisor import CardHealth, CardState
+from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.core.explain import Explanation, Outcome
 from weight_brokerd.core.model import (
     Arrival,

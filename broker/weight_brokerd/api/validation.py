@@ -32,6 +32,7 @@ MAX_ID_CHARACTERS = 64
 MAX_EXTENSION_SECONDS = 24 * 3600.0
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 MAX_EXPORT_KEY_BYTES = 128
+CUDA_HANDLE_BYTES = 64
 
 _IF_ABSENT = {
     weight_broker_service_pb2.IF_ABSENT_FAIL: IfAbsent.FAIL,
@@ -226,9 +227,9 @@ def offer(
     )
 
 
-def is_on_device(request: weight_broker_service_pb2.PublishRequest) -> bool:
-    """Whether the request is about device memory."""
-    return any(region.device_kind != weight_set_pb2.DEVICE_KIND_CPU for region in request.regions)
+def published_kind(request: weight_broker_service_pb2.PublishRequest) -> weight_set_pb2.DeviceKind.ValueType:
+    """The kind of memory that the request is about; all its regions have to be of this kind."""
+    return request.regions[0].device_kind if request.regions else weight_set_pb2.DEVICE_KIND_CPU
 
 
 def _regions(regions: Sequence[weight_set_pb2.Region], served: Collection[str]) -> tuple[str, str]:
@@ -287,6 +288,10 @@ def _handle(field: str, kind: str, region: weight_set_pb2.Region) -> None:
                     f"{len(segment.shareable_handles)} chunks of {segment.chunk_bytes} bytes",
                     f"chunks that make up the region's {region.size_bytes} bytes",
                 )
+        case "cuda_allocation":
+            size = len(region.cuda_allocation.ipc_handle)
+            if size != CUDA_HANDLE_BYTES:
+                raise InvalidArgument(f"{field}.cuda_allocation.ipc_handle", size, f"{CUDA_HANDLE_BYTES} bytes")
 
 
 def _place(

@@ -19,7 +19,7 @@ from weight_broker.wire import MAX_REASON_CHARACTERS, key_from_wire, layout_to_w
 from weight_brokerd.api import validation
 from weight_brokerd.api.ending import on_end
 from weight_brokerd.api.identity import identify
-from weight_brokerd.api.messages import DATA_PLANES, PATHS, Messages
+from weight_brokerd.api.messages import DATA_PLANES, DEVICE_KIND_NAMES, PATHS, Messages
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.model import HOST_MEMORY, Acquisition, TransferPath, WaitReason
 from weight_brokerd.dataplane.protocol import Place
@@ -53,7 +53,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
     async def Acquire(self, request: pb.AcquireRequest, context: Context) -> AsyncIterator[pb.AcquireResponse]:
         """See the proto."""
         session = identify(self._driver, context)
-        devices = await self._devices(request.device_kind != weight_set_pb2.DEVICE_KIND_CPU)
+        devices = await self._devices(request.device_kind)
         acquisition, destination = self._acquisition(request, session.instance_id, context, devices)
         acquisition_id = acquisition.acquisition_id
         logger = log.bind(
@@ -119,7 +119,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
     async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:
         """See the proto."""
         session = identify(self._driver, context)
-        devices = await self._devices(validation.is_on_device(request))
+        devices = await self._devices(validation.published_kind(request))
         offer, memory = validation.offer(request, session.instance_id, self._layouts, *devices)
         publication = await self._driver.publish(offer, memory)
         return pb.PublishResponse(publication=self._messages.publication(publication))
@@ -163,14 +163,14 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             case _:
                 raise InvalidArgument("action", None, "give_up or extend")
 
-    async def _devices(self, is_needed: bool) -> tuple[frozenset[str], frozenset[str]]:
-        """Kinds of memory and identities of cards that are served. Who needs one waits until they are known."""
-        devices = self._driver.devices
+    async def _devices(self, kind_number: weight_set_pb2.DeviceKind.ValueType) -> tuple[frozenset[str], frozenset[str]]:
+        """Kinds of memory that are served, and the identities of all devices of one of them. Who needs a device waits
+        until they are known."""
+        devices, kind = self._driver.devices, DEVICE_KIND_NAMES.get(kind_number, "")
         if devices is None:
             return frozenset({HOST_MEMORY}), frozenset()
-        if is_needed:
-            await devices.ready()
-        return frozenset({HOST_MEMORY, devices.kind}), frozenset(card.identity for card in devices.health)
+        await devices.ready(kind)
+        return devices.served | {HOST_MEMORY}, devices.identities(kind)
 
     def _acquisition(
         self,

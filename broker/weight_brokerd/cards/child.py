@@ -1,4 +1,4 @@
-"""A card process: `python -m weight_brokerd.cards.child --role sender --device 0 --socket FD`.
+"""A card process: `python -m weight_brokerd.cards.child --kind npu --role sender --device 0 --socket FD`.
 
 It prints nothing, does what comes over the socket, and ends when the other end is closed, whatever it is doing.
 """
@@ -9,16 +9,13 @@ import argparse
 import os
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
-from weight_broker import acl
-from weight_broker.acl import AclError
-from weight_broker.memory.npu import device_id
+from weight_broker.driver_error import DriverError
 from weight_brokerd.cards import messages
-from weight_brokerd.cards.child_engine import Engine, EngineError
+from weight_brokerd.cards.child_engine import EngineError
 from weight_brokerd.cards.child_memory import NotPossible
-from weight_brokerd.cards.child_work import Work
 from weight_brokerd.cards.messages import Role
 from weight_brokerd.children.connection import Connection, belong_to_parent
 
@@ -26,23 +23,53 @@ THREADS = 16
 _STOP_SECONDS = 1.5
 
 
+class CardWork(Protocol):
+    """The requests of a card process; called from several threads, each of which uses the card."""
+
+    def do(self, request: messages.Request) -> messages.Answer:
+        """Raises DriverError, EngineError or NotPossible if the request did nothing; Refusal says what started."""
+
+    def close(self) -> None:
+        """Gives back what can be given back. Raises DriverError, EngineError."""
+
+
+class Card(Protocol):
+    """A card of whichever kind."""
+
+    def use(self) -> None:
+        """Makes the card the calling thread's device. Raises DriverError."""
+
+    def start(self, start: messages.Start) -> tuple[CardWork, messages.Ready]:
+        """Opens the card. Raises DriverError, EngineError."""
+
+
 def main() -> None:
     """Serves until the socket closes. Ends without destructors: an engine that hangs in one keeps no memory mapped."""
     parser = argparse.ArgumentParser(prog="weight_brokerd.cards.child")
+    parser.add_argument("--kind", choices=["npu", "cuda"], required=True)
     parser.add_argument("--role", type=Role, required=True)
     parser.add_argument("--device", type=int, required=True)
     parser.add_argument("--socket", type=int, required=True)
     options = parser.parse_args()
     belong_to_parent()
     with socket.socket(fileno=options.socket) as connection:
-        os._exit(_Child(connection, options.role, options.device).serve())
+        os._exit(_Child(connection, _card(options.kind, options.role, options.device)).serve())
+
+
+def _card(kind: str, role: Role, device: int) -> Card:
+    if kind == "cuda":
+        from weight_brokerd.cards.child_cuda import CudaCard
+
+        return CudaCard(device)
+    from weight_brokerd.cards.child_npu import NpuCard
+
+    return NpuCard(role, device)
 
 
 class _Child:
-    def __init__(self, connection: socket.socket, role: Role, device: int) -> None:
+    def __init__(self, connection: socket.socket, card: Card) -> None:
         self._connection = Connection(connection, messages.CODEC)
-        self._role = role
-        self._device = device
+        self._card = card
 
     def serve(self) -> int:
         """The exit status."""
@@ -54,11 +81,11 @@ class _Child:
             self._connection.answer(number, messages.Refusal("the first request is Start"))
             return 1
         try:
-            work, ready = self._start(start)
-        except (AclError, EngineError) as error:
+            work, ready = self._card.start(start)
+        except (DriverError, EngineError) as error:
             self._connection.answer(number, messages.Refusal(str(error)))
             return 1
-        pool = ThreadPoolExecutor(THREADS, "work", initializer=lambda: acl.load().set_device(self._device))
+        pool = ThreadPoolExecutor(THREADS, "work", initializer=self._card.use)
         self._connection.answer(number, ready)
         while (request := self._connection.receive()) is not None:
             number, message = request
@@ -69,47 +96,24 @@ class _Child:
             pool.submit(self._do, work, number, message)
         return 0
 
-    def _start(self, start: messages.Start) -> tuple[Work, messages.Ready]:
-        """Serially, in this thread: the engine's first use of a device must not happen in several."""
-        seconds = {}
-        at = time.monotonic()
-        runtime = acl.load()
-        runtime.set_device(self._device)
-        identity, soc = device_id(runtime, self._device), runtime.soc_name()
-        seconds["set_device"] = time.monotonic() - at
-        at = time.monotonic()
-        engine = Engine(
-            start.worker_host,
-            start.worker_port,
-            self._device,
-            connect_timeout_ms=start.connect_timeout_ms,
-            credentials=start.credentials,
-        )
-        seconds["connect"] = time.monotonic() - at
-        at = time.monotonic()
-        engine.warm_up(runtime)
-        seconds["warm_up"] = time.monotonic() - at
-        ready = messages.Ready(runtime.bare_tgid(), identity, soc, seconds)
-        return Work(self._role, self._device, runtime, engine), ready
-
-    def _do(self, work: Work, number: int, message: messages.Message) -> None:
+    def _do(self, work: CardWork, number: int, message: messages.Message) -> None:
         answer: messages.Answer
         try:
             answer = work.do(message)  # type: ignore[arg-type]  # what is no request is refused there
-        except (AclError, EngineError, NotPossible) as error:
+        except (DriverError, EngineError, NotPossible) as error:
             answer = messages.Refusal(str(error))
         except BaseException as error:  # noqa: BLE001 - a defect: the daemon is to hear of it rather than to wait
             answer = messages.Refusal(f"a defect in the card process: {error!r}", started=True)
         self._connection.answer(number, answer)
 
-    def _stop(self, work: Work) -> None:
+    def _stop(self, work: CardWork) -> None:
         """Gives back what can be given back soon; the end of the process gives back the rest."""
 
         def close() -> None:
-            acl.load().set_device(self._device)
             try:
+                self._card.use()
                 work.close()
-            except (AclError, EngineError):
+            except (DriverError, EngineError):
                 return
 
         closing = threading.Thread(target=close, name="stop", daemon=True)

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from weight_broker.acl import IMPORT_WITH_PEER_ACCESS, Acl, MemcpyKind
 from weight_brokerd.cards.blobs import Blob, BlobList
 from weight_brokerd.cards.messages import ImportRegion
 
@@ -17,6 +17,23 @@ Span = tuple[int, int]
 
 class NotPossible(Exception):
     """The request does not fit what this process has mapped. Nothing was done."""
+
+
+class DeviceDriver(Protocol):
+    """What the driver of a kind of device does. Every method needs a thread that uses the card, and raises what is a
+    `DriverError`."""
+
+    def map(self, region: ImportRegion, undo: ExitStack) -> int:
+        """The address here of another process's memory; `undo` gives it back. Raises NotPossible too."""
+
+    def copy(self, pairs: Sequence[tuple[Span, Span]]) -> None:
+        """Copies (destination, source) spans of equal sizes, and waits."""
+
+    def malloc(self, size: int) -> int:
+        """The address of `size` fresh bytes on the card."""
+
+    def free(self, address: int) -> None:
+        """Of `malloc`."""
 
 
 @dataclass(slots=True)
@@ -32,14 +49,11 @@ class _Import:
 class CardMemory:
     """The imports and the buffers of this process. Every method needs a thread whose current device is the card."""
 
-    def __init__(self, acl: Acl, device: int) -> None:
-        self._acl = acl
-        self._device = device
+    def __init__(self, driver: DeviceDriver) -> None:
+        self._driver = driver
         self._lock = threading.Lock()
-        self._imports: dict[tuple[str, tuple[int, ...]], _Import] = {}
+        self._imports: dict[tuple[object, ...], _Import] = {}
         self._regions: dict[str, tuple[ImportRegion, _Import]] = {}
-        self._chunks: dict[int, tuple[int, int]] = {}
-        """Handle here and number of uses, by shareable handle."""
         self.staging_bytes = 0
 
     @property
@@ -58,24 +72,26 @@ class CardMemory:
         return sum(one.size_bytes for one in list(self._imports.values()))
 
     def open(self, region: ImportRegion) -> None:
-        """Maps the region. Again with the same memory changes nothing. Raises AclError, NotPossible."""
+        """Maps the region. Again with the same memory changes nothing. Raises DriverError, NotPossible."""
         with self._lock:
             known = self._regions.get(region.region_id)
             if known is not None:
                 if known[0] != region:
                     raise NotPossible(f"region {region.region_id!r} is other memory here")
                 return
-            material = (region.export_key, region.shareable_handles)
+            material = _material(region)
             found = self._imports.get(material)
             if found is None:
-                found = self._imports[material] = self._import(region)
+                with ExitStack() as undo:
+                    address = self._driver.map(region, undo)
+                    found = self._imports[material] = _Import(address, region.size_bytes, undo.pop_all())
             elif region.size_bytes > found.size_bytes:
                 raise NotPossible(f"region {region.region_id!r} has {found.size_bytes} bytes, not {region.size_bytes}")
             found.region_ids.add(region.region_id)
             self._regions[region.region_id] = region, found
 
     def close(self, region_id: str) -> None:
-        """Unmaps the region; nothing may use it any more. Idempotent. Raises AclError: then it may still be mapped."""
+        """Unmaps the region; nothing may use it any more. Idempotent. Raises DriverError: it may be mapped still."""
         with self._lock:
             known = self._regions.pop(region_id, None)
             if known is None:
@@ -83,7 +99,7 @@ class CardMemory:
             region, found = known
             found.region_ids.discard(region_id)
             if not found.region_ids:
-                del self._imports[region.export_key, region.shareable_handles]
+                del self._imports[_material(region)]
                 found.undo.close()
 
     def close_all(self) -> None:
@@ -110,7 +126,7 @@ class CardMemory:
     @contextmanager
     def staging_undone_on_error(self) -> Iterator[Staging]:
         """Buffers that are freed if the block raises."""
-        staging = Staging(self, self._acl)
+        staging = Staging(self, self._driver)
         try:
             yield staging
         except BaseException:
@@ -118,56 +134,21 @@ class CardMemory:
             raise
 
     def copy(self, pairs: Sequence[tuple[Span, Span]]) -> None:
-        """Copies (destination, source) spans of equal sizes within the card, and waits."""
-        for (destination, size), (source, _) in pairs:
-            self._acl.memcpy(destination, size, source, size, MemcpyKind.DEVICE_TO_DEVICE)
-        self._acl.synchronize_device()
+        """Copies (destination, source) spans of equal sizes, and waits."""
+        self._driver.copy(pairs)
 
-    def _import(self, region: ImportRegion) -> _Import:
-        with ExitStack() as undo:
-            if region.export_key:
-                key = bytes.fromhex(region.export_key)
-                address = self._acl.ipc_import(key, IMPORT_WITH_PEER_ACCESS)
-                undo.callback(self._acl.ipc_close, key)
-            else:
-                address = self._map_chunks(region, undo)
-            return _Import(address, region.size_bytes, undo.pop_all())
 
-    def _map_chunks(self, region: ImportRegion, undo: ExitStack) -> int:
-        handles, chunk = region.shareable_handles, region.chunk_bytes
-        if not handles or chunk <= 0 or region.size_bytes > len(handles) * chunk:
-            raise NotPossible(f"{len(handles)} chunks of {chunk} bytes are not {region.size_bytes} bytes")
-        address = self._acl.reserve_address(len(handles) * chunk)
-        undo.callback(self._acl.release_address, address)
-        for index, shareable in enumerate(handles):
-            handle = self._hold_chunk(shareable)
-            undo.callback(self._release_chunk, shareable)
-            self._acl.map(address + index * chunk, chunk, handle)
-            undo.callback(self._acl.unmap, address + index * chunk)
-        return address
-
-    def _hold_chunk(self, shareable: int) -> int:
-        """A chunk can be imported once in a process, but publications of one instance may overlap in chunks."""
-        handle, uses = self._chunks.get(shareable, (0, 0))
-        if not uses:
-            handle = self._acl.import_shareable_handle(shareable, self._device)
-        self._chunks[shareable] = handle, uses + 1
-        return handle
-
-    def _release_chunk(self, shareable: int) -> None:
-        handle, uses = self._chunks.pop(shareable)
-        if uses > 1:
-            self._chunks[shareable] = handle, uses - 1
-        else:
-            self._acl.free_physical(handle)
+def _material(region: ImportRegion) -> tuple[object, ...]:
+    """The same of all regions that are the same memory."""
+    return region.export_key, region.shareable_handles, region.ipc_handle
 
 
 class Staging:
     """The buffers of one transfer, and what the engine is to move."""
 
-    def __init__(self, memory: CardMemory, acl: Acl) -> None:
+    def __init__(self, memory: CardMemory, driver: DeviceDriver) -> None:
         self._memory = memory
-        self._acl = acl
+        self._driver = driver
         self._buffers: list[Span] = []
         self._scattered: list[tuple[Span, Span]] = []
 
@@ -178,7 +159,7 @@ class Staging:
             if not blob.is_packed:
                 placed.append(parts[0])
                 continue
-            address = self._acl.malloc(blob.size)
+            address = self._driver.malloc(blob.size)
             self._buffers.append((address, blob.size))
             self._memory.staging_bytes += blob.size
             placed.append((address, blob.size))
@@ -202,6 +183,6 @@ class Staging:
         """Gives the buffers back; the engine must be done with them."""
         while self._buffers:
             address, size = self._buffers[-1]
-            self._acl.free(address)
+            self._driver.free(address)
             self._memory.staging_bytes -= size
             self._buffers.pop()

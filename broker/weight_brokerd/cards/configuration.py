@@ -14,7 +14,10 @@ class CardsConfiguration:
     """Times are in seconds."""
 
     worker_host: str
+    """Of the datasystem worker; GPUs need none."""
     worker_port: int
+    kind: str = "npu"
+    """Or "cuda"."""
     credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Arguments of the engine's client: token, client_public_key, client_private_key, server_public_key, access_key,
     secret_key, tenant_id."""

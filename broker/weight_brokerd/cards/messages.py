@@ -47,14 +47,18 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class ImportRegion:
-    """Maps a region of an instance: a whole allocation by its key, or chunks by their handles. Answer: Done."""
+    """Maps a region of an instance: an allocation by its key or handle, or chunks by their handles. Answer: Done."""
 
     region_id: str
     size_bytes: int
     export_key: str = ""
-    """Hexadecimal."""
+    """Of an NPU's allocation; hexadecimal."""
     shareable_handles: tuple[int, ...] = ()
     chunk_bytes: int = 0
+    ipc_handle: str = ""
+    """Of a GPU's allocation; hexadecimal."""
+    device_id: str = ""
+    """The GPU that it is on, which may be another one than the process's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class CopyWithinCard:
-    """To a receiver: copies between regions of this card, part by part. Answer: Done."""
+    """To a receiver: copies between regions that it has mapped, part by part. Answer: Done."""
 
     source: BlobList
     destination: BlobList

@@ -52,6 +52,7 @@ class CardProcess(ChildProcess[messages.Message]):
         """A process that serves. Raises CardUnavailable with the driver's or the engine's words."""
         process, ours = await spawn(
             "weight_brokerd.cards.child",
+            f"--kind={configuration.kind}",
             f"--role={role}",
             f"--device={device}",
             environment=configuration.child_environment(),

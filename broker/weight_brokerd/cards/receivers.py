@@ -20,9 +20,11 @@ from weight_brokerd.cards.messages import ImportRegion, Role
 from weight_brokerd.cards.probe import Device
 from weight_brokerd.cards.process import CardProcess, EngineFailed
 from weight_brokerd.cards.tasks import Background, uninterrupted
-from weight_brokerd.cards.worker_watch import WorkerWatch
+from weight_brokerd.cards.worker_watch import Worker
 
 log = structlog.get_logger()
+TransferRequest = messages.Fetch | messages.CopyWithinCard | messages.Ping
+"""What is done once the memory is mapped. Nothing, to see that it can be."""
 Reserve = Callable[[], Coroutine[Any, Any, object]]
 """Has the key of a fetch offered at its source. It is cancelled if the memory cannot be mapped."""
 
@@ -32,7 +34,7 @@ _HELD = "the driver does not let go of the memory"
 class ReceiverSide:
     """The receivers of one card."""
 
-    def __init__(self, device: Device, configuration: CardsConfiguration, worker: WorkerWatch, hooks: Hooks) -> None:
+    def __init__(self, device: Device, configuration: CardsConfiguration, worker: Worker, hooks: Hooks) -> None:
         self.problem = ""
         """Why the last start of a receiver failed, in the driver's or the engine's words."""
         self.busy: set[CardProcess] = set()
@@ -52,7 +54,7 @@ class ReceiverSide:
 
     async def run(
         self,
-        request: messages.Fetch | messages.CopyWithinCard,
+        request: TransferRequest,
         regions: Sequence[ImportRegion],
         timeout: float,
         reserve: Reserve | None = None,
@@ -141,7 +143,7 @@ class ReceiverSide:
     async def _transfer(
         self,
         child: CardProcess,
-        request: messages.Fetch | messages.CopyWithinCard,
+        request: TransferRequest,
         regions: Sequence[ImportRegion],
         deadline: float,
         reserve: Reserve | None,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import re
 import secrets
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -16,6 +14,7 @@ from weight_brokerd.cards import messages
 from weight_brokerd.cards.blobs import BlobList
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardUnavailable
+from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.cards.hooks import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.probe import Device, find_devices
@@ -27,42 +26,6 @@ log = structlog.get_logger()
 MAXIMUM_TIMEOUT_SECONDS = 1800
 """The engine waits no longer for a key."""
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,255}")
-
-
-class CardState(enum.StrEnum):
-    """Whether a card serves."""
-
-    READY = "ready"
-    """It serves, or would start a process now."""
-    DEGRADED = "degraded"
-    """Its last process did not start, or the datasystem worker is away. It is tried again."""
-    FAILED = "failed"
-    """The driver did not open it when the daemon started."""
-
-
-@dataclass(frozen=True, slots=True)
-class CardHealth:
-    """One card, for people and for health checks."""
-
-    identity: str
-    device_index: int
-    soc: str
-    state: CardState
-    problem: str
-    """The driver's or the engine's words; empty if it is ready."""
-    sender_pid: int
-    """0: none runs."""
-    retiring_pids: tuple[int, ...]
-    receiver_pids: tuple[int, ...]
-    regions: int
-    offers: int
-    fetches: int
-
-
-def count_by_state(cards: Iterable[CardHealth]) -> dict[str, int]:
-    """How many cards are in each state; all states are named."""
-    counted = Counter(card.state for card in cards)
-    return {state.value: counted[state] for state in CardState}
 
 
 @dataclass(slots=True)

@@ -8,12 +8,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 
 log = structlog.get_logger()
 _RETRY_SECONDS = 0.25
 _CONNECT_SECONDS = 2.0
+
+
+class Worker(Protocol):
+    """What card processes depend on."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it answers."""
+
+
+class NoWorker:
+    """For cards that depend on none."""
+
+    address = ""
+    is_there = True
 
 
 class WorkerWatch:

@@ -13,6 +13,8 @@ from weight_broker.layout import Layout
 
 HOST_MEMORY = "cpu"
 """The kind of memory that every process can map by itself."""
+CUDA_MEMORY = "cuda"
+"""The kind of memory whose driver copies between any two devices of a host."""
 
 
 class InstanceState(enum.StrEnum):

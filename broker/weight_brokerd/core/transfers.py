@@ -5,7 +5,15 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
-from weight_brokerd.core.model import HOST_MEMORY, Acquisition, DataPlane, Publication, Transfer, TransferState
+from weight_brokerd.core.model import (
+    CUDA_MEMORY,
+    HOST_MEMORY,
+    Acquisition,
+    DataPlane,
+    Publication,
+    Transfer,
+    TransferState,
+)
 
 
 class TransferLog:
@@ -43,7 +51,6 @@ class TransferLog:
 
 
 def data_plane_between(publication: Publication, acquisition: Acquisition) -> DataPlane:
-    """What moves the bytes: within a device, and between processes of one host's memory, a copy does."""
-    if publication.device_kind == HOST_MEMORY or publication.device_id == acquisition.device_id:
-        return DataPlane.LOCAL
-    return DataPlane.DATASYSTEM
+    """What moves the bytes: a copy within a device, between processes of one host's memory, and between its GPUs."""
+    copied = publication.device_kind in (HOST_MEMORY, CUDA_MEMORY) or publication.device_id == acquisition.device_id
+    return DataPlane.LOCAL if copied else DataPlane.DATASYSTEM

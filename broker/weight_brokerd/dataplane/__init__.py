@@ -1,1 +1,1 @@
-"""What moves the bytes where the broker does: `local` within a card, `datasystem` between cards."""
+"""What moves the bytes where the broker does: `local` within an NPU and between GPUs, `datasystem` between NPUs."""

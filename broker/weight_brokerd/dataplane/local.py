@@ -1,26 +1,43 @@
-"""Within a card: its receiver maps both sides and copies. The engine does not send from a card to itself."""
+"""Within an NPU, and between any two GPUs: the receiver maps both sides and copies. The engine does not send from a
+card to itself, and does not serve GPUs."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 from weight_broker.layout import Layout
 from weight_brokerd.cards import plan
 from weight_brokerd.cards.blobs import Blob, BlobList, Part
 from weight_brokerd.cards.errors import CardError
 from weight_brokerd.cards.extents import TooScattered
-from weight_brokerd.cards.messages import ImportRegion
-from weight_brokerd.cards.supervisor import CardSupervisor
+from weight_brokerd.cards.messages import Done, ImportRegion
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
 
 
-class LocalPlane:
-    """Copies within a card."""
+class Cards(Protocol):
+    """Cards of one kind."""
 
-    def __init__(self, cards: CardSupervisor) -> None:
+    async def copy(
+        self,
+        card: str,
+        source: BlobList,
+        destination: BlobList,
+        regions: Sequence[ImportRegion],
+        *,
+        timeout: float,
+    ) -> Done:
+        """Fills `destination` on `card` from `source`. Raises CardError."""
+        ...
+
+
+class LocalPlane:
+    """Copies what one process of a card can map."""
+
+    def __init__(self, cards: Cards) -> None:
         self._cards = cards
 
     async def move(

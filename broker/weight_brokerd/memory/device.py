@@ -1,4 +1,5 @@
-"""Device memory that publications lie in: mapped by the sender of its card, once, for as long as one of them needs it.
+"""Device memory that publications lie in: known to its card, once, for as long as one of them needs it. An NPU's sender
+has it mapped.
 
 The same allocation is in several publications if an instance publishes several weight sets, or one weight set twice.
 """
@@ -9,10 +10,20 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from weight_brokerd.cards.errors import CardError, CardRefused
 from weight_brokerd.cards.messages import ImportRegion
-from weight_brokerd.cards.supervisor import CardSupervisor
+
+
+class Cards(Protocol):
+    """Cards of one kind."""
+
+    async def register(self, card: str, region: ImportRegion) -> None:
+        """Sees to it that transfers can read the region. Idempotent. Raises CardError."""
+
+    async def unregister(self, card: str, region_id: str) -> None:
+        """The region may be freed when this returns. Idempotent. Raises CardError."""
 
 
 @dataclass(slots=True)
@@ -26,7 +37,7 @@ class _Mapped:
 class DeviceMemory:
     """All regions of device memory that are published on this host. A region's id names it on the whole host."""
 
-    def __init__(self, cards: CardSupervisor) -> None:
+    def __init__(self, cards: Cards) -> None:
         self._cards = cards
         self._regions: dict[str, _Mapped] = {}
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weight_broker.attach import AttachConnection
     from weight_broker.v1 import weight_set_pb2 as pb
 
-_MODULES = {"npu": "weight_broker.memory.npu"}
+_MODULES = {"npu": "weight_broker.memory.npu", "cuda": "weight_broker.memory.cuda"}
 _NAMED_TENSORS = 16
 
 

@@ -13,7 +13,7 @@ class SegmentKind(enum.StrEnum):
     """How the driver gave a segment."""
 
     PLAIN = "plain"
-    """One allocation (aclrtMalloc), shared by its export key."""
+    """One allocation (aclrtMalloc, cudaMalloc), shared by its export key or handle."""
     VMM = "vmm"
     """Physical chunks mapped at consecutive addresses (expandable segments), shared chunk by chunk."""
 
@@ -63,7 +63,9 @@ class DeviceTensor:
     owner: object = None
     """What keeps the memory alive."""
     segment: Segment | None = None
-    """The driver's allocation that it lies in; None if its framework can tell."""
+    """The driver's allocation that it lies in; None if its framework or the driver can tell."""
+    device_kind: str = "npu"
+    """Or "cuda"."""
 
 
 SegmentProvider = Callable[[], Sequence[Segment]]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from weight_broker import acl as acl_module
 from weight_broker.digest import ContentDigests
 from weight_broker.errors import PublishRefused
+from weight_broker.memory.device_describe import DescribedDeviceTensors, describe_device
 from weight_broker.memory.device_tensor import DeviceTensor, Segment, SegmentKind, SegmentProvider
-from weight_broker.memory.npu_describe import DescribedDeviceTensors, describe_device
 from weight_broker.memory.npu_digest import digest_tensors
 from weight_broker.memory.npu_export import ExportedSegments, device_id, export_segments
 

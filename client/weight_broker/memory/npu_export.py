@@ -19,8 +19,8 @@ from weight_broker import acl as acl_module
 from weight_broker.acl import Acl, AclError, AclUnavailable
 from weight_broker.errors import InvalidArgument, PublishRefused, RetractTimeout
 from weight_broker.memory import npu_driver
+from weight_broker.memory.device_describe import DescribedDeviceTensors
 from weight_broker.memory.device_tensor import Segment, SegmentKind
-from weight_broker.memory.npu_describe import DescribedDeviceTensors
 from weight_broker.memory.npu_registry import EXPORTS, Export
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from weight_broker.errors import InvalidArgument
-from weight_broker.layout import ITEM_SIZES, MemoryFormat
+from weight_broker.layout import MemoryFormat
 from weight_broker.memory.device_tensor import DeviceTensor, Segment, SegmentKind
+from weight_broker.memory.device_torch import plain_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -27,47 +28,31 @@ _DEFAULT_POOL = (0, 0)
 
 def from_tensor(name: str, tensor: torch.Tensor) -> DeviceTensor:
     """A torch tensor on an NPU. Raises `InvalidArgument` that names it."""
-    import torch
-
     torch_npu = _torch_npu()
-    if tensor.layout is not torch.strided:
-        raise _refusal(name, "layout", tensor.layout, "torch.strided", "Use .to_dense().")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in ITEM_SIZES:
-        raise _refusal(name, "dtype", tensor.dtype, "one of " + ", ".join(ITEM_SIZES), "Share the integers and scales.")
-    if tensor.is_neg() or tensor.is_conj():
-        hint = "Use .resolve_conj().resolve_neg()."
-        raise _refusal(name, "memory", "a lazy conjugate or negative", "plain memory", hint)
-    try:
-        offset, available, address = int(tensor.storage_offset()), tensor.untyped_storage().nbytes(), tensor.data_ptr()
-    except (RuntimeError, ValueError) as error:  # uninitialised parameters and wrappers without memory say so this way
-        hint = "Materialise it first."
-        raise _refusal(name, "memory", "not there", "a tensor with memory of its own", hint) from error
+    plain = plain_tensor(name, tensor)
     number = int(torch_npu.get_npu_format(tensor))
     if number == FRACTAL_NZ:
         memory_format = MemoryFormat.FRACTAL_NZ
         storage_bytes = int(torch_npu.get_storage_size(tensor)) * tensor.element_size()
-        if offset:
+        if plain.offset:
             hint = "Share the tensor that it is a part of."
-            raise _refusal(name, "storage_offset", offset, "0: FRACTAL_NZ is a format of whole storages", hint)
+            raise _refusal(name, "storage_offset", plain.offset, "0: FRACTAL_NZ is a format of whole storages", hint)
     elif number in STRIDED_FORMATS:
         memory_format = MemoryFormat.STRIDED
         storage_bytes = tensor.numel() * tensor.element_size()
     else:
         expected = "FRACTAL_NZ or one of " + ", ".join(STRIDED_FORMATS.values())
         raise _refusal(name, "format", number, expected, f"Use torch_npu.npu_format_cast(tensor, {ND}).")
-    if offset * tensor.element_size() + storage_bytes > available:
-        hint = "Its storage was freed or resized."
-        raise _refusal(name, "memory", f"{available} bytes", f"a storage of {storage_bytes} bytes", hint)
+    plain.require(name, storage_bytes)
     return DeviceTensor(
-        address=address if storage_bytes else 0,
-        dtype=dtype,
+        address=plain.address if storage_bytes else 0,
+        dtype=plain.dtype,
         shape=tuple(tensor.shape),
         stride=tuple(tensor.stride()),
         storage_bytes=storage_bytes,
         device_index=tensor.device.index or 0,
         memory_format=memory_format,
-        storage_offset=offset,
+        storage_offset=plain.offset,
         owner=tensor,
     )
 

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-DEVICE_KINDS = ("cpu", "npu")
+DEVICE_KINDS = ("cpu", "npu", "cuda")
 """Kinds of devices whose memory can be shared."""
 
 
 class _OnDevice(Exception):
-    """A tensor is in device memory, which is described in npu.py."""
+    """A tensor is in device memory, which is described in device_describe.py."""
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class DescribedTensors:
 def describe(tensors: Mapping[str, object]) -> DescribedTensors:
     """Describe torch tensors, NumPy arrays or device tensors by name. Tensors that are one another's exact aliases
     (same address, type, shape and stride) are found; the first name in sorted order is the one the others point to.
-    For tensors on an NPU the answer is a `weight_broker.memory.npu.DescribedDeviceTensors`.
+    For tensors on a device the answer is a `weight_broker.memory.device_describe.DescribedDeviceTensors`.
 
     Raises `InvalidArgument` that names the tensor and says what to do about it.
     """
@@ -80,7 +80,7 @@ def describe(tensors: Mapping[str, object]) -> DescribedTensors:
     try:
         return _describe_on_host(tensors)
     except _OnDevice:
-        from weight_broker.memory.npu import describe_device
+        from weight_broker.memory.device_describe import describe_device
 
         return describe_device(tensors)
 
@@ -107,7 +107,7 @@ def _describe_on_host(tensors: Mapping[str, object]) -> DescribedTensors:
 def _describe_torch(name: str, tensor: torch.Tensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
     torch_strided, dtype_names = _torch_names()
     if tensor.device.type != "cpu":
-        if tensor.device.type == "npu":
+        if tensor.device.type in DEVICE_KINDS:
             raise _OnDevice
         _refuse_torch_device(name, tensor)
     if tensor.layout is not torch_strided:

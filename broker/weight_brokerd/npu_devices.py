@@ -1,4 +1,4 @@
-"""The devices of this host, for the daemon: their processes, the memory that is published on them, what moves it."""
+"""The NPUs of this host, for the daemon: their processes, the memory that is published on them, what moves it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import structlog
 
 from weight_broker.errors import BrokerUnavailable
 from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.cards.health import CardHealth
 from weight_brokerd.cards.hooks import Hooks
-from weight_brokerd.cards.supervisor import CardHealth, CardSupervisor
+from weight_brokerd.cards.supervisor import CardSupervisor
 from weight_brokerd.core.model import DataPlane
 from weight_brokerd.dataplane.datasystem import DatasystemPlane
 from weight_brokerd.dataplane.local import LocalPlane
@@ -39,14 +40,12 @@ class Worker(Protocol):
         """Ends it if it is managed."""
 
 
-class Devices:
-    """The cards of one kind of memory."""
+class NpuDevices:
+    """See `weight_brokerd.device_kinds.DeviceKind`."""
 
     kind = "npu"
 
-    def __init__(self, connect: Connect, worker: Worker, *, transfer_seconds: float) -> None:
-        self.transfer_seconds = transfer_seconds
-        """The longest that one transfer may take."""
+    def __init__(self, connect: Connect, worker: Worker) -> None:
         self.problem = ""
         """Why no card can be served, if none can."""
         self.on_region_lost: Callable[[str, str], None] = lambda _region, _why: None
@@ -82,9 +81,8 @@ class Devices:
         await self.worker.close()
 
     @property
-    def memory(self) -> DeviceMemory:
-        """What is published; after `ready`."""
-        assert self._memory is not None
+    def memory(self) -> DeviceMemory | None:
+        """What is published; None before `ready`."""
         return self._memory
 
     @property
@@ -98,19 +96,14 @@ class Devices:
         return self._cards.health if self._cards is not None else ()
 
     @property
+    def is_absent(self) -> bool:
+        """Somebody has configured a worker for them: they are not."""
+        return False
+
+    @property
     def worker_is_there(self) -> bool:
         """Whether the datasystem worker answers."""
         return self._cards is not None and self._cards.worker_is_there
-
-    @property
-    def region_count(self) -> int:
-        """Regions of device memory that are mapped."""
-        return self._memory.region_count if self._memory is not None else 0
-
-    @property
-    def region_bytes(self) -> int:
-        """Bytes of them."""
-        return self._memory.region_bytes if self._memory is not None else 0
 
     async def _start(self) -> None:
         try:

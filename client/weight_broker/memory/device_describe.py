@@ -1,21 +1,40 @@
-"""What the caller's tensors are and where they lie in the memory of an NPU."""
+"""What the caller's tensors are and where they lie in the memory of a device."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Protocol, cast
 
 from weight_broker.errors import InvalidArgument
 from weight_broker.layout import ITEM_SIZES, Layout, MemoryFormat, TensorSpec
-from weight_broker.memory import npu_torch
 from weight_broker.memory.device_tensor import DeviceTensor, Segment, SegmentProvider
 from weight_broker.memory.tensors import DescribedTensor, DescribedTensors
+
+if TYPE_CHECKING:
+    import torch
+
+_FRAMEWORKS = {"npu": "weight_broker.memory.npu_torch", "cuda": "weight_broker.memory.cuda_torch"}
+
+
+class Framework(Protocol):
+    """What torch knows of a kind of device (`weight_broker.memory.npu_torch`)."""
+
+    def from_tensor(self, name: str, tensor: torch.Tensor) -> DeviceTensor:
+        """A torch tensor on a device of this kind. Raises `InvalidArgument` that names it."""
+
+    def segments(self, device_index: int) -> list[Segment]:
+        """The allocator's segments on a device."""
+
+    def synchronize(self, device_index: int) -> None:
+        """Waits for everything that torch was told to do there."""
 
 
 @dataclass(slots=True)
 class DescribedDeviceTensors(DescribedTensors):
-    """Tensors on one NPU, described."""
+    """Tensors on one device, described."""
 
     device_index: int
     """The device as this process counts."""
@@ -26,38 +45,38 @@ class DescribedDeviceTensors(DescribedTensors):
 
 
 def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
-    """Describe tensors of an NPU by name: `DeviceTensor`s, torch tensors, or some of each. Exact aliases are found.
+    """Describe tensors of a device by name: `DeviceTensor`s, torch tensors, or some of each. Exact aliases are found.
 
     Raises `InvalidArgument` that names the tensor and says what to do about it.
     """
     described: list[DescribedTensor] = []
     targets: dict[tuple[object, ...], str] = {}
-    device_index, by_torch = -1, False
+    kind, device_index, by_torch = "", -1, False
     named: dict[int, Segment] = {}
     for name in sorted(tensors):
         value = tensors[name]
         by_torch = by_torch or not isinstance(value, DeviceTensor)
         tensor = value if isinstance(value, DeviceTensor) else _from_framework(name, value)
-        if described and tensor.device_index != device_index:
-            first = described[0].spec.name
+        if described and (tensor.device_kind, tensor.device_index) != (kind, device_index):
+            mine, first = f"{tensor.device_kind}:{tensor.device_index}", described[0].spec.name
             hint = "Publish the tensors of each device on their own: a weight set is one rank's."
-            raise _refusal(name, "device", f"npu:{tensor.device_index}", f"npu:{device_index}, as {first!r} is", hint)
-        device_index = tensor.device_index
+            raise _refusal(name, "device", mine, f"{kind}:{device_index}, as {first!r} is", hint)
+        kind, device_index = tensor.device_kind, tensor.device_index
         if tensor.segment is not None:
             named[tensor.segment.base] = tensor.segment
         described.append(_describe(name, tensor, targets))
     return DescribedDeviceTensors(
         Layout([one.spec for one in described]),
         tuple(described),
-        "npu",
+        kind,
         device_index,
-        partial(npu_torch.synchronize, device_index) if by_torch else None,
-        partial(_segments, device_index, list(named.values()), by_torch=by_torch) if by_torch or named else None,
+        partial(_framework(kind).synchronize, device_index) if by_torch else None,
+        partial(_segments, kind, device_index, list(named.values()), by_torch=by_torch) if by_torch or named else None,
     )
 
 
-def _segments(device_index: int, named: list[Segment], *, by_torch: bool) -> list[Segment]:
-    return [*named, *(npu_torch.segments(device_index) if by_torch else ())]
+def _segments(kind: str, device_index: int, named: list[Segment], *, by_torch: bool) -> list[Segment]:
+    return [*named, *(_framework(kind).segments(device_index) if by_torch else ())]
 
 
 def _from_framework(name: str, value: object) -> DeviceTensor:
@@ -65,9 +84,15 @@ def _from_framework(name: str, value: object) -> DeviceTensor:
 
     if not isinstance(value, torch.Tensor):
         raise _refusal(name, "type", type(value).__name__, "a tensor on the device that the others are on", "Move it.")
-    if value.device.type != "npu":
-        raise _refusal(name, "device", str(value.device), "npu, as the others", "Move it, or publish it on its own.")
-    return npu_torch.from_tensor(name, value)
+    kind = value.device.type
+    if kind not in _FRAMEWORKS:
+        expected = " or ".join(_FRAMEWORKS) + ", as the others"
+        raise _refusal(name, "device", str(value.device), expected, "Move it, or publish it on its own.")
+    return _framework(kind).from_tensor(name, value)
+
+
+def _framework(kind: str) -> Framework:
+    return cast(Framework, importlib.import_module(_FRAMEWORKS[kind]))
 
 
 def _describe(name: str, tensor: DeviceTensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:

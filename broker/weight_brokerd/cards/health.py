@@ -1,0 +1,44 @@
+"""How a card is, for people and for health checks."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class CardState(enum.StrEnum):
+    """Whether a card serves."""
+
+    READY = "ready"
+    """It serves, or would start a process now."""
+    DEGRADED = "degraded"
+    """Its last process did not start, or the datasystem worker is away. It is tried again."""
+    FAILED = "failed"
+    """The driver did not open it when the daemon started."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardHealth:
+    """One card, for people and for health checks."""
+
+    identity: str
+    device_index: int
+    soc: str
+    state: CardState
+    problem: str
+    """The driver's or the engine's words; empty if it is ready."""
+    sender_pid: int
+    """0: none runs."""
+    retiring_pids: tuple[int, ...]
+    receiver_pids: tuple[int, ...]
+    regions: int
+    offers: int
+    fetches: int
+
+
+def count_by_state(cards: Iterable[CardHealth]) -> dict[str, int]:
+    """How many cards are in each state; all states are named."""
+    counted = Counter(card.state for card in cards)
+    return {state.value: counted[state] for state in CardState}
