@@ -17,8 +17,6 @@ GPUS = 4
 class Fault(enum.StrEnum):
     """What goes wrong for all processes of the host while it is set."""
 
-    NO_DEVICE = "no-device"
-    """cuInit knows no GPU."""
     OUT_OF_MEMORY = "out-of-memory"
     """No context can be made."""
     OPEN_REFUSED = "open-refused"

@@ -77,7 +77,7 @@ def test_a_gpu_is_known_by_its_uuid_whatever_number_a_process_gives_it(gpu_host:
 def test_the_broker_lists_its_gpus_and_opens_none_before_it_has_to(gpu_host: GpuHost) -> None:
     gpu_host.cuda.inject(Fault.OUT_OF_MEMORY)
     broker = gpu_host.start_broker()
-    eventually(lambda: len(cards(broker)) == GPUS)
+    eventually(lambda: len(cards(broker)) == GPUS, within=30)
     assert [(card.device_id, card.device_index) for card in broker.host().cards] == [(uuid(i), i) for i in range(GPUS)]
     for card in cards(broker).values():
         assert card.device_kind == weight_set_pb2.DEVICE_KIND_CUDA
@@ -119,7 +119,7 @@ def test_a_copy_past_its_deadline_costs_its_process_and_nothing_else(gpu_host: G
     first.call(instance.publish, "model")
     gpu_host.cuda.inject(Fault.COPY_HANGS)
     late = second.call(instance.acquire, "model", timeout=3.0)
-    assert late.error == "AcquireTimeout"
+    assert late.error == "AcquireTimeout", late
     assert (late.touched, late.quiesced) == (True, True)
     assert gpu_host.cuda.opened() == []
     gpu_host.cuda.clear(Fault.COPY_HANGS)
@@ -137,7 +137,7 @@ def test_a_copy_that_fails_is_a_failed_transfer_and_the_next_one_works(gpu_host:
     first.call(instance.publish, "model")
     gpu_host.cuda.inject(Fault.COPY_FAILS)
     failed = second.call(instance.acquire, "model", wait=False)
-    assert failed.error
+    assert failed.error == "TransferFailed", failed
     assert (failed.touched, failed.quiesced) == (True, True)
     assert gpu_host.cuda.opened() == []
     gpu_host.cuda.clear(Fault.COPY_FAILS)
@@ -153,7 +153,7 @@ def test_a_publisher_killed_in_the_middle_is_no_source_and_the_next_acquire_work
     first.call(instance.publish, "model")
     gpu_host.cuda.inject(Fault.COPY_HANGS)
     answer = second.begin(instance.acquire, "model", timeout=30.0)
-    eventually(lambda: len(gpu_host.cuda.opened()) == 2)
+    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=30)
     first.kill()
     third.call(instance.publish, "model")
     gpu_host.cuda.clear(Fault.COPY_HANGS)
@@ -172,7 +172,7 @@ def test_a_retract_returns_when_nobody_has_the_memory_open(gpu_host: GpuHost) ->
     first.call(instance.publish, "model")
     gpu_host.cuda.inject(Fault.COPY_HANGS)
     acquiring = second.begin(instance.acquire, "model", timeout=30.0)
-    eventually(lambda: len(gpu_host.cuda.opened()) == 2)
+    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=30)
     retracting = first.begin(instance.retract, "model")
     gpu_host.cuda.clear(Fault.COPY_HANGS)
     assert acquiring(60.0).error == ""
@@ -196,12 +196,10 @@ def test_publications_of_the_same_memory_share_what_is_opened(gpu_host: GpuHost)
 def test_a_host_without_a_gpu_serves_host_memory_and_complains_only_if_told_that_there_is_one(
     gpu_host: GpuHost, enabled: str
 ) -> None:
-    gpu_host.cuda.inject(Fault.NO_DEVICE)
-    broker = gpu_host.start_broker(enabled=enabled)
+    broker = gpu_host.start_broker(enabled=enabled, CUDA_VISIBLE_DEVICES="")
     if enabled == "on":
-        eventually(lambda: "no CUDA-capable device" in broker.host().device_problem)
+        eventually(lambda: "no CUDA-capable device" in broker.host().device_problem, within=30)
     else:
-        gpu_host.cuda.clear(Fault.NO_DEVICE)
         first = gpu_host.start_instance("first")
         first.call(gpu.create, "model", 0, MIXED, 7)
         refused = first.call(instance.publish, "model")
