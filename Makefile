@@ -22,8 +22,8 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
 
-.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend lint types generate check-generated \
-	proto-baseline benchmark benchmark-ascend clean
+.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend test-gpu lint types generate check-generated \
+	proto-baseline benchmark benchmark-ascend benchmark-gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show the commands
@@ -62,6 +62,13 @@ test-ascend: $(STAMP)  ## run the tests that need the datasystem wheel, on a dou
 	$(RUN)pip install --quiet openyuanrong-datasystem==0.8.1
 	$(RUN)pytest tests/integration/cann $(PYTEST_ARGUMENTS)
 
+# The virtual environment has a CPU build of torch: CUDA_PYTHON is an interpreter with a CUDA build, this package
+# ('.[dev]') and a GPU. Without one, every test is skipped and says why.
+CUDA_PYTHON ?= $(RUN)python
+
+test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU, with the torch of CUDA_PYTHON
+	$(CUDA_PYTHON) -m pytest tests/gpu $(PYTEST_ARGUMENTS)
+
 lint: $(STAMP)  ## ruff, buf lint and the breaking-change check
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
@@ -95,6 +102,9 @@ benchmark: $(STAMP)  ## measure the budgets of docs/ARCHITECTURE.md and print ea
 benchmark-ascend: $(STAMP)  ## measure what the card processes add to the datasystem's own transfers, on the double (needs gcc)
 	$(RUN)pip install --quiet openyuanrong-datasystem==0.8.1
 	PYTHONPATH=tests $(RUN)python -m benchmarks datasystem_overhead $(BENCHMARK_ARGUMENTS)
+
+benchmark-gpu: $(STAMP)  ## measure an acquire on a GPU against a plain device copy, with the torch of CUDA_PYTHON
+	$(CUDA_PYTHON) -m benchmarks cuda_copy $(BENCHMARK_ARGUMENTS)
 
 clean:  ## remove the virtual environments
 	rm -rf $(VENV) .venv-codegen

@@ -33,8 +33,8 @@ BENCHMARKS = (
     "death",
     "large_registry",
 )
-ON_REQUEST = ("datasystem_overhead",)
-"""Needs what not every machine has; see the module."""
+ON_REQUEST = ("datasystem_overhead", "cuda_copy")
+"""Need what not every machine has; see the modules."""
 
 
 def main() -> int:

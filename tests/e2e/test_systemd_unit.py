@@ -18,7 +18,7 @@ from weight_brokerd.config import Config
 
 SYSTEMD_DIRECTORY = Path(__file__).parents[2] / "deploy" / "systemd"
 SYSTEM_UNITS = Path("/usr/lib/systemd/system")
-DROP_INS = ("hardening-strict.conf", "npu.conf")
+DROP_INS = ("hardening-strict.conf", "npu.conf", "cuda.conf")
 
 pytestmark = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None or not SYSTEM_UNITS.is_dir(), reason="systemd is not installed"
@@ -94,7 +94,9 @@ def test_the_check_notices_a_missing_program(root: Path) -> None:
     assert verify(root).returncode != 0
 
 
-@pytest.mark.parametrize(("drop_in", "threshold"), [(None, 33), ("hardening-strict.conf", 20), ("npu.conf", 36)])
+@pytest.mark.parametrize(
+    ("drop_in", "threshold"), [(None, 33), ("hardening-strict.conf", 20), ("npu.conf", 36), ("cuda.conf", 36)]
+)
 def test_the_exposure_stays_within_its_limit(root: Path, drop_in: str | None, threshold: int) -> None:
     if drop_in is not None:
         install_drop_in(root, drop_in)

@@ -85,7 +85,7 @@ class Work(CopyingWork):
         return messages.Done(clock.seconds)
 
     def _withdraw(self, key: str, wait_ms: int) -> messages.Done:
-        clock = _Clock()
+        clock = Clock()
         offered = self._offers.get(key)
         if offered is None:
             return messages.Done()

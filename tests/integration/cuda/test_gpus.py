@@ -3,6 +3,8 @@ does."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from doubles.cuda.control import GPUS, Fault, uuid
@@ -81,7 +83,7 @@ def test_the_broker_lists_its_gpus_and_opens_none_before_it_has_to(gpu_host: Gpu
     assert [(card.device_id, card.device_index) for card in broker.host().cards] == [(uuid(i), i) for i in range(GPUS)]
     for card in cards(broker).values():
         assert card.device_kind == weight_set_pb2.DEVICE_KIND_CUDA
-        assert card.state == resources_pb2.CARD_STATE_READY
+        assert card.state == resources_pb2.Card.STATE_READY
         assert card.soc == "Double of a GPU"
         assert not card.receiver_pids
 
@@ -115,13 +117,17 @@ def test_a_copy_past_its_deadline_costs_its_process_and_nothing_else(gpu_host: G
     broker = gpu_host.start_broker()
     first, second = gpu_host.start_instance("first"), gpu_host.start_instance("second")
     first.call(gpu.create, "model", 0, MIXED, 7)
-    second.call(gpu.create, "model", 1, MIXED)
-    first.call(instance.publish, "model")
+    second.call(gpu.create, "model", 0, MIXED)
+    first.call(instance.publish, "model")  # the process that copies is there from now on
     gpu_host.cuda.inject(Fault.COPY_HANGS)
-    late = second.call(instance.acquire, "model", timeout=3.0)
+    acquiring = second.begin(instance.acquire, "model", timeout=20.0)
+    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=15)
+    (process,) = cards(broker)[uuid(0)].receiver_pids
+    late = acquiring(60.0)
     assert late.error == "AcquireTimeout", late
     assert (late.touched, late.quiesced) == (True, True)
     assert gpu_host.cuda.opened() == []
+    assert not Path("/proc", str(process)).exists()
     gpu_host.cuda.clear(Fault.COPY_HANGS)
     assert second.call(instance.acquire, "model").error == ""
     assert second.call(gpu.digest, "model") == first.call(gpu.digest, "model")
