@@ -19,14 +19,14 @@ from weight_broker.driver_error import DriverError
 LIBRARY = "libcuda.so.1"
 HANDLE_BYTES = 64
 """CU_IPC_HANDLE_SIZE"""
-NO_DEVICE = 100
-"""CUDA_ERROR_NO_DEVICE"""
 PEER_ACCESS_ALREADY_ENABLED = 704
 """CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"""
 
-_IPC_LAZY_PEER_ACCESS = 1
-_STREAM_NON_BLOCKING = 1
-_IS_IPC_CAPABLE = 13
+IPC_LAZY_PEER_ACCESS = 1
+"""CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS"""
+STREAM_NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING"""
+IS_IPC_CAPABLE = 10
 """CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE"""
 _NAME_BYTES = 256
 
@@ -181,7 +181,7 @@ class Cuda:
 
     def is_ipc_capable(self, address: int) -> bool:
         """Whether the memory can be shared by a handle: cudaMalloc's can, mapped or pooled memory cannot."""
-        return bool(self._out(_INT(), "cuPointerGetAttribute", _IS_IPC_CAPABLE, address))
+        return bool(self._out(_INT(), "cuPointerGetAttribute", IS_IPC_CAPABLE, address))
 
     # ---- sharing whole allocations
     def ipc_handle(self, base: int) -> bytes:
@@ -193,7 +193,7 @@ class Cuda:
     def ipc_open(self, handle: bytes) -> int:
         """The address here of another process's allocation; the current context has to be of the memory's device."""
         value = IpcHandle.from_buffer_copy(handle)
-        return self._out(_ADDRESS(), "cuIpcOpenMemHandle_v2", value, _IPC_LAZY_PEER_ACCESS)
+        return self._out(_ADDRESS(), "cuIpcOpenMemHandle_v2", value, IPC_LAZY_PEER_ACCESS)
 
     def ipc_close(self, address: int) -> None:
         """Of `ipc_open`."""
@@ -214,7 +214,7 @@ class Cuda:
 
     def create_stream(self) -> int:
         """A stream of the current context that waits for no other one."""
-        return self._out(_POINTER(), "cuStreamCreate", _STREAM_NON_BLOCKING)
+        return self._out(_POINTER(), "cuStreamCreate", STREAM_NON_BLOCKING)
 
     def synchronize_stream(self, stream: int) -> None:
         """Waits for everything in the stream. Lets go of the interpreter lock."""

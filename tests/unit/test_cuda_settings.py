@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from weight_broker.cuda import ARGUMENTS, LIBRARY
 from weight_broker.key import WeightSetKey
-from weight_broker.layout import Layout
+from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.cards import cuda_settings
 from weight_brokerd.cards.cuda_settings import cuda_configuration, why_no_gpus
 from weight_brokerd.config import Config, load
@@ -78,7 +78,7 @@ def test_their_processes_take_as_long_as_those_of_cards() -> None:
 def test_between_gpus_of_a_host_the_driver_copies(
     kind: str, source: str, destination: str, expected: DataPlane
 ) -> None:
-    key, layout = WeightSetKey("m"), Layout(())
+    key, layout = WeightSetKey("m"), Layout([TensorSpec("w", "int8", (4,), (1,), 4)])
     offer = Offer(key, layout, "instance-1", kind, source, 0, "request")
     registry = Registry(host_id="here", first_generation=1, limit=1, readers_per_publication=1)
     publication = registry.add(offer, instance_name="first", now=0.0)

@@ -329,7 +329,7 @@ API int cuPointerGetAttribute(void *value, int attribute, uint64_t address) {
     struct allocation *one = find(address);
     if (one) *(int *)value = !one->is_mapped_kind && !one->is_import;
     pthread_mutex_unlock(&lock);
-    return one && attribute == 13 ? SUCCESS : INVALID_VALUE;
+    return one && attribute == 10 ? SUCCESS : INVALID_VALUE;
 }
 
 /* ---- sharing */
