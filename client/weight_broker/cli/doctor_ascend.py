@@ -16,6 +16,7 @@ from weight_broker.cli.doctor import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
 from weight_broker.memory import npu_driver
 from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
 
 _PROBE_SECONDS = 120.0
 _CONNECT_SECONDS = 3.0
@@ -31,7 +32,7 @@ def findings(
     nodes = sorted(devices.glob("davinci[0-9]*"))
     probed = _probe()
     served = state is not None and bool(
-        state.host.cards or state.host.device_problem or state.host.HasField("datasystem_worker")
+        _npus(state) or state.host.device_problem or state.host.HasField("datasystem_worker")
     )
     if not (nodes or served or probed.get("runtime")):
         return [ok("Ascend", "no Ascend devices here: the broker serves host memory only")]
@@ -134,7 +135,8 @@ def _cards(state: State | None) -> list[Finding]:
     host = state.host
     if host.device_problem:
         return [problem("cards", f"the broker serves none: {host.device_problem}", _RESTART)]
-    if not host.cards:
+    npus = _npus(state)
+    if not npus:
         return [
             warning(
                 "cards",
@@ -144,7 +146,7 @@ def _cards(state: State | None) -> list[Finding]:
             )
         ]
     found = []
-    for one in host.cards:
+    for one in npus:
         name, soc = f"card {one.device_id}", text.plain(one.soc)
         if one.state == pb.Card.STATE_READY:
             found.append(ok(name, f"{soc}, ready; {one.region_count} regions are mapped"))
@@ -152,6 +154,10 @@ def _cards(state: State | None) -> list[Finding]:
             fix = _RESTART if one.state == pb.Card.STATE_FAILED else _LOOK_AGAIN
             found.append(problem(name, f"{text.state(pb.Card.State.Name(one.state))}: {one.problem}", fix))
     return found
+
+
+def _npus(state: State) -> list[pb.Card]:
+    return [card for card in state.host.cards if card.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
 
 
 def _worker(state: State | None) -> Finding:
