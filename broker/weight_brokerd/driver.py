@@ -318,10 +318,15 @@ class Driver:
         self._carry_out(self.coordinator.lease_extended(longer))
         return longer
 
-    async def give_up_lease(self, instance_id: str, weight_set_id: str, fencing_token: int, reason: str) -> None:
-        """Gives the lease up; raises `LeaseLost`."""
+    async def give_up_lease(
+        self, instance_id: str, weight_set_id: str, fencing_token: int, reason: str, *, unpublishable: bool = False
+    ) -> None:
+        """Gives the lease up; raises `LeaseLost`. If it is `unpublishable`, nobody is to wait for the weight set."""
         lease = self.coordinator.lease_held_by(instance_id, weight_set_id, fencing_token)
         audit("give_up_lease", instance_id=instance_id, weight_set_id=weight_set_id, reason=reason)
+        if unpublishable:
+            why = reason or "its holder did not say why"
+            self._carry_out(self.coordinator.declare_unpublishable(weight_set_id, why, self.clock()))
         await self.directory.release_lease(lease)
 
     def lease_free(self, lease: ColdLoadLease) -> None:

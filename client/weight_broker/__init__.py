@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         InvalidArgument,
         LayoutMismatch,
         LeaseLost,
+        LoadGroupFailed,
         NotAdministrator,
         NotAttached,
         PublicationNotFound,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
     from weight_broker.layout import Layout, MemoryFormat, TensorSpec
     from weight_broker.lease import ColdLoadLease
+    from weight_broker.load_group import LoadGroup
     from weight_broker.publication import Publication
     from weight_broker.report import AcquireReport, AttachedTensors, LoadReport
 
@@ -50,6 +52,7 @@ _HOMES = {
         "InvalidArgument",
         "LayoutMismatch",
         "LeaseLost",
+        "LoadGroupFailed",
         "NotAdministrator",
         "NotAttached",
         "PublicationNotFound",
@@ -62,6 +65,7 @@ _HOMES = {
     "key": ("ParallelRank", "Role", "Stage", "WeightSetKey"),
     "layout": ("Layout", "MemoryFormat", "TensorSpec"),
     "lease": ("ColdLoadLease",),
+    "load_group": ("LoadGroup",),
     "publication": ("Publication",),
     "report": ("AcquireReport", "AttachedTensors", "LoadReport"),
 }
@@ -82,6 +86,8 @@ __all__ = [
     "Layout",
     "LayoutMismatch",
     "LeaseLost",
+    "LoadGroup",
+    "LoadGroupFailed",
     "LoadReport",
     "MemoryFormat",
     "NotAdministrator",

@@ -23,6 +23,7 @@ from weight_broker.errors import (
     TransferFailed,
 )
 from weight_broker.key import WeightSetKey
+from weight_broker.load_group import LoadGroup
 from weight_broker.memory.device import DeviceDestination
 from weight_broker.receiving import Received, Receiver
 from weight_broker.report import AcquireReport
@@ -36,6 +37,7 @@ from weight_broker.wire import (
     key_to_wire,
     layout_from_wire,
     layout_to_wire,
+    load_group_to_wire,
     placements_to_wire,
 )
 
@@ -92,6 +94,8 @@ class Acquisition:
     """Seconds by phase; what the caller did before is in it already."""
     keep_shared: bool = False
     """Whether what was received stays open, to be published by reference."""
+    group: LoadGroup | None = None
+    """The engine that this process is a rank of."""
     _touched: bool = False
     _last_failure: BrokerError | None = None
     _granted: pb.Granted | None = None
@@ -196,6 +200,9 @@ class Acquisition:
             device_kind=weight_set_pb2.DEVICE_KIND_CPU,
             request_id=str(uuid.uuid4()),
         )
+        if self.group is not None:
+            request.load_group.CopyFrom(load_group_to_wire(self.group))
+            request.assembly_timeout.FromNanoseconds(int(min(self.group.assembly_timeout, self._remaining()) * 1e9))
         if isinstance(receiver, DeviceDestination):
             device_id, regions, placements = receiver.open()
             request.device_kind, request.device_id = DEVICE_KINDS[receiver.device_kind], device_id
@@ -362,7 +369,8 @@ class Acquisition:
 
     def _without_answer(self, error: BrokerError) -> Acquired:
         """The stream ended without `Done`."""
-        if self._received is not None and error.reason in _BROKER_GONE:
+        # A rank of an engine is not done before the others are, and whether they are is the broker's to say.
+        if self._received is not None and self.group is None and error.reason in _BROKER_GONE:
             _logger.warning("every byte is in place and verified, but the broker did not confirm it: %s", error)
             return self._finished(None)
         error.touched = error.touched or self._touched

@@ -13,6 +13,7 @@ from weight_broker.channel import decode_error
 from weight_broker.digest import DigestCoverage
 from weight_broker.errors import Reason
 from weight_broker.key import WeightSetKey
+from weight_broker.load_group import LoadGroup
 from weight_broker.session import Session
 from weight_broker.shared import Shared
 from weight_broker.v1 import resources_pb2, weight_set_pb2
@@ -23,6 +24,7 @@ from weight_broker.wire import (
     digests_to_wire,
     key_to_wire,
     layout_to_wire,
+    load_group_to_wire,
     placements_to_wire,
 )
 
@@ -48,6 +50,7 @@ def publish(
     fencing_token: int,
     request_id: str,
     timeout: float,
+    group: LoadGroup | None = None,
 ) -> resources_pb2.Publication:
     """Offers a weight set whose regions were handed over before."""
     request = pb.PublishRequest(
@@ -58,6 +61,7 @@ def publish(
         placements=placements_to_wire(shared.placements),
         fencing_token=fencing_token,
         request_id=request_id,
+        load_group=load_group_to_wire(group) if group is not None else None,
     )
     try:
         return session.stub.Publish(request, timeout=timeout, metadata=session.metadata).publication
@@ -100,15 +104,21 @@ def report_failure(
 
 
 def give_up_lease(
-    session: Session, weight_set_id: str, fencing_token: int, reason: str, *, timeout: float = REPORT_TIMEOUT_SECONDS
+    session: Session,
+    weight_set_id: str,
+    fencing_token: int,
+    reason: str,
+    *,
+    unpublishable: bool = False,
+    timeout: float = REPORT_TIMEOUT_SECONDS,
 ) -> None:
-    """Gives a cold-load lease up: the next waiter is told to load."""
+    """Gives a cold-load lease up: the next waiter is told to load or, if the weights are `unpublishable`, all are."""
     _report_load(
         session,
         pb.ReportLoadRequest(
             weight_set_id=weight_set_id,
             fencing_token=fencing_token,
-            give_up=pb.ReportLoadRequest.GiveUp(reason=reason[:MAX_REASON_CHARACTERS]),
+            give_up=pb.ReportLoadRequest.GiveUp(reason=reason[:MAX_REASON_CHARACTERS], unpublishable=unpublishable),
         ),
         timeout,
     )

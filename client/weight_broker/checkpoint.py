@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ _MAX_HEADER_BYTES = 100_000_000
 _READERS = 8
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
+_HUB_SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<revision>[^/]+)$")
 # Written by whoever saved the checkpoint last; it says nothing about the weights.
 _VOLATILE_SETTINGS = ("transformers_version", "_name_or_path")
 
@@ -53,32 +55,53 @@ class CheckpointTensor:
     size_bytes: int
 
 
-def checkpoint_digest(model_dir: str | os.PathLike[str], *, full: bool = False, cache: bool = True) -> str:
+def checkpoint_digest(
+    model_dir: str | os.PathLike[str],
+    *,
+    full: bool = False,
+    cache: bool = True,
+    files: Sequence[Path] | None = None,
+) -> str:
     """The digest of the safetensors checkpoint in `model_dir`: "sampled-sha256:" or "full-sha256:" and 32 hex digits.
 
-    `cache=False` neither reads nor writes the per-user cache. Raises `CheckpointError` if there is no safetensors
-    checkpoint or it is damaged, `OSError` if it cannot be read.
+    `files` are the weight files that the caller is going to read, in that order, if it chooses otherwise than
+    `checkpoint_files`; the same tensor may then be in several of them. `cache=False` neither reads nor writes the
+    per-user cache. Raises `CheckpointError` if there is no safetensors checkpoint or it is damaged, `OSError` if it
+    cannot be read.
     """
     directory = Path(model_dir)
-    files = checkpoint_files(directory)
+    chosen = files is not None
+    files = tuple(files) if files is not None else checkpoint_files(directory)
     if not cache:
-        return _compute(directory, files, full)
+        return _compute(directory, files, full, repeated=chosen)
     store = CheckpointCache.of_user()
     described = [directory / name for name in ("config.json", _INDEX_FILE) if (directory / name).exists()]
-    signature = store.signature([*described, *files], "full" if full else "sampled")
+    kind = ("full" if full else "sampled") + (" chosen" if chosen else "")
+    signature = store.signature([*described, *files], kind)
     found = store.get(signature)
     if found is None:
-        found = _compute(directory, files, full)
+        found = _compute(directory, files, full, repeated=chosen)
         store.put(signature, found)
     return found
 
 
-def checkpoint_files(model_dir: Path) -> tuple[Path, ...]:
-    """The weight files of a checkpoint: `model.safetensors`, else what the index names, else every `*.safetensors`."""
+def checkpoint_name(model_dir: str | os.PathLike[str]) -> tuple[str, str]:
+    """Name and revision of the model in `model_dir`: the repository's and the commit for a snapshot in the hub's cache,
+    else the directory's name and none."""
+    path = Path(model_dir).absolute()
+    snapshot = _HUB_SNAPSHOT.search(str(path))
+    if snapshot:
+        return f"{snapshot['owner']}/{snapshot['name']}", snapshot["revision"]
+    return path.resolve().name or str(path), ""
+
+
+def checkpoint_files(model_dir: Path, *, index_first: bool = False) -> tuple[Path, ...]:
+    """The weight files of a checkpoint: `model.safetensors`, else what the index names, else every `*.safetensors`;
+    with `index_first` the index goes before a single file."""
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir} is not a directory")
     single, index = model_dir / _SINGLE_FILE, model_dir / _INDEX_FILE
-    if single.is_file():
+    if single.is_file() and not (index_first and index.is_file()):
         return (single,)
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
@@ -129,7 +152,7 @@ def checkpoint_tensors(file: Path) -> tuple[CheckpointTensor, ...]:
     return tuple(sorted(tensors, key=lambda tensor: (tensor.begin, tensor.name)))
 
 
-def _compute(directory: Path, files: Sequence[Path], full: bool) -> str:
+def _compute(directory: Path, files: Sequence[Path], full: bool, *, repeated: bool = False) -> str:
     tensors = [tensor for file in files for tensor in checkpoint_tensors(file)]
     if not tensors:
         raise CheckpointError(f"{directory} has no tensors in its safetensors files")
@@ -147,8 +170,10 @@ def _compute(directory: Path, files: Sequence[Path], full: bool) -> str:
         (tensor.name, tensor.dtype, tensor.shape, content) for tensor, content in zip(tensors, contents, strict=True)
     )
     for one, other in itertools.pairwise(rows):
-        if one[0] == other[0]:
+        if one[0] == other[0] and not repeated:
             raise CheckpointError(f"{directory} has tensor {one[0]!r} in more than one file")
+    if len({row[0] for row in rows}) < len(rows):  # the file that is read last decides
+        rows.append(("", "", (), " ".join(file.name for file in files)))
     coverage = "full" if full else "sampled"
     form = json.dumps(["checkpoint/1", coverage, _configuration(directory), rows], separators=(",", ":"))
     return f"{coverage}-sha256:{hashlib.sha256(form.encode()).hexdigest()[:32]}"

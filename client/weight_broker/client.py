@@ -21,6 +21,7 @@ from weight_broker.shared import Shared, SharedWeights
 
 if TYPE_CHECKING:
     from weight_broker.acquisition import Acquired
+    from weight_broker.load_group import LoadGroup
     from weight_broker.memory.device import DeviceDestination
     from weight_broker.receiving import Receiver
     from weight_broker.session import Session
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 _PUBLISH_TIMEOUT_SECONDS = 60.0
 Framework = Literal["torch", "numpy"]
-_IfAbsent = Literal["fail", "wait", "load"]
+IfAbsent = Literal["fail", "wait", "load"]
+"""What to do if nobody holds the weight set."""
 
 
 class BrokerClient:
@@ -58,26 +60,38 @@ class BrokerClient:
         self._digest_mode = DigestMode(digest_mode)
 
     def acquire(
-        self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float = 300.0, wait: bool = True
+        self,
+        key: WeightSetKey,
+        tensors: Mapping[str, object],
+        *,
+        timeout: float = 300.0,
+        wait: bool = True,
+        group: LoadGroup | None = None,
     ) -> AcquireReport:
         """Fills `tensors` from a source: returns with every byte written and verified, or raises a `BrokerError` that
         says whether they were touched.
 
         If nobody holds the weight set: `WeightsNotFound`, at once unless somebody is loading it and `wait` is True.
-        `timeout` is in seconds and bounds the whole call.
+        `timeout` is in seconds and bounds the whole call. `group` is the engine that this process is a rank of: its
+        ranks are all filled from the ranks of one other engine, or none is.
         """
-        acquired = self._fill(key, tensors, timeout, "wait" if wait else "fail", keep_shared=False)
+        acquired = self._fill(key, tensors, timeout, "wait" if wait else "fail", keep_shared=False, group=group)
         if isinstance(acquired, ColdLoadLease):
             raise BrokerError("the broker granted a cold-load lease that was not asked for", touched=acquired.touched)
         return acquired.report
 
     def acquire_or_lease(
-        self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float = 300.0
+        self,
+        key: WeightSetKey,
+        tensors: Mapping[str, object],
+        *,
+        timeout: float = 300.0,
+        group: LoadGroup | None = None,
     ) -> AcquireReport | ColdLoadLease:
         """Like `acquire`, but if nobody holds the weight set, one process of all is told to load it: it gets the
         lease, loads, and calls `publish` with it (or `give_up` on it). All others wait for that. Use the lease as a
         context manager: if the block ends without either, it is given up."""
-        acquired = self._fill(key, tensors, timeout, "load", keep_shared=False)
+        acquired = self._fill(key, tensors, timeout, "load", keep_shared=False, group=group)
         return acquired if isinstance(acquired, ColdLoadLease) else acquired.report
 
     def acquire_or_load(
@@ -115,11 +129,17 @@ class BrokerClient:
         return attached[0]
 
     def _attach_and_share(
-        self, key: WeightSetKey, *, framework: Framework = "torch", timeout: float = 300.0
+        self,
+        key: WeightSetKey,
+        *,
+        framework: Framework = "torch",
+        timeout: float = 300.0,
+        if_absent: IfAbsent = "load",
+        group: LoadGroup | None = None,
     ) -> tuple[AttachedTensors, SharedWeights] | ColdLoadLease:
         """Like `attach_tensors`, but if nobody holds the weight set, one process of all is told to load it, as by
         `acquire_or_lease`. The memory stays open besides, for `_publish_shared`."""
-        return self._attach(key, framework, timeout, "load", keep_shared=True)
+        return self._attach(key, framework, timeout, if_absent, keep_shared=True, group=group)
 
     def publish(
         self,
@@ -127,12 +147,14 @@ class BrokerClient:
         tensors: Mapping[str, object],
         *,
         lease: ColdLoadLease | None = None,
+        group: LoadGroup | None = None,
         timeout: float = _PUBLISH_TIMEOUT_SECONDS,
     ) -> Publication:
         """Offers `tensors` as a source for others. Host memory is copied once: it may be changed and freed afterwards.
         Device memory is shared where it is: it must not change, move or be freed before `Publication.retract`.
 
-        `lease` is the cold-load lease that this fulfils. `PublishRefused`: the message says why and what to do.
+        `lease` is the cold-load lease that this fulfils; `group` the engine that this process is a rank of: what its
+        ranks publish is read together. `PublishRefused`: the message says why and what to do.
         """
         from weight_broker.memory.device import is_on_device, share
         from weight_broker.memory.host import export
@@ -143,7 +165,9 @@ class BrokerClient:
         described = describe(tensors)
         self._attachment.session()  # without a broker there is no point in copying
         if is_on_device(described):
-            return self._publish_shared(key, share(described, deadline), timeout=_left(deadline), lease=lease)
+            return self._publish_shared(
+                key, share(described, deadline), timeout=_left(deadline), lease=lease, group=group
+            )
         region = export(described, digest_mode=self._digest_mode, deadline=deadline)
         shared = SharedWeights(
             described.layout,
@@ -151,7 +175,7 @@ class BrokerClient:
             region.placements,
             region.digests,
         )
-        return self._publish_shared(key, shared, timeout=_left(deadline), lease=lease)
+        return self._publish_shared(key, shared, timeout=_left(deadline), lease=lease, group=group)
 
     def _publish_shared(
         self,
@@ -160,10 +184,11 @@ class BrokerClient:
         *,
         timeout: float = _PUBLISH_TIMEOUT_SECONDS,
         lease: ColdLoadLease | None = None,
+        group: LoadGroup | None = None,
     ) -> Publication:
         """Offers memory that is shared already, and takes it over (closes it if the publication fails). For the
         package's own loaders, like the other two that share memory."""
-        publication = Publication(self._attachment, key, shared, owner=self)
+        publication = Publication(self._attachment, key, shared, owner=self, group=group)
         publication.announce(
             deadline=time.monotonic() + timeout,
             fencing_token=lease.fencing_token if lease is not None else 0,
@@ -173,10 +198,16 @@ class BrokerClient:
         return publication
 
     def _acquire_and_share(
-        self, key: WeightSetKey, tensors: Mapping[str, object], *, timeout: float
+        self,
+        key: WeightSetKey,
+        tensors: Mapping[str, object],
+        *,
+        timeout: float,
+        if_absent: IfAbsent = "load",
+        group: LoadGroup | None = None,
     ) -> Acquired | ColdLoadLease:
         """Like `acquire_or_lease`, but the source's memory stays open in `shared`, for `_publish_shared`."""
-        return self._fill(key, tensors, timeout, "load", keep_shared=True)
+        return self._fill(key, tensors, timeout, if_absent, keep_shared=True, group=group)
 
     def close(self) -> None:
         """Retracts everything that was published through this client and leaves the broker. Idempotent; safe in a
@@ -203,9 +234,10 @@ class BrokerClient:
         key: WeightSetKey,
         framework: Framework,
         timeout: float,
-        if_absent: _IfAbsent,
+        if_absent: IfAbsent,
         *,
         keep_shared: bool,
+        group: LoadGroup | None = None,
     ) -> tuple[AttachedTensors, SharedWeights] | ColdLoadLease:
         begun = time.monotonic()
         if framework not in ("torch", "numpy"):
@@ -216,7 +248,7 @@ class BrokerClient:
 
             return TensorMapper(framework, self._digest_mode)
 
-        acquired = self._acquire(key, mapper, timeout, if_absent, begun, {}, keep_shared=keep_shared)
+        acquired = self._acquire(key, mapper, timeout, if_absent, begun, {}, keep_shared=keep_shared, group=group)
         if isinstance(acquired, ColdLoadLease):
             return acquired
         shared = acquired.shared
@@ -229,9 +261,10 @@ class BrokerClient:
         key: WeightSetKey,
         tensors: Mapping[str, object],
         timeout: float,
-        if_absent: _IfAbsent,
+        if_absent: IfAbsent,
         *,
         keep_shared: bool,
+        group: LoadGroup | None = None,
     ) -> Acquired | ColdLoadLease:
         from weight_broker.memory.device import DeviceDestination, is_on_device
         from weight_broker.memory.tensors import describe
@@ -244,7 +277,7 @@ class BrokerClient:
             destination = DeviceDestination(described)
             try:
                 acquired = self._acquire(
-                    key, lambda: destination, timeout, if_absent, begun, phases, keep_shared=keep_shared
+                    key, lambda: destination, timeout, if_absent, begun, phases, keep_shared=keep_shared, group=group
                 )
             except BaseException as error:
                 if not isinstance(error, BrokerError) or error.quiesced:
@@ -258,18 +291,19 @@ class BrokerClient:
 
             return TensorFiller(described, self._digest_mode)
 
-        return self._acquire(key, filler, timeout, if_absent, begun, phases, keep_shared=keep_shared)
+        return self._acquire(key, filler, timeout, if_absent, begun, phases, keep_shared=keep_shared, group=group)
 
     def _acquire(
         self,
         key: WeightSetKey,
         make_receiver: Callable[[], Receiver | DeviceDestination],
         timeout: float,
-        if_absent: _IfAbsent,
+        if_absent: IfAbsent,
         begun: float,
         phases: dict[str, float],
         *,
         keep_shared: bool,
+        group: LoadGroup | None = None,
     ) -> Acquired | ColdLoadLease:
         _check_key(key)
         deadline = begun + _checked_seconds("timeout", timeout)
@@ -279,7 +313,7 @@ class BrokerClient:
 
             phases["attach"] = time.monotonic() - begun - phases.get("describe", 0.0)
             outcome = Acquisition(
-                session, key, make_receiver(), IF_ABSENT[if_absent], deadline, begun, dict(phases), keep_shared
+                session, key, make_receiver(), IF_ABSENT[if_absent], deadline, begun, dict(phases), keep_shared, group
             ).run()
             if isinstance(outcome, ColdLoadTold):
                 lease = outcome.lease

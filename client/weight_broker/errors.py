@@ -32,6 +32,7 @@ class Reason(enum.StrEnum):
     TRANSFER_FAILED = "TRANSFER_FAILED"
     TRANSFER_NOT_FOUND = "TRANSFER_NOT_FOUND"
     INTEGRITY_ERROR = "INTEGRITY_ERROR"
+    LOAD_GROUP_FAILED = "LOAD_GROUP_FAILED"
     PUBLISH_REFUSED = "PUBLISH_REFUSED"
     REGION_REFUSED = "REGION_REFUSED"
     LIMIT_EXCEEDED = "LIMIT_EXCEEDED"
@@ -129,6 +130,12 @@ class IntegrityError(TransferFailed):
     default_reason = Reason.INTEGRITY_ERROR
 
 
+class LoadGroupFailed(BrokerError):
+    """Another rank of the engine could not be served, so that none of them is. Load from disk."""
+
+    default_reason = Reason.LOAD_GROUP_FAILED
+
+
 class PublishRefused(BrokerError):
     """The weight set cannot be offered as a source; the message says why and what to do."""
 
@@ -208,6 +215,11 @@ TABLE: Mapping[Reason, TableRow] = {
     ),
     Reason.INTEGRITY_ERROR: TableRow(
         "DATA_LOSS", IntegrityError, "Load from disk. The source is quarantined; restart its instance."
+    ),
+    Reason.LOAD_GROUP_FAILED: TableRow(
+        "ABORTED",
+        LoadGroupFailed,
+        "Load from disk, as all ranks of the engine do. The message says which rank failed and why.",
     ),
     Reason.PUBLISH_REFUSED: TableRow(
         "FAILED_PRECONDITION", PublishRefused, "Do what the message says, or go on without publishing."

@@ -37,13 +37,17 @@ class ColdLoadLease:
         self.touched = touched
         self._settled = False
 
-    def give_up(self, reason: str = "") -> None:
-        """Ends the lease so that the next waiter is told to load. Raises `LeaseLost` if it had ended already."""
+    def give_up(self, reason: str = "", *, unpublishable: bool = False) -> None:
+        """Ends the lease so that the next waiter is told to load. If nobody can publish the weights (`unpublishable`,
+        and `reason` says why), all waiters are told to, and whoever asks later. Raises `LeaseLost` if it had ended
+        already."""
         from weight_broker import calls
 
         self._check_session()
         try:
-            calls.give_up_lease(self._session, self.weight_set_id, self.fencing_token, reason)
+            calls.give_up_lease(
+                self._session, self.weight_set_id, self.fencing_token, reason, unpublishable=unpublishable
+            )
         except NotAttached as error:
             raise self._lost() from error
         self._settled = True

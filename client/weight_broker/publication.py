@@ -25,6 +25,7 @@ from weight_broker.errors import (
 from weight_broker.keeper import KEEPER
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout
+from weight_broker.load_group import LoadGroup
 from weight_broker.session import Attachment, Session
 from weight_broker.shared import Shared
 
@@ -45,8 +46,17 @@ class Publication:
     A context manager: it is retracted at the end of the block.
     """
 
-    def __init__(self, attachment: Attachment, key: WeightSetKey, shared: Shared, *, owner: object = None) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        key: WeightSetKey,
+        shared: Shared,
+        *,
+        owner: object = None,
+        group: LoadGroup | None = None,
+    ) -> None:
         self.key = key
+        self.group = group
         self.layout: Layout = shared.layout
         self.id = ""
         self.generation = 0
@@ -167,6 +177,7 @@ class Publication:
             regions,
             fencing_token=fencing_token,
             request_id=batch,
+            group=self.group,
         )
         try:
             for index, region in enumerate(regions):

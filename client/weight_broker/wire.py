@@ -13,6 +13,7 @@ from weight_broker.digest import ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import InvalidArgument
 from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
 from weight_broker.layout import Layout, MemoryFormat, TensorSpec
+from weight_broker.load_group import LoadGroup
 from weight_broker.v1 import weight_set_pb2 as pb
 
 MAX_REASON_CHARACTERS = 1024
@@ -45,6 +46,11 @@ _STAGE_VALUES = {stage: value for value, stage in _STAGES.items()}
 _FORMAT_VALUES = {format_: value for value, format_ in _FORMATS.items()}
 _ALGORITHM_VALUES = {algorithm: value for value, algorithm in _ALGORITHMS.items()}
 _COVERAGE_VALUES = {coverage: value for value, coverage in _COVERAGES.items()}
+
+
+def load_group_to_wire(group: LoadGroup) -> pb.LoadGroup:
+    """A rank of an engine as a message."""
+    return pb.LoadGroup(group_id=group.group_id, member=group.member, size=group.size)
 
 
 def key_to_wire(key: WeightSetKey) -> pb.WeightSetKey:

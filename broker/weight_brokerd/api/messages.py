@@ -11,6 +11,7 @@ from weight_broker.digest import DigestCoverage
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_broker_service_pb2 as service
+from weight_broker.v1.weight_set_pb2 import LoadGroup
 from weight_broker.wire import DEVICE_KINDS, coverage_to_wire, key_to_wire
 from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.core.explain import Explanation, Outcome
@@ -22,6 +23,7 @@ from weight_brokerd.core.model import (
     InstanceState,
     Publication,
     PublicationState,
+    RankOfGroup,
     Transfer,
     TransferPath,
     TransferState,
@@ -81,6 +83,7 @@ _OUTCOMES = {
     Outcome.WAIT_FOR_SOURCE: inspection.ExplainResponse.OUTCOME_WAIT_FOR_SOURCE,
     Outcome.LAYOUT_MISMATCH: inspection.ExplainResponse.OUTCOME_LAYOUT_MISMATCH,
     Outcome.DRAINING: inspection.ExplainResponse.OUTCOME_DRAINING,
+    Outcome.UNPUBLISHABLE: inspection.ExplainResponse.OUTCOME_UNPUBLISHABLE,
 }
 
 
@@ -130,6 +133,7 @@ class Messages:
             reader_limit=publication.reader_limit,
             served_count=publication.served_count,
             quarantine_reason=publication.quarantine_reason,
+            load_group=_load_group(publication.rank) if publication.rank is not None else None,
         )
 
     def lease(self, lease: ColdLoadLease) -> pb.ColdLoadLease:
@@ -153,6 +157,7 @@ class Messages:
             publications=[self.publication(publication) for publication in publications],
             cold_load_lease=self.lease(record.lease) if record.lease is not None else None,
             waiting_count=len(record.waiting),
+            unpublishable_reason=record.unpublishable,
         )
 
     def transfer(self, transfer: Transfer) -> pb.Transfer:
@@ -221,6 +226,7 @@ class Messages:
         """An explanation."""
         return inspection.ExplainResponse(
             weight_set_id=explanation.weight_set_id,
+            key=key_to_wire(explanation.key) if explanation.key is not None else None,
             outcome=_OUTCOMES[explanation.outcome],
             summary=explanation.summary,
             candidates=[self._candidate(one, explanation) for one in explanation.selection.candidates],
@@ -240,6 +246,10 @@ class Messages:
             detail=candidate.detail,
             chosen=candidate.publication is explanation.selection.chosen,
         )
+
+
+def _load_group(rank: RankOfGroup) -> LoadGroup:
+    return LoadGroup(group_id=rank.group_id, member=rank.member, size=rank.size)
 
 
 def _duration(seconds: float) -> Duration:

@@ -24,12 +24,21 @@ from weight_broker.wire import (
 )
 from weight_brokerd.api.messages import DEVICE_KIND_NAMES, PHASE_NAMES
 from weight_brokerd.cards.regions import import_request
-from weight_brokerd.core.model import HOST_MEMORY, Arrival, FailureCause, IfAbsent, Offer, TransferPath
+from weight_brokerd.core.model import (
+    HOST_MEMORY,
+    Arrival,
+    FailureCause,
+    IfAbsent,
+    Offer,
+    RankOfGroup,
+    TransferPath,
+)
 from weight_brokerd.dataplane.protocol import Place
 from weight_brokerd.driver import PublishedMemory, PublishedRegion
 
 MAX_ID_CHARACTERS = 64
 MAX_EXTENSION_SECONDS = 24 * 3600.0
+MAX_LOAD_GROUP_SIZE = 4096
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 MAX_EXPORT_KEY_BYTES = 128
 CUDA_HANDLE_BYTES = 64
@@ -185,6 +194,19 @@ def no_regions(request: weight_broker_service_pb2.AcquireRequest) -> None:
         )
 
 
+def rank_of_group(message: weight_set_pb2.LoadGroup, assembly_timeout: Duration | None = None) -> RankOfGroup:
+    """Which rank of which engine the caller is."""
+    name = text("load_group.group_id", message.group_id)
+    if not 2 <= message.size <= MAX_LOAD_GROUP_SIZE:
+        raise InvalidArgument("load_group.size", message.size, f"2 to {MAX_LOAD_GROUP_SIZE}")
+    if message.member >= message.size:
+        raise InvalidArgument("load_group.member", message.member, f"below the size, {message.size}")
+    patience = 0.0
+    if assembly_timeout is not None:
+        patience = seconds("assembly_timeout", assembly_timeout, limit=MAX_EXTENSION_SECONDS)
+    return RankOfGroup(name, message.member, message.size, patience)
+
+
 def offer(
     request: weight_broker_service_pb2.PublishRequest,
     instance_id: str,
@@ -222,6 +244,7 @@ def offer(
             device_id=device_id,
             fencing_token=request.fencing_token,
             request_id=request_id,
+            rank=rank_of_group(request.load_group) if request.HasField("load_group") else None,
         ),
         memory,
     )

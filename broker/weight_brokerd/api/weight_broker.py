@@ -34,6 +34,7 @@ _SHARE_OF_DEADLINE = 0.95
 _WAIT_REASONS = {
     WaitReason.COLD_LOAD: pb.Waiting.REASON_COLD_LOAD,
     WaitReason.SOURCES_BUSY: pb.Waiting.REASON_SOURCES_BUSY,
+    WaitReason.LOAD_GROUP: pb.Waiting.REASON_LOAD_GROUP,
 }
 
 
@@ -150,7 +151,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                 reason = validation.text(
                     "give_up.reason", request.give_up.reason, limit=MAX_REASON_CHARACTERS, required=False
                 )
-                await self._driver.give_up_lease(*held, reason)
+                await self._driver.give_up_lease(*held, reason, unpublishable=request.give_up.unpublishable)
                 return pb.ReportLoadResponse()
             case "extend":
                 seconds = self._lease_seconds
@@ -212,6 +213,11 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             path=path,
             begun_at=now,
             deadline=now + wait,
+            rank=(
+                validation.rank_of_group(request.load_group, request.assembly_timeout)
+                if request.HasField("load_group")
+                else None
+            ),
         )
         return acquisition, destination
 

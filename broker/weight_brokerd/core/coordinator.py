@@ -37,6 +37,7 @@ from weight_brokerd.core.decisions import (
     WeightSetChanged,
 )
 from weight_brokerd.core.leases import LeaseClaim
+from weight_brokerd.core.load_groups import LoadGroups
 from weight_brokerd.core.model import (
     HOST_MEMORY,
     Acquisition,
@@ -79,6 +80,7 @@ class Coordinator:
         self.transfers = TransferLog(limits.transfers_remembered)
         self.weight_sets = WeightSetIndex(self.registry)
         self.acquisitions: dict[str, Acquisition] = {}
+        self.groups = LoadGroups(self)
 
     # Instances
 
@@ -148,6 +150,7 @@ class Coordinator:
         if publication.state is not PublicationState.REGISTERING:
             return []
         self.registry.move(publication, PublicationState.RESIDENT)
+        self.weight_sets.note_unpublishable(publication.key, "")
         decisions: Decisions = [
             WeightSetChanged(publication.weight_set_id),
             InstanceChanged(publication.instance_id),
@@ -208,6 +211,9 @@ class Coordinator:
         self.acquisitions[acquisition.acquisition_id] = acquisition
         record = self.weight_sets.record(acquisition.key)
         record.waiting[acquisition.acquisition_id] = acquisition
+        refused = self.groups.join(acquisition, acquisition.rank) if acquisition.rank is not None else None
+        if refused is not None:
+            return self._fail(acquisition, refused)
         return [*self._serve(record, now), WeightSetChanged(record.key.id)]
 
     def transfer_succeeded(self, transfer_id: str, instance_id: str, arrival: Arrival, now: float) -> Decisions:
@@ -217,8 +223,11 @@ class Coordinator:
             raise InvalidArgument("outcome", "succeeded", "failed: the broker has not moved every byte yet")
         transfer.publication.served_count += 1
         decisions = self._end_transfer(transfer, TransferState.SUCCEEDED, "", now)
-        self._forget(acquisition)
-        decisions.append(Complete(acquisition.acquisition_id, transfer, arrival))
+        if acquisition.rank is not None:
+            decisions += self.groups.arrived(acquisition, transfer, arrival, now)
+        else:
+            self._forget(acquisition)
+            decisions.append(Complete(acquisition.acquisition_id, transfer, arrival))
         return decisions + self._serve_id(acquisition.key.id, now)
 
     def transfer_moved(self, transfer_id: str, now: float) -> Decisions:
@@ -256,9 +265,9 @@ class Coordinator:
                 )[1]
         if cause is FailureCause.RECEIVER or not quiesced:
             who = "the receiver gave up" if quiesced else "the transfer failed, and somebody may still write"
-            decisions.append(self._fail(acquisition, TransferFailed(f"{who}: {detail}", quiesced=quiesced)))
+            decisions += self._fail(acquisition, TransferFailed(f"{who}: {detail}", quiesced=quiesced))
         elif transfer.is_brokers and acquisition.deadline <= now:
-            decisions.append(self._fail(acquisition, _late(acquisition, now)))
+            decisions += self._fail(acquisition, _late(acquisition, now))
         else:
             acquisition.failed_sources[publication.publication_id] = f"{cause}: {detail}"
             acquisition.transfer_id = ""
@@ -282,6 +291,8 @@ class Coordinator:
         claimant, record.claim_pending = record.waiting.get(record.claim_pending), None
         record.lease = claim.lease
         decisions: Decisions = [WeightSetChanged(weight_set_id)]
+        if claimant is not None and claimant.rank is not None:
+            return decisions + self.groups.claimed(claimant, claim, now) + self._serve_id(weight_set_id, now)
         if claim.granted:
             if claimant is None:  # served, cancelled or dead meanwhile; the next waiter gets its chance when it is free
                 return [*decisions, ReleaseLease(claim.lease)]
@@ -297,7 +308,7 @@ class Coordinator:
         claimant, record.claim_pending = record.waiting.get(record.claim_pending), None
         decisions: Decisions = [WeightSetChanged(weight_set_id)]
         if claimant is not None:
-            decisions.append(self._fail(claimant, BrokerUnavailable(f"{why}; load from disk")))
+            decisions += self._fail(claimant, BrokerUnavailable(f"{why}; load from disk"))
         return decisions + self._serve(record, now)
 
     def lease_free(self, lease: ColdLoadLease, now: float) -> Decisions:
@@ -315,6 +326,14 @@ class Coordinator:
             record.lease = lease
         return [WeightSetChanged(lease.weight_set_id)]
 
+    def declare_unpublishable(self, weight_set_id: str, why: str, now: float) -> Decisions:
+        """Whoever loads the weight set cannot publish it: nobody is to wait for that."""
+        record = self.weight_sets.find(weight_set_id)
+        if record is None:
+            return []
+        self.weight_sets.note_unpublishable(record.key, why)
+        return [WeightSetChanged(weight_set_id), *self._serve(record, now)]
+
     def lease_held_by(self, instance_id: str, weight_set_id: str, fencing_token: int) -> ColdLoadLease:
         """The lease, if this instance holds it with this token; raises `LeaseLost`."""
         record = self.weight_sets.find(weight_set_id)
@@ -330,24 +349,24 @@ class Coordinator:
 
     def advance(self, now: float) -> Decisions:
         """Time passed: waiting acquisitions whose deadline is over are answered."""
+        decisions = self.groups.advance(now)
         late = [one for one in self.acquisitions.values() if one.deadline <= now and not one.transfer_id]
-        decisions: Decisions = []
         for acquisition in late:
-            decisions.append(self._fail(acquisition, _late(acquisition, now)))
-            decisions.append(WeightSetChanged(acquisition.key.id))
+            decisions += self._fail(acquisition, _late(acquisition, now))
         return decisions
 
     def next_deadline(self) -> float | None:
         """When `advance` next has something to do."""
-        return min((one.deadline for one in self.acquisitions.values() if not one.transfer_id), default=None)
+        deadlines = [one.deadline for one in self.acquisitions.values() if not one.transfer_id]
+        of_groups = self.groups.next_deadline()
+        return min(deadlines if of_groups is None else [*deadlines, of_groups], default=None)
 
     def drain(self) -> Decisions:
         """Nothing new from now on; running transfers go on."""
         self.draining = True
         decisions: Decisions = []
         for acquisition in [one for one in self.acquisitions.values() if not one.transfer_id]:
-            decisions.append(self._fail(acquisition, _draining()))
-            decisions.append(WeightSetChanged(acquisition.key.id))
+            decisions += self._fail(acquisition, _draining())
         return decisions
 
     def cut_off(self, now: float) -> Decisions:
@@ -358,7 +377,7 @@ class Coordinator:
             acquisition.touched = True
             decisions += self._end_transfer(transfer, TransferState.FAILED, "the broker stopped", now)
             error = BrokerUnavailable("the broker stopped while the transfer ran; load from disk")
-            decisions.append(self._fail(acquisition, error))
+            decisions += self._fail(acquisition, error)
         return decisions
 
     def receiver(self, acquisition: Acquisition) -> Receiver:
@@ -381,6 +400,11 @@ class Coordinator:
         """Answers every waiting acquisition of a weight set that can be answered now, first come first served."""
         decisions: Decisions = []
         for acquisition in list(record.waiting.values()):
+            if acquisition.acquisition_id not in record.waiting:  # told with its group
+                continue
+            if acquisition.rank is not None:
+                decisions += self.groups.serve(acquisition, now)
+                continue
             selection = select(self.registry.of_weight_set(record.key.id), self.receiver(acquisition))
             if selection.chosen is not None:
                 decisions += self._grant(acquisition, selection.chosen, now)
@@ -402,12 +426,11 @@ class Coordinator:
         ]
 
     def _without_source(self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection) -> Decisions:
-        if self.draining:  # its source failed while the broker drains
-            return [self._fail(acquisition, _draining())]
-        if selection.has(Refusal.BUSY):
+        if selection.has(Refusal.BUSY) and not self.draining:  # else its source failed while the broker drains
             return self._wait(acquisition, WaitReason.SOURCES_BUSY, None)
-        if selection.has(Refusal.LAYOUT_DIFFERS):
-            return [self._fail(acquisition, _layout_mismatch(acquisition, selection))]
+        refused = self._refusal(record, acquisition, selection)
+        if refused is not None:
+            return self._fail(acquisition, refused)
         if acquisition.if_absent is IfAbsent.LOAD:
             if record.lease is not None:
                 return self._wait(acquisition, WaitReason.COLD_LOAD, record.lease)
@@ -420,7 +443,35 @@ class Coordinator:
                 return self._wait(acquisition, WaitReason.COLD_LOAD, record.lease)
             if record.claim_pending is not None:
                 return []
-        return [self._fail(acquisition, _absent(acquisition))]
+        return self._fail(acquisition, self._absent(acquisition))
+
+    def _refusal(self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection) -> BrokerError | None:
+        """Why there is nothing to wait for and no lease to be had."""
+        if self.draining:
+            return _draining()
+        if selection.chosen is None and selection.has(Refusal.LAYOUT_DIFFERS):
+            return _layout_mismatch(acquisition, selection)
+        if record.unpublishable:
+            return WeightsNotFound(
+                f"weight set {record.key.id} cannot be published: {record.unpublishable}; load from disk",
+                metadata={"weight_set_id": record.key.id, "unpublishable": record.unpublishable},
+            )
+        return None
+
+    @staticmethod
+    def _absent(acquisition: Acquisition) -> BrokerError:
+        tried = acquisition.failed_sources
+        if not tried:
+            return WeightsNotFound(
+                f"nobody holds weight set {acquisition.key.id} (model {acquisition.key.model!r}); load from disk",
+                metadata={"weight_set_id": acquisition.key.id},
+            )
+        kind = IntegrityError if acquisition.saw_wrong_bytes else TransferFailed
+        return kind(
+            f"every source of weight set {acquisition.key.id} failed: "
+            + "; ".join(f"{source}: {why}" for source, why in tried.items()),
+            metadata={"weight_set_id": acquisition.key.id, "sources": ", ".join(tried)},
+        )
 
     def _wait(self, acquisition: Acquisition, reason: WaitReason, lease: ColdLoadLease | None) -> Decisions:
         telling = (reason, lease.fencing_token if lease is not None else 0)
@@ -429,10 +480,13 @@ class Coordinator:
         acquisition.told = telling
         return [Wait(acquisition.acquisition_id, reason, lease)]
 
-    def _fail(self, acquisition: Acquisition, error: BrokerError) -> Decision:
+    def _fail(self, acquisition: Acquisition, error: BrokerError) -> Decisions:
+        if acquisition.acquisition_id not in self.acquisitions:  # it has failed with its group
+            return []
         self._forget(acquisition)
         error.touched = error.touched or acquisition.touched
-        return Fail(acquisition.acquisition_id, error)
+        failed = Fail(acquisition.acquisition_id, error)
+        return [failed, WeightSetChanged(acquisition.key.id), *self.groups.left(acquisition, error.message)]
 
     def _forget(self, acquisition: Acquisition) -> None:
         self.acquisitions.pop(acquisition.acquisition_id, None)
@@ -449,7 +503,7 @@ class Coordinator:
             decisions += self._end_transfer(transfer, TransferState.FAILED, "the receiver went away", now)
         self._forget(acquisition)
         decisions.append(WeightSetChanged(acquisition.key.id))
-        return decisions
+        return decisions + self.groups.left(acquisition, "its process went away")
 
     def _end_transfer(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> Decisions:
         self.transfers.end(transfer, state, failure, now)
@@ -515,21 +569,6 @@ def _late(acquisition: Acquisition, now: float) -> AcquireTimeout:
 
 def _draining() -> BrokerUnavailable:
     return BrokerUnavailable("the broker is draining and takes no new work; load from disk", reason=Reason.DRAINING)
-
-
-def _absent(acquisition: Acquisition) -> BrokerError:
-    tried = acquisition.failed_sources
-    if not tried:
-        return WeightsNotFound(
-            f"nobody holds weight set {acquisition.key.id} (model {acquisition.key.model!r}); load from disk",
-            metadata={"weight_set_id": acquisition.key.id},
-        )
-    kind = IntegrityError if acquisition.saw_wrong_bytes else TransferFailed
-    return kind(
-        f"every source of weight set {acquisition.key.id} failed: "
-        + "; ".join(f"{source}: {why}" for source, why in tried.items()),
-        metadata={"weight_set_id": acquisition.key.id, "sources": ", ".join(tried)},
-    )
 
 
 def _layout_mismatch(acquisition: Acquisition, selection: Selection) -> LayoutMismatch:

@@ -26,6 +26,7 @@ class Outcome(enum.StrEnum):
     WAIT_FOR_SOURCE = "wait_for_source"
     LAYOUT_MISMATCH = "layout_mismatch"
     DRAINING = "draining"
+    UNPUBLISHABLE = "unpublishable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Explanation:
     """What an acquisition would get now, and why."""
 
     weight_set_id: str
+    key: WeightSetKey | None
     outcome: Outcome
     summary: str
     selection: Selection
@@ -62,10 +64,11 @@ def explain(
     receiver = Receiver(coordinator.host_id, device_kind, "", layout, {})
     selection = select(coordinator.registry.of_weight_set(weight_set_id), receiver)
     lease = record.lease if record is not None else None
-    outcome, summary = _outcome(coordinator, selection, lease)
+    outcome, summary = _outcome(coordinator, selection, lease, record.unpublishable if record is not None else "")
     key = key if key is not None else record.key if record is not None else None
     return Explanation(
         weight_set_id,
+        key,
         outcome,
         summary,
         selection,
@@ -75,19 +78,24 @@ def explain(
     )
 
 
-def _outcome(coordinator: Coordinator, selection: Selection, lease: ColdLoadLease | None) -> tuple[Outcome, str]:
+def _outcome(
+    coordinator: Coordinator, selection: Selection, lease: ColdLoadLease | None, unpublishable: str
+) -> tuple[Outcome, str]:
     if coordinator.draining:
         return Outcome.DRAINING, "The broker is draining: it refuses, and the instance loads from disk."
     if selection.chosen is not None:
         source = selection.chosen
+        ranks = f", if all {source.rank.size} ranks of an engine ask and can be served" if source.rank else ""
         return (
             Outcome.TRANSFER,
-            f"Transferred from {source.publication_id} of {source.instance_name} ({source.instance_id}).",
+            f"Transferred from {source.publication_id} of {source.instance_name} ({source.instance_id}){ranks}.",
         )
     if selection.has(Refusal.BUSY):
         return Outcome.WAIT_FOR_SOURCE, "Every source has as many readers as it may have: it waits for a free slot."
     if selection.has(Refusal.LAYOUT_DIFFERS):
         return Outcome.LAYOUT_MISMATCH, "Resident, but with another layout: it is refused and loads from disk."
+    if unpublishable:
+        return Outcome.UNPUBLISHABLE, f"It cannot be published ({unpublishable}): it loads from disk without waiting."
     why = "nobody has published it" if not selection.candidates else "no publication of it can be read"
     if lease is not None:
         return (

@@ -78,6 +78,7 @@ class WaitReason(enum.StrEnum):
 
     COLD_LOAD = "cold_load"
     SOURCES_BUSY = "sources_busy"
+    LOAD_GROUP = "load_group"
 
 
 @dataclass(slots=True)
@@ -91,6 +92,17 @@ class Instance:
     gid: int
     attached_at: float
     state: InstanceState = InstanceState.ATTACHED
+
+
+@dataclass(frozen=True, slots=True)
+class RankOfGroup:
+    """Which rank of which engine somebody is."""
+
+    group_id: str
+    member: int
+    size: int
+    assembly_seconds: float = 0.0
+    """How long the other ranks may take to ask too."""
 
 
 @dataclass(slots=True)
@@ -116,6 +128,13 @@ class Publication:
     """Ids of the transfers that read from it now."""
     served_count: int = 0
     quarantine_reason: str = ""
+    rank: RankOfGroup | None = None
+    """Of its engine, if that has several."""
+
+    @property
+    def group_id(self) -> str:
+        """Its engine, if that has several ranks; else empty."""
+        return self.rank.group_id if self.rank is not None else ""
 
     @property
     def weight_set_id(self) -> str:
@@ -134,6 +153,7 @@ class Offer:
     device_id: str
     fencing_token: int
     request_id: str
+    rank: RankOfGroup | None = None
 
 
 @dataclass(slots=True)
@@ -160,6 +180,8 @@ class Acquisition:
     """The running transfer, if any."""
     told: tuple[WaitReason, int] | None = None
     """What it was last told to wait for, so that it is told once."""
+    rank: RankOfGroup | None = None
+    """Of its engine, if that has several."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,7 @@ class Registry:
             published_at=now,
             request_id=offer.request_id,
             fencing_token=offer.fencing_token,
+            rank=offer.rank,
         )
         self._publications[publication.publication_id] = publication
         self._by_weight_set.setdefault(publication.weight_set_id, {})[publication.publication_id] = publication

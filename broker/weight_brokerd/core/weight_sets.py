@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from weight_broker.key import WeightSetKey
 from weight_brokerd.core.model import Acquisition, ColdLoadLease
 from weight_brokerd.core.registry import Registry
+
+UNPUBLISHABLE_REMEMBERED = 256
 
 
 @dataclass(slots=True)
@@ -21,15 +24,19 @@ class WeightSetRecord:
     """The cold-load lease as the directory last told it."""
     claim_pending: str | None = None
     """The acquisition for which the directory has been asked for the lease."""
+    unpublishable: str = ""
+    """Why it cannot be published, as whoever loaded it last said."""
 
 
 class WeightSetIndex:
-    """The records, by id and by model. A record lives as long as anything refers to its weight set."""
+    """The records, by id and by model. A record lives as long as anything refers to its weight set, or it is one of the
+    last that were said to be unpublishable."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._records: dict[str, WeightSetRecord] = {}
         self._by_model: dict[str, set[str]] = {}
+        self._unpublishable: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -57,10 +64,24 @@ class WeightSetIndex:
         """The records of one model, by id."""
         return [self._records[weight_set_id] for weight_set_id in sorted(self._by_model.get(model, ()))]
 
+    def note_unpublishable(self, key: WeightSetKey, why: str) -> None:
+        """Remembers why nobody can publish the weight set; an empty text if somebody has. The oldest are forgotten."""
+        record = self.record(key)
+        record.unpublishable = why
+        self._unpublishable.pop(key.id, None)
+        if why:
+            self._unpublishable[key.id] = None
+            while len(self._unpublishable) > UNPUBLISHABLE_REMEMBERED:
+                oldest, _ = self._unpublishable.popitem(last=False)
+                self._records[oldest].unpublishable = ""
+                self.tidy(oldest)
+
     def tidy(self, weight_set_id: str) -> None:
         """Drops the record if nothing refers to its weight set any more."""
         record = self._records.get(weight_set_id)
         if record is None or record.waiting or record.lease is not None or record.claim_pending is not None:
+            return
+        if record.unpublishable:
             return
         if self._registry.of_weight_set(weight_set_id):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def _attribute(given: str) -> tuple[str, str]:
     return name, value
 
 
+def _fields(message: weight_set_pb2.WeightSetKey) -> Iterator[tuple[str, str]]:
+    """The key's fields as `--model`, `--attribute` and the like have them; of ranks only groups of several."""
+    key = key_from_wire(message)
+    for name in (*_OPTIONS[:2], "checkpoint_digest", "dtype", "quantization", "role", "stage"):
+        if value := str(getattr(key, name)):
+            yield name, value
+    for kind in _RANKS:
+        size = getattr(key.rank, f"{kind}_size")
+        if size > 1:
+            yield f"{kind}_rank", f"{getattr(key.rank, f'{kind}_rank')} of {size}"
+    yield from ((f"engine_attributes[{name}]", value) for name, value in key.engine_attributes.items())
+
+
 def _print(answer: pb.ExplainResponse) -> None:
     from rich.text import Text
 
@@ -109,6 +123,9 @@ def _print(answer: pb.ExplainResponse) -> None:
     outcome = text.state(pb.ExplainResponse.Outcome.Name(answer.outcome))
     console.print(Text.assemble((outcome, "bold"), f": {text.plain(answer.summary)}"))
     console.print(f"weight set {answer.weight_set_id}")
+    if answer.HasField("key"):
+        for name, value in _fields(answer.key):
+            console.print(f"  {name}: {text.plain(value)}", soft_wrap=True)
     if answer.candidates:
         table = output.table("Candidates", "publication|instance|host|generation|>readers|verdict")
         for one in answer.candidates:

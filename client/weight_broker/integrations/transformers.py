@@ -13,7 +13,6 @@ then says why.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,13 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from weight_broker.checkpoint import CheckpointError, checkpoint_digest, checkpoint_files, checkpoint_tensors
+from weight_broker.checkpoint import (
+    CheckpointError,
+    checkpoint_digest,
+    checkpoint_files,
+    checkpoint_name,
+    checkpoint_tensors,
+)
 from weight_broker.errors import AcquireTimeout, BrokerError, BrokerUnavailable, InvalidArgument, WeightsNotFound
 from weight_broker.integrations.torch import assign_tensors, copy_tensors, materialise_empty, tensors_of
 from weight_broker.key import WeightSetKey
@@ -50,7 +55,6 @@ _progress: Any = transformers_logging
 # While it builds a model, transformers replaces methods of its classes: two threads would see each other's.
 _building = threading.Lock()
 
-_HUB_SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<revision>[^/]+)$")
 _FLOATING = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -132,11 +136,10 @@ class _Source:
 
     def key(self) -> WeightSetKey:
         """See `weight_set_key`."""
-        path = self.directory.absolute()
-        snapshot = _HUB_SNAPSHOT.search(str(path))
+        name, revision = checkpoint_name(self.directory)
         return WeightSetKey(
-            model=f"{snapshot['owner']}/{snapshot['name']}" if snapshot else path.resolve().name or str(path),
-            revision=snapshot["revision"] if snapshot else "",
+            model=name,
+            revision=revision,
             checkpoint_digest=checkpoint_digest(self.directory),
             dtype=str(self.dtype).removeprefix("torch."),
             engine_attributes={

@@ -379,6 +379,8 @@ class ExplainResponse(google.protobuf.message.Message):
         """A refusal, because the resident layout differs."""
         OUTCOME_DRAINING: ExplainResponse._Outcome.ValueType  # 6
         """A refusal, because the broker drains."""
+        OUTCOME_UNPUBLISHABLE: ExplainResponse._Outcome.ValueType  # 7
+        """A refusal, because whoever loads it cannot publish it: load from disk, without waiting for others."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
         """What an Acquire would get."""
@@ -397,6 +399,8 @@ class ExplainResponse(google.protobuf.message.Message):
     """A refusal, because the resident layout differs."""
     OUTCOME_DRAINING: ExplainResponse.Outcome.ValueType  # 6
     """A refusal, because the broker drains."""
+    OUTCOME_UNPUBLISHABLE: ExplainResponse.Outcome.ValueType  # 7
+    """A refusal, because whoever loads it cannot publish it: load from disk, without waiting for others."""
 
     WEIGHT_SET_ID_FIELD_NUMBER: builtins.int
     OUTCOME_FIELD_NUMBER: builtins.int
@@ -405,6 +409,7 @@ class ExplainResponse(google.protobuf.message.Message):
     COLD_LOAD_LEASE_FIELD_NUMBER: builtins.int
     WAITING_COUNT_FIELD_NUMBER: builtins.int
     NEAR_MISSES_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
     weight_set_id: builtins.str
     """The weight set's id."""
     outcome: global___ExplainResponse.Outcome.ValueType
@@ -425,6 +430,10 @@ class ExplainResponse(google.protobuf.message.Message):
     def near_misses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___NearMiss]:
         """Weight sets of the same model whose key differs, and in which fields: the usual reason for an unexpected miss."""
 
+    @property
+    def key(self) -> weight_broker.v1.weight_set_pb2.WeightSetKey:
+        """The key, if it was asked for by it or the weight set is known."""
+
     def __init__(
         self,
         *,
@@ -435,9 +444,10 @@ class ExplainResponse(google.protobuf.message.Message):
         cold_load_lease: weight_broker.v1.resources_pb2.ColdLoadLease | None = ...,
         waiting_count: builtins.int = ...,
         near_misses: collections.abc.Iterable[global___NearMiss] | None = ...,
+        key: weight_broker.v1.weight_set_pb2.WeightSetKey | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cold_load_lease", b"cold_load_lease"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "cold_load_lease", b"cold_load_lease", "near_misses", b"near_misses", "outcome", b"outcome", "summary", b"summary", "waiting_count", b"waiting_count", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cold_load_lease", b"cold_load_lease", "key", b"key"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "cold_load_lease", b"cold_load_lease", "key", b"key", "near_misses", b"near_misses", "outcome", b"outcome", "summary", b"summary", "waiting_count", b"waiting_count", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___ExplainResponse = ExplainResponse
 

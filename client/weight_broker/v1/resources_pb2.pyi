@@ -279,6 +279,7 @@ class Publication(google.protobuf.message.Message):
     READER_LIMIT_FIELD_NUMBER: builtins.int
     SERVED_COUNT_FIELD_NUMBER: builtins.int
     QUARANTINE_REASON_FIELD_NUMBER: builtins.int
+    LOAD_GROUP_FIELD_NUMBER: builtins.int
     publication_id: builtins.str
     """Identity, unique for the life of the broker."""
     weight_set_id: builtins.str
@@ -315,6 +316,10 @@ class Publication(google.protobuf.message.Message):
     def publish_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was published."""
 
+    @property
+    def load_group(self) -> weight_broker.v1.weight_set_pb2.LoadGroup:
+        """The engine that its instance is a rank of, if it has several."""
+
     def __init__(
         self,
         *,
@@ -335,9 +340,10 @@ class Publication(google.protobuf.message.Message):
         reader_limit: builtins.int = ...,
         served_count: builtins.int = ...,
         quarantine_reason: builtins.str = ...,
+        load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["publish_time", b"publish_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "layout_fingerprint", b"layout_fingerprint", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["load_group", b"load_group", "publish_time", b"publish_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "layout_fingerprint", b"layout_fingerprint", "load_group", b"load_group", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___Publication = Publication
 
@@ -399,10 +405,13 @@ class WeightSet(google.protobuf.message.Message):
     PUBLICATIONS_FIELD_NUMBER: builtins.int
     COLD_LOAD_LEASE_FIELD_NUMBER: builtins.int
     WAITING_COUNT_FIELD_NUMBER: builtins.int
+    UNPUBLISHABLE_REASON_FIELD_NUMBER: builtins.int
     weight_set_id: builtins.str
     """Id derived from the key."""
     waiting_count: builtins.int
     """Acquisitions that wait for it."""
+    unpublishable_reason: builtins.str
+    """Why it cannot be published, as the instance said that loaded it last; empty if nobody has said so."""
     @property
     def key(self) -> weight_broker.v1.weight_set_pb2.WeightSetKey:
         """The key."""
@@ -423,9 +432,10 @@ class WeightSet(google.protobuf.message.Message):
         publications: collections.abc.Iterable[global___Publication] | None = ...,
         cold_load_lease: global___ColdLoadLease | None = ...,
         waiting_count: builtins.int = ...,
+        unpublishable_reason: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["cold_load_lease", b"cold_load_lease", "key", b"key"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cold_load_lease", b"cold_load_lease", "key", b"key", "publications", b"publications", "waiting_count", b"waiting_count", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cold_load_lease", b"cold_load_lease", "key", b"key", "publications", b"publications", "unpublishable_reason", b"unpublishable_reason", "waiting_count", b"waiting_count", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___WeightSet = WeightSet
 

@@ -66,6 +66,8 @@ class AcquireRequest(google.protobuf.message.Message):
     PLACEMENTS_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    LOAD_GROUP_FIELD_NUMBER: builtins.int
+    ASSEMBLY_TIMEOUT_FIELD_NUMBER: builtins.int
     if_absent: global___IfAbsent.ValueType
     """Required. What to do if nobody holds it."""
     path: weight_broker.v1.resources_pb2.TransferPath.ValueType
@@ -100,6 +102,16 @@ class AcquireRequest(google.protobuf.message.Message):
         moves the bytes the call's deadline should be later by half a minute: ending what writes can take as long.
         """
 
+    @property
+    def load_group(self) -> weight_broker.v1.weight_set_pb2.LoadGroup:
+        """Optional. The engine that the caller is a rank of. No rank is told Done before all of them have every byte, from
+        publications of one other engine; if one cannot be served, none is.
+        """
+
+    @property
+    def assembly_timeout(self) -> google.protobuf.duration_pb2.Duration:
+        """Required with load_group. How long the other ranks may take to ask too, at most the caller's deadline."""
+
     def __init__(
         self,
         *,
@@ -113,9 +125,11 @@ class AcquireRequest(google.protobuf.message.Message):
         placements: collections.abc.Iterable[weight_broker.v1.weight_set_pb2.TensorPlacement] | None = ...,
         request_id: builtins.str = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
+        assembly_timeout: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "key", b"key", "layout", b"layout", "load_group", b"load_group", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "load_group", b"load_group", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "timeout", b"timeout"]) -> None: ...
 
 global___AcquireRequest = AcquireRequest
 
@@ -137,6 +151,8 @@ class Waiting(google.protobuf.message.Message):
         """Another instance loads the weight set from disk."""
         REASON_SOURCES_BUSY: Waiting._Reason.ValueType  # 2
         """Every source has as many readers as it may have."""
+        REASON_LOAD_GROUP: Waiting._Reason.ValueType  # 3
+        """Other ranks of the engine have not asked yet, or do not have every byte yet."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """Why an acquisition waits."""
@@ -147,6 +163,8 @@ class Waiting(google.protobuf.message.Message):
     """Another instance loads the weight set from disk."""
     REASON_SOURCES_BUSY: Waiting.Reason.ValueType  # 2
     """Every source has as many readers as it may have."""
+    REASON_LOAD_GROUP: Waiting.Reason.ValueType  # 3
+    """Other ranks of the engine have not asked yet, or do not have every byte yet."""
 
     REASON_FIELD_NUMBER: builtins.int
     COLD_LOAD_LEASE_FIELD_NUMBER: builtins.int
@@ -512,6 +530,7 @@ class PublishRequest(google.protobuf.message.Message):
     PLACEMENTS_FIELD_NUMBER: builtins.int
     FENCING_TOKEN_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    LOAD_GROUP_FIELD_NUMBER: builtins.int
     fencing_token: builtins.int
     """Optional. The fencing token of the cold-load lease that this publication fulfils. A token that is not current any
     more does not make the publication wrong; it then fulfils nothing.
@@ -542,6 +561,10 @@ class PublishRequest(google.protobuf.message.Message):
     def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.TensorPlacement]:
         """Required. One for each tensor, in the layout's order; that of an alias is its target's."""
 
+    @property
+    def load_group(self) -> weight_broker.v1.weight_set_pb2.LoadGroup:
+        """Optional. The engine that the caller is a rank of: its ranks' publications are read together."""
+
     def __init__(
         self,
         *,
@@ -552,9 +575,10 @@ class PublishRequest(google.protobuf.message.Message):
         placements: collections.abc.Iterable[weight_broker.v1.weight_set_pb2.TensorPlacement] | None = ...,
         fencing_token: builtins.int = ...,
         request_id: builtins.str = ...,
+        load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["digests", b"digests", "fencing_token", b"fencing_token", "key", b"key", "layout", b"layout", "placements", b"placements", "regions", b"regions", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "load_group", b"load_group"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["digests", b"digests", "fencing_token", b"fencing_token", "key", b"key", "layout", b"layout", "load_group", b"load_group", "placements", b"placements", "regions", b"regions", "request_id", b"request_id"]) -> None: ...
 
 global___PublishRequest = PublishRequest
 
@@ -631,14 +655,20 @@ class ReportLoadRequest(google.protobuf.message.Message):
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
         REASON_FIELD_NUMBER: builtins.int
+        UNPUBLISHABLE_FIELD_NUMBER: builtins.int
         reason: builtins.str
         """Optional. For people and logs."""
+        unpublishable: builtins.bool
+        """Optional. The weights cannot be published by anybody, for the given reason: whoever waits is told to load from disk
+        now, and so is whoever asks later, until somebody publishes them all the same.
+        """
         def __init__(
             self,
             *,
             reason: builtins.str = ...,
+            unpublishable: builtins.bool = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["reason", b"reason"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["reason", b"reason", "unpublishable", b"unpublishable"]) -> None: ...
 
     @typing.final
     class Extend(google.protobuf.message.Message):

@@ -36,9 +36,11 @@ class WeightBrokerServiceStub:
     has metadata "quiesced" = "false". Metadata "touched" = "true" says that bytes may have been written.
 
     INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
-    NOT_FOUND (WEIGHTS_NOT_FOUND): nobody holds the weight set and if_absent did not ask for a lease; load from disk.
+    NOT_FOUND (WEIGHTS_NOT_FOUND): nobody holds the weight set and if_absent did not ask for a lease, or it cannot be
+    published; load from disk.
     FAILED_PRECONDITION (LAYOUT_MISMATCH): resident, but with another layout; the metadata name what differs.
     ABORTED (TRANSFER_FAILED): every source was tried and failed; load from disk.
+    ABORTED (LOAD_GROUP_FAILED): another rank of the engine could not be served; load from disk, as all of them do.
     DATA_LOSS (INTEGRITY_ERROR): wrong bytes arrived and no other source is left; load from disk.
     DEADLINE_EXCEEDED (ACQUIRE_TIMEOUT): the caller's deadline passed first.
     """
@@ -108,9 +110,11 @@ class WeightBrokerServiceAsyncStub:
     has metadata "quiesced" = "false". Metadata "touched" = "true" says that bytes may have been written.
 
     INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
-    NOT_FOUND (WEIGHTS_NOT_FOUND): nobody holds the weight set and if_absent did not ask for a lease; load from disk.
+    NOT_FOUND (WEIGHTS_NOT_FOUND): nobody holds the weight set and if_absent did not ask for a lease, or it cannot be
+    published; load from disk.
     FAILED_PRECONDITION (LAYOUT_MISMATCH): resident, but with another layout; the metadata name what differs.
     ABORTED (TRANSFER_FAILED): every source was tried and failed; load from disk.
+    ABORTED (LOAD_GROUP_FAILED): another rank of the engine could not be served; load from disk, as all of them do.
     DATA_LOSS (INTEGRITY_ERROR): wrong bytes arrived and no other source is left; load from disk.
     DEADLINE_EXCEEDED (ACQUIRE_TIMEOUT): the caller's deadline passed first.
     """
@@ -182,9 +186,11 @@ class WeightBrokerServiceServicer(metaclass=abc.ABCMeta):
         has metadata "quiesced" = "false". Metadata "touched" = "true" says that bytes may have been written.
 
         INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong; correct it.
-        NOT_FOUND (WEIGHTS_NOT_FOUND): nobody holds the weight set and if_absent did not ask for a lease; load from disk.
+        NOT_FOUND (WEIGHTS_NOT_FOUND): nobody holds the weight set and if_absent did not ask for a lease, or it cannot be
+        published; load from disk.
         FAILED_PRECONDITION (LAYOUT_MISMATCH): resident, but with another layout; the metadata name what differs.
         ABORTED (TRANSFER_FAILED): every source was tried and failed; load from disk.
+        ABORTED (LOAD_GROUP_FAILED): another rank of the engine could not be served; load from disk, as all of them do.
         DATA_LOSS (INTEGRITY_ERROR): wrong bytes arrived and no other source is left; load from disk.
         DEADLINE_EXCEEDED (ACQUIRE_TIMEOUT): the caller's deadline passed first.
         """

@@ -561,3 +561,31 @@ class TensorPlacement(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["offset_bytes", b"offset_bytes", "region_index", b"region_index"]) -> None: ...
 
 global___TensorPlacement = TensorPlacement
+
+@typing.final
+class LoadGroup(google.protobuf.message.Message):
+    """The ranks of one engine, which load all from peers or all from disk. A rank says which engine's it is when it acquires
+    and when it publishes.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: builtins.int
+    MEMBER_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    group_id: builtins.str
+    """Required. Names the engine: at most 64 characters that no other engine uses."""
+    member: builtins.int
+    """Required. Which of its ranks this is: from 0, below size."""
+    size: builtins.int
+    """Required. How many ranks the engine has on this host: from 2 to 4096."""
+    def __init__(
+        self,
+        *,
+        group_id: builtins.str = ...,
+        member: builtins.int = ...,
+        size: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["group_id", b"group_id", "member", b"member", "size", b"size"]) -> None: ...
+
+global___LoadGroup = LoadGroup

@@ -1,0 +1,100 @@
+"""The engine's ways to change weights, each made to retract what is published first.
+
+The methods are wrapped on the classes that are there when something is published, those of vllm-ascend and of worker
+extensions included; once each.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from weight_broker.integrations.vllm import published
+
+_MARK = "__weight_broker__"
+_CHANGES = (
+    "update_weights",
+    "start_weight_update",
+    "start_draft_weight_update",
+    "reload_weights",
+    "reset_weights",
+    "elastic_ep_execute",
+    "discard",
+    "checkpoint_prepare",
+)
+"""Methods of workers after which the weights are others, or elsewhere."""
+
+_logger = logging.getLogger("vllm.weight_broker")
+
+
+def install(model: Any) -> None:
+    """Wraps what can change the weights of `model`."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    for worker in _with_subclasses(WorkerBase):
+        _wrap(worker, "sleep", _before_sleep)
+        _wrap(worker, "wake_up", _after_wake_up)
+        for name in _CHANGES:
+            _wrap(worker, name, _before_change)
+    _wrap(type(model), "load_weights", _before_load_weights)
+    try:
+        from vllm.distributed.eplb.eplb_state import EplbState
+    except ImportError:
+        return
+    _wrap(EplbState, "rearrange", _before_rearrangement)
+
+
+def _before_sleep(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
+    published.retract("the engine goes to sleep", for_sleep=True)
+    return method(self, *args, **kwargs)
+
+
+def _after_wake_up(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
+    result = method(self, *args, **kwargs)
+    tags = kwargs.get("tags", args[0] if args else None)
+    if tags is None or "weights" in tags:
+        published.republish()
+    return result
+
+
+def _before_change(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
+    published.retract(f"{name} changes the weights")
+    return method(self, *args, **kwargs)
+
+
+def _before_load_weights(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
+    published.retract("weights are loaded into the model", model=self)
+    return method(self, *args, **kwargs)
+
+
+def _before_rearrangement(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
+    # A rehearsal moves nothing. Its argument is the first or the second, by version, and called by name.
+    if not kwargs.get("is_profile", False):
+        published.retract("experts are rearranged")
+    return method(self, *args, **kwargs)
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Replaces a method that `owner` itself defines."""
+    method = vars(owner).get(name)
+    if not callable(method) or hasattr(method, _MARK):
+        return
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(method, name, self, args, kwargs)
+
+    setattr(wrapped, _MARK, True)
+    try:
+        setattr(owner, name, wrapped)
+    except (AttributeError, TypeError) as error:
+        _logger.warning("%s.%s cannot be watched: %s", owner.__name__, name, error)
+
+
+def _with_subclasses(owner: type[Any]) -> Iterator[type[Any]]:
+    yield owner
+    subclasses: list[type[Any]] = owner.__subclasses__()
+    for one in subclasses:
+        yield from _with_subclasses(one)

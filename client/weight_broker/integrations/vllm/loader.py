@@ -1,0 +1,116 @@
+"""The model loader: fills a model from a peer or lets vLLM read it from disk, and offers it once that is safe.
+
+vLLM's own `load_model` stays in charge: it makes the model, calls `load_weights`, post-processes. This loader answers
+`load_weights`, and looks at the weights again when `load_model` is about to return.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from weight_broker.integrations.vllm.load import Load, Reinitialise
+from weight_broker.integrations.vllm.options import parse
+
+_logger = logging.getLogger("vllm.weight_broker")
+
+
+class BrokerModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM may not be installed
+    """The load format `weight_broker`."""
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(load_config)
+        self.options = parse(load_config.model_loader_extra_config)
+        self._disk_loader: BaseModelLoader | None = None
+        self._load: Load | None = None
+
+    @property
+    def disk_loader(self) -> BaseModelLoader:
+        """vLLM's loader that reads from disk."""
+        if self._disk_loader is None:
+            config = dataclasses.replace(
+                self.load_config,
+                load_format=self.options.fallback_load_format,
+                model_loader_extra_config=dict(self.options.fallback_extra_config),
+            )
+            self._disk_loader = get_model_loader(config)
+        return self._disk_loader
+
+    def download_model(self, model_config: Any) -> None:
+        """Makes sure that the checkpoint is on this machine."""
+        self.disk_loader.download_model(model_config)
+
+    def load_model(self, vllm_config: Any, model_config: Any, **options: Any) -> nn.Module:
+        """The model with its weights, post-processed. `options` are what this version of vLLM passes on (`prefix`)."""
+        load = Load(self.options, self.disk_loader, vllm_config, model_config, self.load_config)
+        if type(self.disk_loader).load_model is not BaseModelLoader.load_model:
+            load.without_broker(f"load format {self.options.fallback_load_format!r} makes models in a way of its own")
+            model: nn.Module = self.disk_loader.load_model(vllm_config, model_config, **options)
+            load.finish(model)
+            return model
+        load.prepare()
+        remembered = _Registries(vllm_config)
+        self._load = load
+        try:
+            made = self._load_or_none(vllm_config, model_config, options)
+            if made is not None and load.is_to_fill and not load.fill(made):
+                made = None
+            if made is None:
+                gc.collect()  # the model whose weights are undefined
+                remembered.restore()
+                made = self._load_model(vllm_config, model_config, options)
+        except BaseException as error:
+            load.abandon(error)
+            raise
+        finally:
+            self._load = None
+        load.finish(made)
+        return made
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Fills the model. Outside of `load_model` (a reload) always from disk."""
+        if self._load is None:
+            self.disk_loader.load_weights(model, model_config)
+        else:
+            self._load.weights(model)
+
+    def __getattr__(self, name: str) -> Any:
+        # What later versions of vLLM ask of their own loaders, for example `get_all_weights` for a reload.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.disk_loader, name)
+
+    def _load_model(self, vllm_config: Any, model_config: Any, options: Any) -> nn.Module:
+        model: nn.Module = super().load_model(vllm_config, model_config, **options)
+        return model
+
+    def _load_or_none(self, vllm_config: Any, model_config: Any, options: Any) -> nn.Module | None:
+        """None if the model has to be made anew: the traceback, which holds it, has gone with the exception."""
+        try:
+            return self._load_model(vllm_config, model_config, options)
+        except Reinitialise as again:
+            _logger.warning("the model is made anew: %s", again)
+            return None
+
+
+class _Registries:
+    """Where the layers of a model enter themselves when they are made; entered twice, they would be refused."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._config = vllm_config.compilation_config
+        self._context = dict(getattr(self._config, "static_forward_context", {}))
+        self._experts = list(getattr(self._config, "static_all_moe_layers", []))
+
+    def restore(self) -> None:
+        """Makes them what they were."""
+        if hasattr(self._config, "static_forward_context"):
+            self._config.static_forward_context.clear()
+            self._config.static_forward_context.update(self._context)
+        if hasattr(self._config, "static_all_moe_layers"):
+            self._config.static_all_moe_layers[:] = self._experts

@@ -1,0 +1,105 @@
+"""What `--model-loader-extra-config` may say to the load format `weight_broker`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from weight_broker.errors import InvalidArgument
+
+_FIELD = "model_loader_extra_config"
+_CHOICES = {
+    "stage": ("auto", "loaded", "runtime"),
+    "digest_mode": ("auto", "full", "sampled"),
+    "checkpoint_digest": ("sampled", "full"),
+    "engine_version": ("compatible", "minor", "exact"),
+}
+_SECONDS = ("timeout", "connect_timeout", "rank_timeout")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Each field is an option of that name."""
+
+    runtime_directory: str = ""
+    """Where the broker's sockets are; empty for the usual places."""
+    name: str = ""
+    """What the broker calls this instance in its listings; empty for the model's name and the rank."""
+    timeout: float = 300.0
+    """Seconds for the whole acquisition, the wait for another instance's cold load included."""
+    connect_timeout: float = 2.0
+    """Seconds that an unresponsive broker may cost."""
+    rank_timeout: float = 60.0
+    """Seconds to wait for the engine's other ranks to ask, if there are several."""
+    wait: bool = True
+    """Whether to wait while another instance loads the same weights from disk."""
+    publish: bool = True
+    """Whether to become a source for others."""
+    zero_copy: bool = False
+    """Whether the weights are copy-on-write views of the resident ones instead of copies; host memory only."""
+    strict: bool = False
+    """Whether a load that the broker neither served nor ordered from disk fails instead of falling back."""
+    stage: str = "auto"
+    """Which weights are shared: `loaded` (before post-processing), `runtime` (after it), `auto`: whichever is safe."""
+    digest_mode: str = "auto"
+    """How much of the content is verified on arrival."""
+    checkpoint_digest: str = "sampled"
+    """How much of the checkpoint its digest covers: both ends of every tensor, or (`full`) every byte."""
+    engine_version: str = "compatible"
+    """Which versions of vLLM may share weights: those that are known to lay them out alike, those with the same minor
+    version, or only exactly the same one."""
+    fallback_load_format: str = "auto"
+    """The load format that reads from disk."""
+    fallback_extra_config: Mapping[str, Any] = field(default_factory=dict)
+    """Its `model_loader_extra_config`."""
+
+
+def parse(given: object) -> Options:
+    """The options in `model_loader_extra_config`. Raises `InvalidArgument`, which names the option and, if there is no
+    such option, those that there are."""
+    if isinstance(given, str):
+        given = _from_json(given)
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise InvalidArgument(_FIELD, given, "an object of options")
+    known = {one.name: one for one in fields(Options)}
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            raise InvalidArgument(
+                f"{_FIELD}[{name!r}]", value, "one of the options " + ", ".join(sorted(known)),
+                hint=f"Did you mean {close[0]}?" if close else "",
+            )  # fmt: skip
+        _check(name, value, str(known[name].type))
+    values: dict[str, Any] = {name: float(value) if name in _SECONDS else value for name, value in given.items()}
+    return Options(**values)
+
+
+def _from_json(text: str) -> object:
+    try:
+        return json.loads(text) if text else {}
+    except ValueError as error:
+        raise InvalidArgument(_FIELD, text, f"JSON ({error})") from None
+
+
+def _check(name: str, value: object, kind: str) -> None:
+    field_name = f"{_FIELD}[{name!r}]"
+    if name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise InvalidArgument(field_name, value, "one of " + ", ".join(map(repr, _CHOICES[name])))
+    elif name in _SECONDS:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise InvalidArgument(field_name, value, "a positive number of seconds")
+    elif kind == "bool":
+        if not isinstance(value, bool):
+            raise InvalidArgument(field_name, value, "true or false")
+    elif kind == "str":
+        if not isinstance(value, str):
+            raise InvalidArgument(field_name, value, "a text")
+    elif not isinstance(value, Mapping):
+        raise InvalidArgument(field_name, value, "an object")

@@ -1,0 +1,133 @@
+"""What this process has published, and how it takes it back before the weights change."""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weight_broker.errors import BrokerError
+from weight_broker.integrations.vllm.report import EngineLoad
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from weight_broker.client import BrokerClient
+    from weight_broker.key import WeightSetKey
+    from weight_broker.load_group import LoadGroup
+    from weight_broker.publication import Publication
+
+RETRACT_TIMEOUT_SECONDS = 120.0
+
+_logger = logging.getLogger("vllm.weight_broker")
+
+
+@dataclass(eq=False)
+class PublishedModel:
+    """One model whose weights are offered, or were before it went to sleep."""
+
+    model: weakref.ref[nn.Module]
+    client: BrokerClient
+    key: WeightSetKey
+    group: LoadGroup | None
+    names: tuple[str, ...]
+    """The tensors that were published."""
+    report: EngineLoad
+    publication: Publication | None
+    asleep: Mapping[str, int] | None = None
+    """Digests of the tensors before they went to sleep; None if they are not to be published again."""
+
+
+def note(report: EngineLoad) -> None:
+    """Remembers how a model was loaded."""
+    _reports.append(report)
+
+
+def reports() -> tuple[EngineLoad, ...]:
+    """How the models of this process were loaded, oldest first."""
+    return tuple(_reports)
+
+
+def add(published: PublishedModel) -> None:
+    """Remembers what is offered, so that it is retracted in time."""
+    _published.append(published)
+
+
+def retract(reason: str = "asked to", *, model: nn.Module | None = None, for_sleep: bool = False) -> int:
+    """Stops offering the weights of `model`, or of all models of this process, and returns when nobody reads them any
+    more; the number of publications that ended. To be called before weights change: the engine's own ways to change
+    them do so by themselves. Raises `RetractTimeout` if readers are still running; the weights must not change then."""
+    ended = 0
+    for one in list(_published):
+        if model is not None and one.model() is not model:
+            continue
+        if one.publication is not None:
+            begun = time.monotonic()
+            one.publication.retract(RETRACT_TIMEOUT_SECONDS)
+            one.publication, one.report.publication_id = None, ""
+            ended += 1
+            _logger.info(
+                "retracted weight set %s (%s) in %.3f s", one.key.id, reason, time.monotonic() - begun
+            )  # fmt: skip
+        one.report.not_published = f"retracted: {reason}"
+        if for_sleep:
+            one.asleep = one.asleep or _contents(one)
+        else:
+            _published.remove(one)
+    return ended
+
+
+def republish() -> int:
+    """Offers again what was retracted for a sleep, if it is what it was then; the number of publications."""
+    done = 0
+    for one in list(_published):
+        if one.publication is None and one.asleep is not None:
+            done += _republish(one)
+    return done
+
+
+def _tensors(one: PublishedModel) -> dict[str, torch.Tensor]:
+    from weight_broker.integrations.vllm.stage import processed_tensors
+    from weight_broker.integrations.vllm.tensors import weight_tensors
+    from weight_broker.key import Stage
+
+    model = one.model()
+    collect = processed_tensors if one.key.stage is Stage.RUNTIME else weight_tensors
+    found = collect(model) if model is not None else {}
+    return {name: found[name] for name in one.names if name in found}
+
+
+def _contents(one: PublishedModel) -> dict[str, int]:
+    from weight_broker.integrations.vllm.completeness import content_digests
+
+    return content_digests(_tensors(one))
+
+
+def _republish(one: PublishedModel) -> int:
+    tensors = _tensors(one)
+    try:
+        if len(tensors) < len(one.names) or _contents(one) != one.asleep:
+            one.report.not_published = "after the sleep the weights are not what they were before it"
+            _logger.warning("weight set %s is not published again: %s", one.key.id, one.report.not_published)
+            return 0
+        one.publication = one.client.publish(one.key, tensors, group=one.group)
+    except (BrokerError, OSError, MemoryError) as error:
+        one.report.not_published = f"publishing failed: {error}"
+        _logger.warning("weight set %s is not published again: %s", one.key.id, error)
+        return 0
+    one.asleep, one.report.not_published, one.report.publication_id = None, "", one.publication.id
+    _logger.info("published weight set %s again as %s", one.key.id, one.publication.id)
+    return 1
+
+
+_reports: list[EngineLoad] = []
+_published: list[PublishedModel] = []
+
+
+def is_published(model: Any) -> bool:
+    """Whether weights of `model` are offered now."""
+    return any(one.publication is not None and one.model() is model for one in _published)

@@ -1,0 +1,37 @@
+"""The order that the loader does not allow: weights are taken as post-processing left them, and put where
+post-processing has been already."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from weight_broker.client import BrokerClient
+from weight_broker.key import Stage, WeightSetKey
+
+KEY = WeightSetKey("forced", stage=Stage.RUNTIME)
+clients: list[BrokerClient] = []
+"""They live as long as the process."""
+
+
+def install(role: str) -> None:
+    """Makes the load format do so: as the one that publishes, or the one that acquires."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    from weight_broker.integrations.vllm.loader import BrokerModelLoader
+    from weight_broker.integrations.vllm.tensors import weight_tensors
+
+    def load_model(self: Any, vllm_config: Any, model_config: Any, **options: Any) -> Any:
+        load_format = "auto" if role == "publish" else "dummy"
+        loader = get_model_loader(dataclasses.replace(self.load_config, load_format=load_format))
+        model = loader.load_model(vllm_config, model_config, **options)
+        client = BrokerClient(name=role)
+        clients.append(client)
+        if role == "publish":
+            client.publish(KEY, weight_tensors(model))
+        else:
+            client.acquire(KEY, weight_tensors(model))
+        return model
+
+    loader_class: Any = BrokerModelLoader
+    loader_class.load_model = load_model
