@@ -109,7 +109,7 @@ class ReceiverSide:
         while self._idle:
             child, timer = self._idle.popitem()  # the one that was used last
             timer.cancel()
-            if not child.has_ended:
+            if not (child.is_killed or child.has_ended):
                 return child
         return await self._start()
 
@@ -125,7 +125,7 @@ class ReceiverSide:
         return child
 
     def _put_back(self, child: CardProcess) -> None:
-        if child.has_ended:
+        if child.is_killed or child.has_ended:  # one that the driver holds has not ended yet, and never serves again
             self._outdated.discard(child)
             return
         loop = asyncio.get_running_loop()

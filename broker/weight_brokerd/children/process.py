@@ -80,6 +80,8 @@ class ChildProcess(Generic[M]):
     ) -> None:
         """`name` is for people; `lost` makes what is raised when it has ended."""
         self.name = name
+        self.is_killed = False
+        """Whether it was told to end the hard way: it may not have ended yet, but serves no more."""
         self.on_end: Callable[[], None] = lambda: None
         """Called once, when the process has ended, whoever ended it."""
         self._process = process
@@ -131,6 +133,7 @@ class ChildProcess(Generic[M]):
 
     async def kill(self) -> bool:
         """Kills it and waits until it is gone, which its driver may delay; False if that takes too long."""
+        self.is_killed = True
         if not self._exited.is_set():
             with contextlib.suppress(ProcessLookupError):  # it has just ended; the loop has not heard of it
                 os.kill(self.pid, signal.SIGKILL)

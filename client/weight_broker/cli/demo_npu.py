@@ -25,6 +25,7 @@ from weight_broker.cli.inspector import Inspector, State
 from weight_broker.cli.npu_instance import Order, Result
 from weight_broker.cli.progress import Progress
 from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
 
 DEFAULT_SIZE = 1_000_000_000
 INSTANCES = 3
@@ -117,15 +118,20 @@ def wait_for_cards(stage: Stage, tick: Callable[[], None]) -> pb.Host:
         while True:
             tick()
             host = inspector.host()
-            if host.device_problem:
+            if host.device_problem and not npus(host):
                 raise CommandError(f"the broker serves no cards: {host.device_problem}")
             # A managed worker listens before it serves; until then there is a problem.
-            if host.cards and host.datasystem_worker.reachable and not host.datasystem_worker.problem:
+            if npus(host) and host.datasystem_worker.reachable and not host.datasystem_worker.problem:
                 return host
             if time.monotonic() > deadline:
                 why = host.datasystem_worker.problem or "the datasystem worker is not reachable"
                 raise CommandError(f"no card serves after {_CARDS_SECONDS:.0f} s: {text.plain(why)}")
             time.sleep(_POLL_SECONDS)
+
+
+def npus(host: pb.Host) -> list[pb.Card]:
+    """The host's cards of this kind."""
+    return [one for one in host.cards if one.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
 
 
 class CardInstance(Answering):
@@ -201,10 +207,10 @@ class CardStage(Stage):
 
     def _usable(self, host: pb.Host, count: int | None) -> list[int]:
         """Indices of the cards to be used: one more than the instances that are started at once."""
-        ready = [one.device_index for one in host.cards if one.state == pb.Card.STATE_READY]
+        ready = [one.device_index for one in npus(host) if one.state == pb.Card.STATE_READY]
         wanted = (count or min(INSTANCES, len(ready) - 1)) + 1
         if wanted < 2 or wanted > len(ready):
-            others = "".join(f"\n    {one.device_id}: {text.plain(one.problem)}" for one in host.cards if one.problem)
+            others = "".join(f"\n    {one.device_id}: {text.plain(one.problem)}" for one in npus(host) if one.problem)
             fix = f"take --instances {len(ready) - 1}" if len(ready) > 1 else "two are the least"
             raise CommandError(f"{max(wanted, 2)} cards are needed and {len(ready)} are ready; {fix}{others}")
         return ready[:wanted]

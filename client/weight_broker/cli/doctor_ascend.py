@@ -1,5 +1,5 @@
-"""The doctor's checks of an Ascend host: runtime, driver, cards, the datasystem worker, and those settings of instances
-that decide how their memory can be shared."""
+"""The doctor's checks of devices: whether the broker serves them; and on an Ascend host the runtime, the driver, the
+datasystem worker, and those settings of instances that decide how their memory can be shared."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from weight_broker.cli.doctor import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
 from weight_broker.memory import npu_driver
 from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
 
 _PROBE_SECONDS = 120.0
 _CONNECT_SECONDS = 3.0
 _SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
-_RESTART = "see `npu-smi info` and the broker's log; the broker asks the driver again when it is restarted"
-_LOOK_AGAIN = "it is tried again; if it stays, see the broker's log and `npu-smi info`"
+_RESTART = (
+    "see `npu-smi info` (or `nvidia-smi`) and the broker's log; the broker asks the driver again when it is restarted"
+)
+_LOOK_AGAIN = "it is tried again; if it stays, see the broker's log"
 
 
 def findings(
@@ -30,15 +33,23 @@ def findings(
     """`devices`: where device nodes are; `driver`: the driver's version file."""
     nodes = sorted(devices.glob("davinci[0-9]*"))
     probed = _probe()
-    served = state is not None and bool(
-        state.host.cards or state.host.device_problem or state.host.HasField("datasystem_worker")
-    )
+    cards = _cards(state)
+    served = state is not None and (state.host.HasField("datasystem_worker") or bool(_npus(state)))
     if not (nodes or served or probed.get("runtime")):
-        return [ok("Ascend", "no Ascend devices here: the broker serves host memory only")]
+        return [*cards, ok("Ascend", "no Ascend devices here")]
     version = npu_driver.installed_version(driver)
     found = [_runtime(probed), _driver(version), _nodes(devices, nodes, int(probed.get("devices", 0)))]
     found += _torch_npu(probed)
-    found += _cards(state)
+    found += cards
+    if state is not None and not _npus(state) and not state.host.device_problem:
+        found.append(
+            warning(
+                "cards",
+                "the broker serves no NPU",
+                "set datasystem.managed = true or datasystem.worker_address, and cards.library_path if its environment "
+                "has no CANN; then restart it",
+            )
+        )
     found.append(_worker(state))
     return found + _settings(state, version)
 
@@ -128,23 +139,18 @@ def _torch_npu(probed: dict[str, Any]) -> list[Finding]:
     return []
 
 
+def _npus(state: State) -> list[pb.Card]:
+    return [one for one in state.host.cards if one.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
+
+
 def _cards(state: State | None) -> list[Finding]:
+    """Of every kind."""
     if state is None:
         return []
-    host = state.host
-    if host.device_problem:
-        return [problem("cards", f"the broker serves none: {host.device_problem}", _RESTART)]
-    if not host.cards:
-        return [
-            warning(
-                "cards",
-                "the broker serves host memory only",
-                "set datasystem.managed = true or datasystem.worker_address, and cards.library_path if its environment "
-                "has no CANN; then restart it",
-            )
-        ]
     found = []
-    for one in host.cards:
+    if state.host.device_problem:
+        found.append(problem("devices", f"the broker does not serve them: {state.host.device_problem}", _RESTART))
+    for one in state.host.cards:
         name, soc = f"card {one.device_id}", text.plain(one.soc)
         if one.state == pb.Card.STATE_READY:
             found.append(ok(name, f"{soc}, ready; {one.region_count} regions are mapped"))

@@ -127,5 +127,5 @@ def test_a_driver_that_cannot_be_asked_is_told(
     words = broker.host().device_problem
     assert f"Devices are not served: {words}" in run(broker, capsys, "status")[1]
     code, found = doctor(broker, capsys)
-    assert (code, found["cards"]["verdict"]) == (1, "problem")
-    assert words in found["cards"]["found"]
+    assert (code, found["devices"]["verdict"]) == (1, "problem")
+    assert words in found["devices"]["found"]

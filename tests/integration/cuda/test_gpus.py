@@ -157,14 +157,15 @@ def test_a_publisher_killed_in_the_middle_is_left_for_the_next_source(gpu_host: 
     second.call(gpu.create, "model", 1, MIXED)
     third.call(gpu.create, "model", 2, MIXED, 7)
     first.call(instance.publish, "model")
-    gpu_host.cuda.inject(Fault.COPY_HANGS)
-    answer = second.begin(instance.acquire, "model", timeout=30.0)
-    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=30)
     third.call(instance.publish, "model")
+    gpu_host.cuda.inject(Fault.COPY_HANGS)
+    answer = second.begin(instance.acquire, "model", timeout=60.0)  # from the older publication
+    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=30)
+    assert {name.split("-")[0] for name in gpu_host.cuda.opened()} == {str(first.pid), str(second.pid)}
     first.kill()
     eventually(lambda: published_on(broker) == [("third", uuid(2))], within=30)
     gpu_host.cuda.clear(Fault.COPY_HANGS)
-    filled = answer(60.0)
+    filled = answer(90.0)
     assert (filled.error, filled.source) == ("", "third")
     assert second.call(gpu.digest, "model") == third.call(gpu.digest, "model")
     assert published_on(broker) == [("third", uuid(2))]
