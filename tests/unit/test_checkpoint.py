@@ -261,3 +261,39 @@ def test_the_cache_keeps_the_newest_entries(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(time, "time", lambda number=number: 1000.0 + number)
         store.put(f"signature{number}", f"digest{number}")
     assert [store.get(f"signature{number}") for number in range(5)] == [None, None, "digest2", "digest3", "digest4"]
+
+
+def test_a_caller_that_reads_other_files_has_the_digest_of_those(tmp_path: Path) -> None:
+    """As vLLM does, which goes by the index where a directory has both."""
+    directory = write_shards(
+        tmp_path / "model", {"a.safetensors": {"one": b"1" * 9}, "b.safetensors": {"two": b"2" * 9}}
+    )
+    write_file(directory / "model.safetensors", {"one": b"1" * 9, "two": b"2" * 9})
+    shards = checkpoint.checkpoint_files(directory, index_first=True)
+    assert [file.name for file in shards] == ["a.safetensors", "b.safetensors"]
+    before = checkpoint_digest(directory, files=shards)
+    write_file(directory / "b.safetensors", {"two": b"3" * 9})
+    assert checkpoint_digest(directory, files=shards) != before
+    assert checkpoint_digest(directory) == checkpoint_digest(directory, files=[directory / "model.safetensors"])
+
+
+def test_of_a_tensor_in_several_chosen_files_the_order_counts(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", {"one": b"1" * 9})
+    write_file(directory / "other.safetensors", {"one": b"2" * 9})
+    files = [directory / "model.safetensors", directory / "other.safetensors"]
+    assert checkpoint_digest(directory, files=files) != checkpoint_digest(directory, files=files[::-1])
+    assert checkpoint_digest(directory, files=files) != checkpoint_digest(directory, files=files[:1])
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "revision"),
+    [
+        ("models/Qwen2-0.5B", "Qwen2-0.5B", ""),
+        ("hub/models--Qwen--Qwen2-0.5B/snapshots/abc123", "Qwen/Qwen2-0.5B", "abc123"),
+    ],
+)
+def test_a_model_is_named_by_its_repository_or_its_directory(
+    tmp_path: Path, path: str, name: str, revision: str
+) -> None:
+    (tmp_path / path).mkdir(parents=True)
+    assert checkpoint.checkpoint_name(tmp_path / path) == (name, revision)
