@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weight_broker.memory.npu_describe import describe_device
 
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.memory import npu_stage
+from weight_broker.memory.device_describe import describe_device
 from weight_broker.memory.device_tensor import DeviceTensor
 from weight_broker.memory.npu_stage import NpuStagedTensors
 from weight_brokerd.cards import plan, stage_plan

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from weight_broker import acl as acl_module
 from weight_broker.acl import Acl, AclError, AclUnavailable, MemcpyKind
 from weight_broker.errors import PublishRefused
-from weight_broker.memory.npu_describe import DescribedDeviceTensors
+from weight_broker.memory.device_describe import DescribedDeviceTensors
 
 if TYPE_CHECKING:
     from weight_broker.v1 import weight_set_pb2 as pb
