@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import structlog
 
 from weight_broker.errors import PublicationNotFound, PublishRefused, RetractTimeout
-from weight_brokerd.cards.errors import CardError
+from weight_brokerd.cards.errors import CardError, CardRefused
+from weight_brokerd.core.coordinator import STAGE_INSTEAD
 from weight_brokerd.core.model import Publication
 from weight_brokerd.dataplane.protocol import Place
 from weight_brokerd.device_kinds import DeviceKinds
@@ -109,8 +110,10 @@ class DeviceResidency:
             await memory.hold(publication.publication_id, place.card, place.regions)
         except CardError as error:
             self._on_refused(publication)
+            may_stage = isinstance(error, CardRefused) and self._devices.path_of(publication.device_kind) == "auto"
             raise PublishRefused(
-                f"card {place.card} cannot map the memory: {error}", metadata={"device_id": place.card}
+                f"card {place.card} cannot map the memory: {error}",
+                metadata={"device_id": place.card, **(STAGE_INSTEAD if may_stage else {})},
             ) from error
         self._on_mapped(publication)
 

@@ -11,7 +11,7 @@ import pytest
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core.model import DataPlane, FailureCause, Publication, Transfer, TransferPath
-from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place
+from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
 from weight_brokerd.movements import Movements
 
 LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
@@ -76,7 +76,7 @@ class Events:
 
 def scene(script: Callable[[str], Awaitable[Mapping[str, float]]]) -> tuple[Movements, Plane, Events]:
     plane, events = Plane(script), Events()
-    planes: Mapping[DataPlane, BulkPlane] = {DataPlane.DATASYSTEM: plane}
+    planes: Mapping[Way, BulkPlane] = {DataPlane.DATASYSTEM: plane}
     return Movements(lambda _kind, which: planes[which], events), plane, events
 
 
