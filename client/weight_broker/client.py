@@ -296,7 +296,14 @@ class BrokerClient:
             def fill(destination: DeviceDestination) -> Acquired | ColdLoadLease:
                 try:
                     acquired = self._acquire(
-                        key, lambda: destination, timeout, if_absent, begun, phases, keep_shared=keep_shared, group=group
+                        key,
+                        lambda: destination,
+                        timeout,
+                        if_absent,
+                        begun,
+                        phases,
+                        keep_shared=keep_shared,
+                        group=group,
                     )
                 except BaseException as error:
                     _close_after(destination, error)
