@@ -104,8 +104,8 @@ class Driver:
         self._residency: DeviceResidency | None = None
         self._movements: Movements | None = None
         if devices is not None:
-            self._residency = DeviceResidency(devices, self._mapped, self._not_mapped)
             self._movements = Movements(devices.plane_of, self)
+            self._residency = DeviceResidency(devices, self._movements.left, self._mapped, self._not_mapped)
             devices.listen(on_region_lost=self._region_lost)
             devices.stages.on_lost = self._stage_lost
         self.watch = WatchHub()

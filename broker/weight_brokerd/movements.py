@@ -13,7 +13,7 @@ from typing import Protocol
 
 import structlog
 
-from weight_brokerd.core.model import FailureCause, Transfer, TransferPath
+from weight_brokerd.core.model import FailureCause, Publication, Transfer, TransferPath
 from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
 
 log = structlog.get_logger()
@@ -76,6 +76,16 @@ class Movements:
     async def settled(self, acquisition_id: str) -> None:
         """Waits until nobody writes any more, or nobody can say so."""
         while tasks := self._others(acquisition_id):
+            await asyncio.wait(tasks)
+
+    async def left(self, publication: Publication) -> None:
+        """Waits until nothing moves out of the publication's memory any more."""
+        while tasks := {
+            task
+            for mine in self._acquisitions.values()
+            for task, moved in mine.tasks.items()
+            if moved.publication is publication and not task.done()
+        }:
             await asyncio.wait(tasks)
 
     def outcome(self, acquisition_id: str) -> tuple[bool, bool]:

@@ -205,3 +205,18 @@ def test_acquisitions_do_not_wait_for_each_other_and_all_end_with_the_broker() -
         assert plane.writing == 0
 
     asyncio.run(run())
+
+
+def test_memory_is_left_when_what_was_stopped_has_ended() -> None:
+    async def run() -> None:
+        movements, plane, _ = scene(takes_a_while_to_end)
+        first = transfer(1)
+        start(movements, first)
+        await asyncio.sleep(0.01)
+        movements.stop(first)
+        assert plane.writing == 1
+        await movements.left(SOURCE)
+        assert plane.writing == 0
+        await movements.left(SOURCE)
+
+    asyncio.run(run())
