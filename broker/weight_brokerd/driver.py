@@ -12,11 +12,10 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass
 
 import structlog
 
-from weight_broker.errors import InvalidArgument, NotAttached, Reason, TransferFailed, from_reason
+from weight_broker.errors import InvalidArgument, NotAttached, Reason, from_reason
 from weight_brokerd.attach.server import PeerCredentials, Session
 from weight_brokerd.cards.health import count_by_state
 from weight_brokerd.core import decisions as decide
@@ -36,54 +35,16 @@ from weight_brokerd.core.model import (
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
 from weight_brokerd.device_kinds import DeviceKinds
 from weight_brokerd.directory.protocol import Directory
+from weight_brokerd.mailboxes import Granted, Mailbox, Mailboxes, Moved
 from weight_brokerd.memory.host import RegionTable
 from weight_brokerd.movements import Movements
+from weight_brokerd.published import PublishedMemory, PublishedRegion
 from weight_brokerd.residency import DeviceResidency
 from weight_brokerd.telemetry.audit import audit
 from weight_brokerd.telemetry.metrics import Counts
 from weight_brokerd.watch import WatchHub
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedRegion:
-    """A region that a publication lies in."""
-
-    region_id: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedMemory:
-    """Where a publication's tensors lie, as its instance told it."""
-
-    regions: tuple[PublishedRegion, ...]
-    grant: bytes
-    """What an acquire sends of them, as a serialized Granted: nothing here reads it, and as messages it would take ten
-    times the memory. Of device memory only the digests: who knows how it is exported could map it."""
-    place: Place | None = None
-    """Where it is in device memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """A source is reserved for an acquisition; its memory is held for the transfer."""
-
-    transfer: Transfer
-    memory: PublishedMemory
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """The broker has moved every byte; the receiver is to verify them."""
-
-    transfer: Transfer
-    seconds: Mapping[str, float]
-    """By phase."""
-
-
-AcquisitionEvent = Granted | Moved | decide.Wait | decide.TellColdLoad | decide.Complete | decide.Fail
 
 
 class Driver:
@@ -119,9 +80,9 @@ class Driver:
         self._instance_numbers = itertools.count(1)
         self._sessions: dict[bytes, Session] = {}
         self._tokens: dict[str, bytes] = {}
-        self._mailboxes: dict[str, asyncio.Queue[AcquisitionEvent]] = {}
-        self._unheard: dict[str, ColdLoadLease] = {}
-        """Leases whose answer may not have reached its caller yet, by acquisition."""
+        self._mailboxes = Mailboxes(
+            self._movements, lambda lease: self._spawn(self.directory.release_lease(lease)), self._spawn
+        )
         self._memory: dict[str, PublishedMemory] = {}
         self._destinations: dict[str, Place] = {}
         """Where the weights are to lie in device memory, by acquisition."""
@@ -258,29 +219,23 @@ class Driver:
 
     # Acquisitions
 
-    def begin_acquisition(
-        self, acquisition: Acquisition, destination: Place | None = None
-    ) -> asyncio.Queue[AcquisitionEvent]:
+    def begin_acquisition(self, acquisition: Acquisition, destination: Place | None = None) -> Mailbox:
         """Starts an acquisition; what becomes of it arrives in the queue. `destination` is where the broker is to move
         the bytes; None if the receiver does it."""
-        mailbox: asyncio.Queue[AcquisitionEvent] = asyncio.Queue()
         decisions = self.coordinator.acquire(acquisition, self.clock())
         if destination is not None:
             self._destinations[acquisition.acquisition_id] = destination
-        self._mailboxes[acquisition.acquisition_id] = mailbox
+        mailbox = self._mailboxes.open(acquisition.acquisition_id)
         self._carry_out(decisions)
         return mailbox
 
     def lease_heard(self, acquisition_id: str) -> None:
         """The answer of a call that is to load from disk was sent."""
-        self._unheard.pop(acquisition_id, None)
+        self._mailboxes.lease_heard(acquisition_id)
 
     def end_acquisition(self, acquisition_id: str) -> None:
         """The call is over, however it ended; its reader slot is free, and so is a lease that it never heard of."""
-        self._mailboxes.pop(acquisition_id, None)
-        unheard = self._unheard.pop(acquisition_id, None)
-        if unheard is not None:
-            self._spawn(self.directory.release_lease(unheard))
+        self._mailboxes.close(acquisition_id)
         self._carry_out(self.coordinator.abandon(acquisition_id, self.clock()))
         if self._destinations.pop(acquisition_id, None) is not None and self._movements is not None:
             self._spawn(self._movements.forget(acquisition_id))
@@ -306,7 +261,7 @@ class Driver:
         """Every byte is where it belongs."""
         decisions = self.coordinator.transfer_moved(transfer.transfer_id, self.clock())
         if transfer.is_moved:
-            self._post(transfer.acquisition_id, Moved(transfer, seconds))
+            self._mailboxes.post(transfer.acquisition_id, Moved(transfer, seconds))
         self._carry_out(decisions)
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
@@ -433,16 +388,13 @@ class Driver:
     def _carry_out_one(self, decision: decide.Decision) -> None:
         match decision:
             case decide.Grant(acquisition_id, transfer):
-                self._post(acquisition_id, self._hold(transfer))
+                self._mailboxes.post(acquisition_id, self._hold(transfer))
                 if transfer.is_brokers:
                     self._move(transfer)
-            case decide.TellColdLoad(acquisition_id, lease):
-                self._unheard[acquisition_id] = lease
-                self._post_settled(decision)
-            case decide.Fail():
-                self._post_settled(decision)
+            case decide.TellColdLoad() | decide.Fail():
+                self._mailboxes.post_end(decision)
             case decide.Wait(acquisition_id) | decide.Complete(acquisition_id):
-                self._post(acquisition_id, decision)
+                self._mailboxes.post(acquisition_id, decision)
             case decide.Unmap(publication):
                 self._unmap(publication)
             case decide.EndTransfer(transfer):
@@ -461,37 +413,6 @@ class Driver:
                 self.watch.mark_instance(instance_id)
             case decide.TransferChanged(transfer):
                 self.watch.mark_transfer(transfer)
-
-    def _post(self, acquisition_id: str, event: AcquisitionEvent) -> None:
-        mailbox = self._mailboxes.get(acquisition_id)
-        if mailbox is not None:
-            mailbox.put_nowait(event)
-
-    def _post_settled(self, decision: decide.TellColdLoad | decide.Fail) -> None:
-        """What lets the receiver use its memory for something else waits until nobody writes there."""
-        movements = self._movements
-        if movements is None or not movements.is_moving(decision.acquisition_id):
-            self._post_outcome(decision)
-            return
-
-        async def post() -> None:
-            await movements.settled(decision.acquisition_id)
-            self._post_outcome(decision)
-
-        self._spawn(post())
-
-    def _post_outcome(self, decision: decide.TellColdLoad | decide.Fail) -> None:
-        acquisition_id = decision.acquisition_id
-        touched, quiesced = (False, True) if self._movements is None else self._movements.outcome(acquisition_id)
-        if isinstance(decision, decide.Fail):
-            decision.error.touched = decision.error.touched or touched
-            decision.error.quiesced = decision.error.quiesced and quiesced
-        elif not quiesced:  # nothing may be loaded into that memory
-            self._unheard.pop(acquisition_id, None)
-            self._spawn(self.directory.release_lease(decision.lease))
-            error = TransferFailed("a failed transfer may still write to the memory", touched=True, quiesced=False)
-            decision = decide.Fail(acquisition_id, error)
-        self._post(acquisition_id, decision)
 
     def _move(self, transfer: Transfer) -> None:
         acquisition = self.coordinator.acquisitions[transfer.acquisition_id]

@@ -157,6 +157,8 @@ class Acquisition:
                     case "cold_load":
                         self._pass("wait" if self._waiting else "reserve")
                         lease = response.cold_load.cold_load_lease
+                        # Only now that nobody writes any more is this told; a source that was lost may have written.
+                        self._touched, self._is_filled = self._touched or self._is_filled, False
                         self._hear_out(stream, lease)
                         return ColdLoadTold(lease, self._touched)
                     case _:  # progress of a transfer that the broker carries out, or news of a newer broker

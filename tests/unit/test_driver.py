@@ -17,8 +17,10 @@ from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.leases import LeaseClaim
 from weight_brokerd.core.model import Acquisition, IfAbsent, Limits, Offer, PublicationState, TransferPath
 from weight_brokerd.directory.memory import MemoryDirectory
-from weight_brokerd.driver import Driver, Granted, PublishedMemory, PublishedRegion
+from weight_brokerd.driver import Driver
+from weight_brokerd.mailboxes import Granted
 from weight_brokerd.memory.host import RegionTable
+from weight_brokerd.published import PublishedMemory, PublishedRegion
 
 KEY = WeightSetKey("model")
 

@@ -17,8 +17,9 @@ from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits, Offer
 from weight_brokerd.core.weight_sets import WeightSetRecord
 from weight_brokerd.directory.memory import MemoryDirectory
-from weight_brokerd.driver import Driver, PublishedMemory
+from weight_brokerd.driver import Driver
 from weight_brokerd.memory.host import RegionTable
+from weight_brokerd.published import PublishedMemory
 
 EMPTY = Layout([TensorSpec("empty", "int8", (0,), (1,), 0)])
 MANY = 10_000

@@ -13,7 +13,7 @@ from weight_brokerd.core.coordinator import STAGE_INSTEAD
 from weight_brokerd.core.model import HOST_MEMORY, Offer
 from weight_brokerd.dataplane.protocol import Place, StagedBy
 from weight_brokerd.device_kinds import DeviceKinds
-from weight_brokerd.driver import PublishedMemory
+from weight_brokerd.published import PublishedMemory
 
 
 def require_path(devices: DeviceKinds | None, kind: str, path: str, refusal: type[BrokerError]) -> None:

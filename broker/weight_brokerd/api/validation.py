@@ -34,7 +34,7 @@ from weight_brokerd.core.model import (
     TransferPath,
 )
 from weight_brokerd.dataplane.protocol import Place
-from weight_brokerd.driver import PublishedMemory, PublishedRegion
+from weight_brokerd.published import PublishedMemory, PublishedRegion
 
 MAX_ID_CHARACTERS = 64
 MAX_EXTENSION_SECONDS = 24 * 3600.0

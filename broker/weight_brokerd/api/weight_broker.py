@@ -23,7 +23,8 @@ from weight_brokerd.api.messages import DATA_PLANES, DEVICE_KIND_NAMES, PATHS, M
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.model import HOST_MEMORY, Acquisition, TransferPath, WaitReason
 from weight_brokerd.dataplane.protocol import Place
-from weight_brokerd.driver import Driver, Granted, Moved
+from weight_brokerd.driver import Driver
+from weight_brokerd.mailboxes import Granted, Moved
 
 log = structlog.get_logger()
 

@@ -70,6 +70,22 @@ def test_the_only_publisher_killed_while_it_is_read_is_a_failure_and_the_next_pu
     assert receiver.call(instance.digest, "model") == again.call(instance.digest, "model")
 
 
+def test_who_lost_its_only_source_is_told_to_load_once_nobody_writes(scene: Scene) -> None:
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    (writer,) = cards(scene.broker)["npu:1"].receiver_pids
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    acquiring = receiver.begin(instance.acquire_or_lease, "model")
+    scene.wait_until_moving(1)
+    first.kill()
+    outcome = acquiring(30)
+    assert (outcome.source, outcome.touched) == ("lease", True)
+    assert not is_alive(writer)
+    receiver.call(instance.write, "model", 7)
+    assert receiver.call(instance.publish, "model").error == ""
+    assert published_on(scene.broker) == [("receiver", "npu:1")]
+
+
 def test_a_killed_receiver_takes_no_source_from_anybody_and_leaves_nothing(scene: Scene) -> None:
     first, receiver, other = scene.publisher("first", 0), scene.receiver("receiver", 1), scene.receiver("other", 2)
     scene.warm_up(receiver, other)
