@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.cards.health import CardHealth
 from weight_brokerd.core.model import DataPlane
-from weight_brokerd.dataplane.protocol import BulkPlane
+from weight_brokerd.dataplane.protocol import BulkPlane, Way
 from weight_brokerd.memory.device import DeviceMemory
 from weight_brokerd.npu_devices import NpuDevices
 
@@ -57,8 +58,19 @@ class DeviceKind(Protocol):
 class DeviceKinds:
     """All kinds together."""
 
-    def __init__(self, kinds: Iterable[DeviceKind], *, transfer_seconds: float, npus: NpuDevices | None = None) -> None:
-        """`npus`: the one among them that has a datasystem worker."""
+    def __init__(
+        self,
+        kinds: Iterable[DeviceKind],
+        *,
+        transfer_seconds: float,
+        npus: NpuDevices | None = None,
+        npu_path: str = "auto",
+        stages: Stages | None = None,
+    ) -> None:
+        """`npus`: the one among them that has a datasystem worker, and whose memory may be staged; `npu_path`:
+        `direct`, `staged` or `auto`; `stages`: the instances that copy by themselves."""
+        self.stages = stages or Stages()
+        self._npu_path = npu_path
         self.transfer_seconds = transfer_seconds
         """The longest that one transfer may take."""
         self.npus = npus
@@ -87,6 +99,7 @@ class DeviceKinds:
 
     async def close(self) -> None:
         """Ends all processes; nothing may move any more."""
+        self.stages.close()
         await asyncio.gather(*(one.close() for one in self._kinds.values()))
 
     @property
@@ -114,9 +127,17 @@ class DeviceKinds:
         assert memory is not None
         return memory
 
-    def plane_of(self, kind: str, plane: DataPlane) -> BulkPlane:
+    def path_of(self, kind: str) -> str:
+        """`direct`, `staged` or `auto`: how a kind of memory is read and filled."""
+        return self._npu_path if self.npus is not None and kind == self.npus.kind else "direct"
+
+    def plane_of(self, kind: str, way: Way) -> BulkPlane:
         """What moves a kind of memory; after `ready`."""
-        return self._kinds[kind].planes[plane]
+        if isinstance(way, DataPlane):
+            return self._kinds[kind].planes[way]
+        staged = self.npus.staged if self.npus is not None and kind == self.npus.kind else None
+        assert staged is not None, f"{kind} memory is never staged"
+        return staged
 
     def holders_of(self, region_id: str) -> list[str]:
         """The publications that lie in a region."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import structlog
 
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.cuda_settings import cuda_configuration, why_no_gpus
 from weight_brokerd.cards.settings import cards_configuration, why_no_cards
@@ -39,11 +40,14 @@ class ExternalWorker:
 
 def make_devices(config: Config, runtime_directory: Path) -> DeviceKinds | None:
     """The devices of all kinds; None if this broker serves host memory only."""
-    npus, gpus = make_npus(config, runtime_directory), make_gpus(config)
+    stages = Stages()
+    npus, gpus = make_npus(config, runtime_directory, stages), make_gpus(config)
     if npus is None and gpus is None:
         return None
     kinds = [one for one in (npus, gpus) if one is not None]
-    return DeviceKinds(kinds, transfer_seconds=config.cards.transfer_seconds, npus=npus)
+    return DeviceKinds(
+        kinds, transfer_seconds=config.cards.transfer_seconds, npus=npus, npu_path=config.cards.path, stages=stages
+    )
 
 
 def make_gpus(config: Config) -> CudaDevices | None:
@@ -55,7 +59,7 @@ def make_gpus(config: Config) -> CudaDevices | None:
     return CudaDevices(cuda_configuration(config), is_wanted=config.cuda.enabled == "on")
 
 
-def make_npus(config: Config, runtime_directory: Path) -> NpuDevices | None:
+def make_npus(config: Config, runtime_directory: Path, stages: Stages) -> NpuDevices | None:
     """The NPUs; None if this broker does not use them."""
     why_not = why_no_cards(config)
     if why_not and config.cards.enabled != "on":
@@ -71,7 +75,7 @@ def make_npus(config: Config, runtime_directory: Path) -> NpuDevices | None:
         host, port = await worker.start()
         return cards_configuration(config, host, port, files)
 
-    devices = NpuDevices(connect, worker)
+    devices = NpuDevices(connect, worker, stages)
 
     def tell() -> None:
         devices.on_health_change()  # as it is then: the application sets it later

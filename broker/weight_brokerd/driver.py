@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from weight_brokerd.core.model import (
     Instance,
     Offer,
     Publication,
+    PublicationState,
     Transfer,
 )
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
@@ -102,9 +104,10 @@ class Driver:
         self._residency: DeviceResidency | None = None
         self._movements: Movements | None = None
         if devices is not None:
-            self._residency = DeviceResidency(devices, self._mapped, self._not_mapped)
             self._movements = Movements(devices.plane_of, self)
+            self._residency = DeviceResidency(devices, self._movements.left, self._mapped, self._not_mapped)
             devices.listen(on_region_lost=self._region_lost)
+            devices.stages.on_lost = self._stage_lost
         self.watch = WatchHub()
         self.on_drain: Callable[[], None] = lambda: None
         """Called when a drain begins, whoever wants it."""
@@ -155,6 +158,8 @@ class Driver:
             return
         del self._sessions[token]
         audit("depart", instance_id=instance_id, reason=reason)
+        if self.devices is not None:
+            self.devices.stages.drop(instance_id)
         self._carry_out(self.coordinator.depart(instance_id, self.clock()))
         self.regions.drop_instance(instance_id)
 
@@ -178,6 +183,21 @@ class Driver:
                 metadata={"transfer_id": transfer_id},
             )
         return self.regions.descriptor(transfer_id, region_index)
+
+    def stage_owner(self, token: bytes, peer: PeerCredentials) -> str:
+        """The instance that serves on a stage connection; raises `NotAttached`."""
+        session = self.session(token)
+        if (session.peer.pid, session.peer.uid) != (peer.pid, peer.uid):
+            raise NotAttached("the token is another process's; each process attaches for itself")
+        return session.instance_id
+
+    def stage_connected(self, instance_id: str, connection: socket.socket) -> None:
+        """Takes the instance's stage connection over."""
+        if self.devices is None or instance_id not in self._tokens:
+            connection.close()
+            return
+        audit("serve_stage", instance_id=instance_id)
+        self.devices.stages.connected(instance_id, connection)
 
     def session(self, token: bytes) -> Session:
         """The session of a token; raises `NotAttached`."""
@@ -303,6 +323,7 @@ class Driver:
                 self.clock(),
                 touched=failure.touched,
                 quiesced=failure.quiesced,
+                needs_staging=failure.needs_staging and self._may_stage(transfer.publication.device_kind),
             )
         )
 
@@ -538,6 +559,18 @@ class Driver:
         for publication_id in self.devices.holders_of(region_id):
             audit("lose_publication", publication_id=publication_id, why=why)
             self._carry_out(self.coordinator.lose(publication_id, why, self.clock()))
+
+    def _may_stage(self, kind: str) -> bool:
+        """Whether whoever is refused may ask again for the staged path."""
+        return self.devices is not None and self.devices.path_of(kind) == "auto"
+
+    def _stage_lost(self, instance_id: str, reason: str) -> None:
+        """An instance does not copy for others any more."""
+        why = f"its instance copies nothing for others any more: {reason}"
+        for publication in self.coordinator.registry.of_instance(instance_id):
+            if publication.is_staged and publication.state is not PublicationState.GONE:
+                audit("lose_publication", publication_id=publication.publication_id, why=why)
+                self._carry_out(self.coordinator.lose(publication.publication_id, why, self.clock()))
 
     def _check_size(self, instance_id: str, region: PublishedRegion) -> None:
         offered = self.regions.size_bytes(instance_id, region.region_id)

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import structlog
 
-from weight_brokerd.core.model import DataPlane, FailureCause, Transfer
-from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place
+from weight_brokerd.core.model import FailureCause, Publication, Transfer, TransferPath
+from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
 
 log = structlog.get_logger()
 
@@ -44,8 +44,8 @@ class _Acquisition:
 class Movements:
     """All of them, by acquisition."""
 
-    def __init__(self, plane_of: Callable[[str, DataPlane], BulkPlane], events: MovementEvents) -> None:
-        """`plane_of`: what moves a kind of device memory."""
+    def __init__(self, plane_of: Callable[[str, Way], BulkPlane], events: MovementEvents) -> None:
+        """`plane_of`: what moves a kind of device memory, with a data plane or, if it is staged, with that path."""
         self._plane_of = plane_of
         self._events = events
         self._acquisitions: dict[str, _Acquisition] = {}
@@ -76,6 +76,16 @@ class Movements:
     async def settled(self, acquisition_id: str) -> None:
         """Waits until nobody writes any more, or nobody can say so."""
         while tasks := self._others(acquisition_id):
+            await asyncio.wait(tasks)
+
+    async def left(self, publication: Publication) -> None:
+        """Waits until nothing moves out of the publication's memory any more."""
+        while tasks := {
+            task
+            for mine in self._acquisitions.values()
+            for task, moved in mine.tasks.items()
+            if moved.publication is publication and not task.done()
+        }:
             await asyncio.wait(tasks)
 
     def outcome(self, acquisition_id: str) -> tuple[bool, bool]:
@@ -123,7 +133,8 @@ class Movements:
                     "somebody may still write to the memory", cause=FailureCause.RECEIVER, touched=True, quiesced=False
                 )
             left = timeout - (asyncio.get_running_loop().time() - begun)
-            plane = self._plane_of(transfer.publication.device_kind, transfer.data_plane)
+            way = transfer.path if transfer.path is TransferPath.STAGED else transfer.data_plane
+            plane = self._plane_of(transfer.publication.device_kind, way)
             seconds = await plane.move(
                 transfer.publication.layout, source, destination, timeout=max(left, 0.0), peer=transfer.transfer_id
             )

@@ -17,6 +17,7 @@ from weight_brokerd.core.model import DataPlane
 from weight_brokerd.dataplane.datasystem import DatasystemPlane
 from weight_brokerd.dataplane.local import LocalPlane
 from weight_brokerd.dataplane.protocol import BulkPlane
+from weight_brokerd.dataplane.staged import Asker, StagedPlane
 from weight_brokerd.memory.device import DeviceMemory
 
 log = structlog.get_logger()
@@ -45,7 +46,11 @@ class NpuDevices:
 
     kind = "npu"
 
-    def __init__(self, connect: Connect, worker: Worker) -> None:
+    def __init__(self, connect: Connect, worker: Worker, stages: Asker) -> None:
+        """`stages`: the instances that copy by themselves."""
+        self.staged: BulkPlane | None = None
+        """What moves memory that is staged; set once the cards are known."""
+        self._stages = stages
         self.problem = ""
         """Why no card can be served, if none can."""
         self.on_region_lost: Callable[[str, str], None] = lambda _region, _why: None
@@ -115,6 +120,13 @@ class NpuDevices:
             cards = CardSupervisor(configuration, hooks)
             datasystem = DatasystemPlane(cards)
             hooks.on_offers_lost = datasystem.offers_lost
+            self.staged = StagedPlane(
+                cards,
+                datasystem,
+                self._stages,
+                staging_bytes=configuration.staging_bytes,
+                answer_seconds=configuration.request_seconds,
+            )
             self._planes |= {DataPlane.LOCAL: LocalPlane(cards), DataPlane.DATASYSTEM: datasystem}
             self._memory = DeviceMemory(cards)
             self.worker_address = f"{configuration.worker_host}:{configuration.worker_port}"

@@ -6,13 +6,14 @@ Both take a while, and both can fail. An instance that is told that its publicat
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import structlog
 
 from weight_broker.errors import PublicationNotFound, PublishRefused, RetractTimeout
-from weight_brokerd.cards.errors import CardError
+from weight_brokerd.cards.errors import CardError, CardRefused
+from weight_brokerd.core.coordinator import STAGE_INSTEAD
 from weight_brokerd.core.model import Publication
 from weight_brokerd.dataplane.protocol import Place
 from weight_brokerd.device_kinds import DeviceKinds
@@ -32,10 +33,16 @@ class DeviceResidency:
     """All publications in device memory that are mapped, being mapped or being unmapped."""
 
     def __init__(
-        self, devices: DeviceKinds, on_mapped: Callable[[Publication], None], on_refused: Callable[[Publication], None]
+        self,
+        devices: DeviceKinds,
+        left: Callable[[Publication], Awaitable[None]],
+        on_mapped: Callable[[Publication], None],
+        on_refused: Callable[[Publication], None],
     ) -> None:
-        """`on_refused` leads to `unmap`, as every end of a publication does."""
+        """`left` returns when no transfer that was ended reads the publication any more: a receiver that copies within
+        a card has it mapped too. `on_refused` leads to `unmap`, as every end of a publication does."""
         self._devices = devices
+        self._left = left
         self._on_mapped = on_mapped
         self._on_refused = on_refused
         self._all: dict[str, _Residency] = {}
@@ -109,14 +116,17 @@ class DeviceResidency:
             await memory.hold(publication.publication_id, place.card, place.regions)
         except CardError as error:
             self._on_refused(publication)
+            may_stage = isinstance(error, CardRefused) and self._devices.path_of(publication.device_kind) == "auto"
             raise PublishRefused(
-                f"card {place.card} cannot map the memory: {error}", metadata={"device_id": place.card}
+                f"card {place.card} cannot map the memory: {error}",
+                metadata={"device_id": place.card, **(STAGE_INSTEAD if may_stage else {})},
             ) from error
         self._on_mapped(publication)
 
     async def _unmap(self, residency: _Residency) -> None:
         publication_id = residency.publication.publication_id
         await asyncio.wait({residency.mapping})
+        await self._left(residency.publication)
         try:
             region_ids = [region.region_id for region in residency.place.regions]
             memory = self._devices.memory_of(residency.publication.device_kind)

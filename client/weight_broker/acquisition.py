@@ -25,6 +25,7 @@ from weight_broker.errors import (
 from weight_broker.key import WeightSetKey
 from weight_broker.load_group import LoadGroup
 from weight_broker.memory.device import DeviceDestination
+from weight_broker.memory.staged import StagedDestination
 from weight_broker.receiving import Received, Receiver
 from weight_broker.report import AcquireReport
 from weight_broker.session import Session
@@ -209,6 +210,8 @@ class Acquisition:
             request.regions.extend(regions)
             request.placements.extend(placements_to_wire(placements))
             request.timeout.FromNanoseconds(int(self._remaining() * 1e9))
+        if isinstance(receiver, StagedDestination):
+            request.path, request.stage_id = resources_pb2.TRANSFER_PATH_STAGED, receiver.serve(self.session)
         return request
 
     def _transfer(self, granted: pb.Granted) -> BrokerError | None:

@@ -22,11 +22,11 @@ from weight_broker import __version__
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason, from_reason
 
 if TYPE_CHECKING:
-    from weight_broker.v1.attach_pb2 import AttachRequest, AttachResponse, Welcome
+    from weight_broker.v1.attach_pb2 import AttachRequest, AttachResponse, Refused, Welcome
 
 PROTOCOL_VERSION = 1
 REQUEST_TIMEOUT_SECONDS = 10.0
-_MAX_PACKET_BYTES = 64 * 1024
+MAX_PACKET_BYTES = 64 * 1024
 _MAX_DESCRIPTORS = 4
 _BACKLOG_RETRY_SECONDS = 0.005
 
@@ -165,7 +165,7 @@ class AttachConnection:
         response = AttachResponse.FromString(answer)
         if response.WhichOneof("response") == "refused":
             _close_all(received)
-            raise _refusal(response.refused.reason, response.refused.message)
+            raise decode_refusal(response.refused)
         return response, received
 
     def _send(self, connected: socket.socket, packet: bytes, fds: Sequence[int], timeout: float) -> None:
@@ -205,6 +205,11 @@ class AttachConnection:
             connected.shutdown(socket.SHUT_RDWR)
 
 
+def connect_to(path: Path, timeout: float) -> socket.socket:
+    """A connection to the attach socket that has said nothing yet. Raises `BrokerUnavailable`."""
+    return _connect(path, time.monotonic() + timeout)
+
+
 def _connect(path: Path, deadline: float) -> socket.socket:
     try:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -237,7 +242,7 @@ def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:
     """One packet and its descriptors, which no child inherits: `socket.recv_fds` drops the flag that says so."""
     descriptors = array.array("i")
     answer, ancillary, _, _ = connected.recvmsg(
-        _MAX_PACKET_BYTES, socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+        MAX_PACKET_BYTES, socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
     )
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -245,11 +250,12 @@ def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:
     return answer, descriptors.tolist()
 
 
-def _refusal(reason: str, message: str) -> BrokerError:
+def decode_refusal(refused: Refused) -> BrokerError:
+    """The exception that a caller sees for it."""
     try:
-        return from_reason(Reason(reason), message)
+        return from_reason(Reason(refused.reason), refused.message)
     except ValueError:  # a newer broker
-        return BrokerError(f"{reason}: {message}")
+        return BrokerError(f"{refused.reason}: {refused.message}")
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

@@ -62,6 +62,7 @@ def publish(
         fencing_token=fencing_token,
         request_id=request_id,
         load_group=load_group_to_wire(group) if group is not None else None,
+        staged=shared.stage(session),
     )
     try:
         return session.stub.Publish(request, timeout=timeout, metadata=session.metadata).publication

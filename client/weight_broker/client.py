@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,9 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from weight_broker import loading
-from weight_broker.errors import BrokerError, InvalidArgument
+from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
 from weight_broker.key import WeightSetKey
 from weight_broker.lease import ColdLoadLease
+from weight_broker.memory.device_path import DevicePath, may_stage
+from weight_broker.memory.device_path import device_path as device_path_of
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.publication import Publication, publications_of
 from weight_broker.report import AcquireReport, AttachedTensors, LoadReport
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from weight_broker.acquisition import Acquired
     from weight_broker.load_group import LoadGroup
     from weight_broker.memory.device import DeviceDestination
+    from weight_broker.memory.tensors import DescribedTensors
     from weight_broker.receiving import Receiver
     from weight_broker.session import Session
 
@@ -31,6 +35,7 @@ _PUBLISH_TIMEOUT_SECONDS = 60.0
 Framework = Literal["torch", "numpy"]
 IfAbsent = Literal["fail", "wait", "load"]
 """What to do if nobody holds the weight set."""
+_logger = logging.getLogger("weight_broker")
 
 
 class BrokerClient:
@@ -42,7 +47,9 @@ class BrokerClient:
 
     `runtime_directory` is where the broker's sockets are (None: the usual places); `name` is shown to people;
     `connect_timeout` bounds the time, in seconds, that an unresponsive broker can cost; `digest_mode` says how much of
-    the content is verified: "full", "sampled", or "auto" for full where that is cheap.
+    the content is verified: "full", "sampled", or "auto" for full where that is cheap; `device_path` how device memory
+    is read and filled: "direct" where it is, "staged" through a bucket of the broker's, "auto" for direct where that is
+    possible (None: WEIGHT_BROKER_DEVICE_PATH, or "auto").
     """
 
     def __init__(
@@ -52,12 +59,14 @@ class BrokerClient:
         name: str = "",
         connect_timeout: float = 2.0,
         digest_mode: str = "auto",
+        device_path: str | None = None,
     ) -> None:
         if digest_mode not in list(DigestMode):
             raise InvalidArgument("digest_mode", digest_mode, "'auto', 'full' or 'sampled'")
         directory = Path(runtime_directory) if runtime_directory is not None else None
         self._attachment = Attachment(directory, name, _checked_seconds("connect_timeout", connect_timeout))
         self._digest_mode = DigestMode(digest_mode)
+        self._device_path = device_path_of(device_path)
 
     def acquire(
         self,
@@ -165,9 +174,8 @@ class BrokerClient:
         described = describe(tensors)
         self._attachment.session()  # without a broker there is no point in copying
         if is_on_device(described):
-            return self._publish_shared(
-                key, share(described, deadline), timeout=_left(deadline), lease=lease, group=group
-            )
+            shared_device = share(described, deadline, self._device_path)
+            return self._publish_shared(key, shared_device, timeout=_left(deadline), lease=lease, group=group)
         region = export(described, digest_mode=self._digest_mode, deadline=deadline)
         shared = SharedWeights(
             described.layout,
@@ -188,11 +196,21 @@ class BrokerClient:
     ) -> Publication:
         """Offers memory that is shared already, and takes it over (closes it if the publication fails). For the
         package's own loaders, like the other two that share memory."""
+        from weight_broker.memory.device import DeviceShared
+        from weight_broker.memory.staged import StagedShared
+
+        deadline = time.monotonic() + timeout
+        fencing_token = lease.fencing_token if lease is not None else 0
+        described = shared.described if isinstance(shared, DeviceShared) else None
         publication = Publication(self._attachment, key, shared, owner=self, group=group)
-        publication.announce(
-            deadline=time.monotonic() + timeout,
-            fencing_token=lease.fencing_token if lease is not None else 0,
-        )
+        try:
+            publication.announce(deadline=deadline, fencing_token=fencing_token)
+        except PublishRefused as error:
+            if described is None or not self._may_stage(described, error):
+                raise
+            staged = StagedShared(described, shared.digests)
+            publication = Publication(self._attachment, key, staged, owner=self, group=group)
+            publication.announce(deadline=deadline, fencing_token=fencing_token)
         if lease is not None:
             lease.fulfilled()
         return publication
@@ -266,7 +284,7 @@ class BrokerClient:
         keep_shared: bool,
         group: LoadGroup | None = None,
     ) -> Acquired | ColdLoadLease:
-        from weight_broker.memory.device import DeviceDestination, is_on_device
+        from weight_broker.memory.device import is_on_device
         from weight_broker.memory.tensors import describe
 
         begun = time.monotonic()
@@ -274,17 +292,26 @@ class BrokerClient:
         described.require_writable()
         phases = {"describe": time.monotonic() - begun}
         if is_on_device(described):
-            destination = DeviceDestination(described)
-            try:
-                acquired = self._acquire(
-                    key, lambda: destination, timeout, if_absent, begun, phases, keep_shared=keep_shared, group=group
-                )
-            except BaseException as error:
-                if not isinstance(error, BrokerError) or error.quiesced:
+
+            def fill(destination: DeviceDestination) -> Acquired | ColdLoadLease:
+                try:
+                    acquired = self._acquire(
+                        key,
+                        lambda: destination,
+                        timeout,
+                        if_absent,
+                        begun,
+                        phases,
+                        keep_shared=keep_shared,
+                        group=group,
+                    )
+                except BaseException as error:
                     _close_after(destination, error)
-                raise
-            destination.close()
-            return acquired
+                    raise
+                destination.close()
+                return acquired
+
+            return self._fill_device(described, fill)
 
         def filler() -> Receiver:
             from weight_broker.receiving import TensorFiller
@@ -292,6 +319,34 @@ class BrokerClient:
             return TensorFiller(described, self._digest_mode)
 
         return self._acquire(key, filler, timeout, if_absent, begun, phases, keep_shared=keep_shared, group=group)
+
+    def _fill_device(
+        self, described: DescribedTensors, fill: Callable[[DeviceDestination], Acquired | ColdLoadLease]
+    ) -> Acquired | ColdLoadLease:
+        """Fills the tensors where they are, or through a bucket."""
+        from weight_broker.memory.device import DeviceDestination
+        from weight_broker.memory.staged import StagedDestination
+
+        touched = False
+        if self._device_path is not DevicePath.STAGED:
+            try:
+                return fill(DeviceDestination(described))
+            except BrokerError as error:
+                if not self._may_stage(described, error):
+                    raise
+                touched = error.touched
+        try:
+            return fill(StagedDestination(described))
+        except BrokerError as error:
+            error.touched = error.touched or touched
+            raise
+
+    def _may_stage(self, described: DescribedTensors, error: BrokerError) -> bool:
+        """Whether what failed is to be tried through a bucket."""
+        if self._device_path is not DevicePath.AUTO or not may_stage(described.device_kind, error):
+            return False
+        _logger.warning("the tensors go through a bucket of the broker's: %s", error)
+        return True
 
     def _acquire(
         self,
@@ -331,9 +386,14 @@ class BrokerClient:
 
 
 def _close_after(destination: DeviceDestination, error: BaseException) -> None:
-    """The broker's word is that nobody writes any more; the driver's word counts more."""
+    """The broker's word is that nobody writes any more; the driver's word counts more. What this process fills itself
+    is settled once it has stopped, whatever the broker knows."""
+    if isinstance(error, BrokerError) and not error.quiesced and not destination.is_filled_here:
+        return
     try:
         destination.close()
+        if isinstance(error, BrokerError):
+            error.quiesced = True
     except BrokerError:
         if isinstance(error, BrokerError):
             error.touched, error.quiesced = True, False

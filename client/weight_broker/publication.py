@@ -97,7 +97,7 @@ class Publication:
         if not self._lock.acquire(blocking=False):
             return  # it is being retracted
         try:
-            if not self._wanted or self._attachment.is_current(self._session):
+            if not self._wanted or (self._attachment.is_current(self._session) and self._shared.is_served):
                 return
             session = self._attachment.session()
             self._announce(session, time.monotonic() + _RESTORE_TIMEOUT_SECONDS, 0)

@@ -19,6 +19,7 @@ from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, runtime_
 if TYPE_CHECKING:
     import grpc
 
+    from weight_broker.stage import StageServer
     from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
 
 Result = TypeVar("Result")
@@ -40,6 +41,17 @@ class Session:
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
         self._stub: WeightBrokerServiceStub | None = None
+        self._stage: StageServer | None = None
+
+    @property
+    def stage(self) -> StageServer:
+        """What the broker asks for when it wants tensors copied."""
+        from weight_broker.stage import StageServer
+
+        with self._lock:
+            if self._stage is None:
+                self._stage = StageServer(self._directory / ATTACH_SOCKET, self._token)
+            return self._stage
 
     @property
     def stub(self) -> WeightBrokerServiceStub:
@@ -68,6 +80,8 @@ class Session:
 
     def end(self) -> None:
         """Says goodbye: the broker retracts everything of this session. Calls that still run are cancelled."""
+        if self._stage is not None:
+            self._stage.close()
         with contextlib.suppress(BrokerError):
             self.connection.goodbye()
         self.connection.close()

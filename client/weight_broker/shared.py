@@ -13,6 +13,7 @@ from weight_broker.layout import Layout
 
 if TYPE_CHECKING:
     from weight_broker.attach import AttachConnection
+    from weight_broker.session import Session
     from weight_broker.v1 import weight_set_pb2 as pb
 
 
@@ -37,6 +38,13 @@ class Shared(Protocol):
 
     def regions(self, batch: str) -> list[pb.Region]:
         """The regions as they are published. `batch` makes ids unique among the publications of this process."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the broker gets at it still, provided that its session is not over."""
+
+    def stage(self, session: Session) -> pb.StagedMemory | None:
+        """None, or if the broker does not map the memory: serves it in this session, and says how it is named."""
 
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
         """Gives the broker what it needs beside the message to get at a region."""
@@ -87,6 +95,15 @@ class SharedWeights:
             )
             for index, (_, size_bytes) in enumerate(self.memfds)
         ]
+
+    @property
+    def is_served(self) -> bool:
+        """The broker holds the memory itself."""
+        return True
+
+    def stage(self, session: Session) -> pb.StagedMemory | None:
+        """The broker holds the memory itself."""
+        return None
 
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
         """The memfd goes over the attach socket."""

@@ -79,6 +79,15 @@ class RecordingAttendance:
         self.events.append(("claim", instance_id, transfer_id, str(region_index)))
         return self.lent
 
+    def stage_owner(self, token: bytes, peer: PeerCredentials) -> str:
+        self._fail()
+        self.events.append(("stage", token.hex()[:2]))
+        return "instance-1"
+
+    def stage_connected(self, instance_id: str, connection: socket.socket) -> None:
+        self.events.append(("stage connected", instance_id))
+        connection.close()
+
     def _fail(self) -> None:
         if self.error is not None:
             raise self.error

@@ -51,12 +51,16 @@ class DeviceHost:
         self._stack.callback(broker.close)
         return broker.start()
 
-    def start_instance(self, name: str, *, faults: dict[Fault, float] | None = None) -> CardProcess:
+    def start_instance(self, name: str, *, faults: dict[Fault, float] | None = None, **environment: str) -> CardProcess:
         """A process that calls functions of `support.device_instance`."""
         process = CardProcess(
             self.cann,
             faults=faults,
-            environment={"WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.directory / "run"), "INSTANCE_NAME": name},
+            environment={
+                "WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.directory / "run"),
+                "INSTANCE_NAME": name,
+                **environment,
+            },
         )
         self._stack.callback(process.close)
         return process

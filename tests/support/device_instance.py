@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -65,6 +66,7 @@ class Model:
 
 
 _models: dict[str, Model] = {}
+_kept: list[Model] = []
 _clients: list[BrokerClient] = []
 
 
@@ -90,8 +92,17 @@ def model_of(name: str) -> Model:
     return _models[name]
 
 
-def create(model: str, card: int, tensors: Sequence[Tensor], seed: int | None = None, *, chunks: bool = False) -> None:
-    """Gives the tensors memory, one after the other in one segment, with the bytes of `seed` or zeros."""
+def create(
+    model: str,
+    card: int,
+    tensors: Sequence[Tensor],
+    seed: int | None = None,
+    *,
+    chunks: bool = False,
+    sleeps: bool = False,
+) -> None:
+    """Gives the tensors memory, one after the other in one segment, with the bytes of `seed` or zeros. `sleeps`: it is
+    of a pool that is taken away when the engine sleeps."""
     acl.set_device(card)
     offsets: dict[str, int] = {}
     end = ALIGNMENT  # the first is not at the beginning
@@ -104,10 +115,10 @@ def create(model: str, card: int, tensors: Sequence[Tensor], seed: int | None = 
     size = -(-end // acl.CHUNK) * acl.CHUNK
     if chunks:
         base, _ = card_actions.map_chunks(size // acl.CHUNK, card)
-        segment = Segment(base, size, SegmentKind.VMM, acl.CHUNK)
+        segment = Segment(base, size, SegmentKind.VMM, acl.CHUNK, sleeps=sleeps)
     else:
         base = acl.malloc(size)
-        segment = Segment(base, size)
+        segment = Segment(base, size, sleeps=sleeps)
     described = {one.name: _tensor(one, base + offsets[one.name], card, segment) for one in tensors}
     _models[model] = Model(card, base, size, described)
     write(model, seed)
@@ -117,6 +128,13 @@ def alias(model: str, name: str) -> None:
     """The same tensors as another model."""
     mine = _models[model]
     _models[name] = Model(mine.card, mine.base, mine.size, mine.tensors)
+
+
+def create_again(model: str, tensors: Sequence[Tensor], *, sleeps: bool = False) -> None:
+    """Other memory for the same model on the same card, with zeros; what is published stays so."""
+    earlier = _models[model]
+    _kept.append(earlier)
+    create(model, earlier.card, tensors, None, sleeps=sleeps)
 
 
 def write(model: str, seed: int | None) -> None:
@@ -222,6 +240,11 @@ def is_published(model: str) -> bool:
 def exports() -> int:
     """Allocations and chunks that this process shares now."""
     return len(EXPORTS)
+
+
+def stage_threads() -> int:
+    """Threads that serve what is staged."""
+    return sum(1 for thread in threading.enumerate() if thread.name == "weight-broker-stage")
 
 
 def free(model: str) -> None:

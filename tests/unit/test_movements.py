@@ -11,7 +11,7 @@ import pytest
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core.model import DataPlane, FailureCause, Publication, Transfer, TransferPath
-from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place
+from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
 from weight_brokerd.movements import Movements
 
 LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
@@ -76,7 +76,7 @@ class Events:
 
 def scene(script: Callable[[str], Awaitable[Mapping[str, float]]]) -> tuple[Movements, Plane, Events]:
     plane, events = Plane(script), Events()
-    planes: Mapping[DataPlane, BulkPlane] = {DataPlane.DATASYSTEM: plane}
+    planes: Mapping[Way, BulkPlane] = {DataPlane.DATASYSTEM: plane}
     return Movements(lambda _kind, which: planes[which], events), plane, events
 
 
@@ -203,5 +203,20 @@ def test_acquisitions_do_not_wait_for_each_other_and_all_end_with_the_broker() -
         assert plane.writing == 3
         await movements.close()
         assert plane.writing == 0
+
+    asyncio.run(run())
+
+
+def test_memory_is_left_when_what_was_stopped_has_ended() -> None:
+    async def run() -> None:
+        movements, plane, _ = scene(takes_a_while_to_end)
+        first = transfer(1)
+        start(movements, first)
+        await asyncio.sleep(0.01)
+        movements.stop(first)
+        assert plane.writing == 1
+        await movements.left(SOURCE)
+        assert plane.writing == 0
+        await movements.left(SOURCE)
 
     asyncio.run(run())

@@ -134,6 +134,7 @@ class Messages:
             served_count=publication.served_count,
             quarantine_reason=publication.quarantine_reason,
             load_group=_load_group(publication.rank) if publication.rank is not None else None,
+            is_staged=publication.is_staged,
         )
 
     def lease(self, lease: ColdLoadLease) -> pb.ColdLoadLease:

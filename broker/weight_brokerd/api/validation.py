@@ -51,6 +51,7 @@ _IF_ABSENT = {
 _PATHS = {
     resources_pb2.TRANSFER_PATH_COPY: TransferPath.COPY,
     resources_pb2.TRANSFER_PATH_ZERO_COPY: TransferPath.ZERO_COPY,
+    resources_pb2.TRANSFER_PATH_STAGED: TransferPath.STAGED,
 }
 _CAUSES = {
     weight_broker_service_pb2.TransferFailed.CAUSE_SOURCE_UNREACHABLE: FailureCause.SOURCE_UNREACHABLE,
@@ -129,7 +130,7 @@ def path(value: resources_pb2.TransferPath.ValueType) -> TransferPath:
     """How the bytes are to reach the receiver."""
     found = _PATHS.get(value)
     if found is None:
-        raise InvalidArgument("path", value, "TRANSFER_PATH_COPY or TRANSFER_PATH_ZERO_COPY")
+        raise InvalidArgument("path", value, "TRANSFER_PATH_COPY, TRANSFER_PATH_ZERO_COPY or TRANSFER_PATH_STAGED")
     return found
 
 
@@ -252,6 +253,8 @@ def offer(
 
 def published_kind(request: weight_broker_service_pb2.PublishRequest) -> weight_set_pb2.DeviceKind.ValueType:
     """The kind of memory that the request is about; all its regions have to be of this kind."""
+    if request.HasField("staged"):
+        return request.staged.device_kind
     return request.regions[0].device_kind if request.regions else weight_set_pb2.DEVICE_KIND_CPU
 
 

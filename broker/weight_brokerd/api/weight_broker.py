@@ -10,13 +10,13 @@ from typing import Any
 import grpc
 import structlog
 
-from weight_broker.errors import InvalidArgument, RetractTimeout
+from weight_broker.errors import InvalidArgument, PublishRefused, RetractTimeout, TransferFailed
 from weight_broker.layout import Layout
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceServicer
 from weight_broker.wire import MAX_REASON_CHARACTERS, key_from_wire, layout_to_wire
-from weight_brokerd.api import validation
+from weight_brokerd.api import staging, validation
 from weight_brokerd.api.ending import on_end
 from weight_brokerd.api.identity import identify
 from weight_brokerd.api.messages import DATA_PLANES, DEVICE_KIND_NAMES, PATHS, Messages
@@ -120,8 +120,13 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
     async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:
         """See the proto."""
         session = identify(self._driver, context)
-        devices = await self._devices(validation.published_kind(request))
-        offer, memory = validation.offer(request, session.instance_id, self._layouts, *devices)
+        kind = validation.published_kind(request)
+        devices = await self._devices(kind)
+        if request.HasField("staged"):
+            offer, memory = staging.offer(request, session.instance_id, self._layouts, self._driver.devices, *devices)
+        else:
+            staging.require_path(self._driver.devices, DEVICE_KIND_NAMES.get(kind, ""), "direct", PublishRefused)
+            offer, memory = validation.offer(request, session.instance_id, self._layouts, *devices)
         publication = await self._driver.publish(offer, memory)
         return pb.PublishResponse(publication=self._messages.publication(publication))
 
@@ -185,14 +190,18 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         key = key_from_wire(request.key)
         path = validation.path(request.path)
         layout = self._layouts.layout(request.layout) if request.HasField("layout") else None
-        if layout is None and path is TransferPath.COPY:
-            raise InvalidArgument("layout", "not set", "the receiver's layout for TRANSFER_PATH_COPY")
+        if layout is None and path is not TransferPath.ZERO_COPY:
+            raise InvalidArgument("layout", "not set", "the receiver's layout, unless path is TRANSFER_PATH_ZERO_COPY")
         if_absent = validation.if_absent(request.if_absent)
         device_kind = validation.receiving_device(request.device_kind, request.device_id, served)
         destination = None
         if device_kind == HOST_MEMORY:
             validation.no_regions(request)
+            staging.require_not_staged(request)
+        elif path is TransferPath.STAGED:
+            destination = staging.destination(request, device_kind, instance_id, self._driver.devices, cards)
         else:
+            staging.require_path(self._driver.devices, device_kind, "direct", TransferFailed)
             destination = validation.destination(request, instance_id, layout or Layout(()), cards)
         now = self._driver.clock()
         wait = (

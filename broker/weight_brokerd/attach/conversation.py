@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import socket
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +55,12 @@ class Attendance(Protocol):
     def claim_region(self, instance_id: str, transfer_id: str, region_index: int) -> int:
         """A file descriptor, lent until the call returns to the event loop. Raises `BrokerError`."""
 
+    def stage_owner(self, token: bytes, peer: PeerCredentials) -> str:
+        """The instance whose stage connection this is to be. Raises `BrokerError` to refuse it."""
+
+    def stage_connected(self, instance_id: str, connection: socket.socket) -> None:
+        """Takes the connection over: from now on the instance answers on it."""
+
 
 class After(enum.Enum):
     """What follows an answer."""
@@ -64,6 +71,8 @@ class After(enum.Enum):
     """The end of the connection: whoever speaks another protocol or was refused at the door has to start anew."""
     DEPART = "depart"
     """The end of the attachment: it said goodbye."""
+    HAND_OVER = "hand over"
+    """The connection is a stage connection from now on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,8 @@ class Conversation:
         self._broker_version = broker_version
         self.instance_id = ""
         """Set by a Hello that was welcome."""
+        self.stage_owner = ""
+        """The instance, once this is a stage connection."""
 
     def answer(self, packet: Packet) -> Answer:
         """Acts on a request. The packet keeps the descriptors that nobody took. Never raises."""
@@ -106,6 +117,12 @@ class Conversation:
         if kind == "hello":
             _expect_descriptors(packet, 0)
             return Answer(self._hello(request.hello))
+        if kind == "serve_stage":
+            _expect_descriptors(packet, 0)
+            if self.instance_id:
+                raise InvalidArgument("serve_stage", "a packet of an attach connection", "one of a second connection")
+            self.stage_owner = self._attendance.stage_owner(request.serve_stage.session_token, self._peer)
+            return Answer(_ACCEPTED, After.HAND_OVER)
         if not self.instance_id:
             raise NotAttached("the first packet must be Hello")
         if kind == "offer_region":

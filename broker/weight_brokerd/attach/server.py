@@ -156,6 +156,16 @@ class AttachServer:
             self._forget(connection)
         elif answer.after is After.HANG_UP or not sent:
             self._hang_up(connection)
+        elif answer.after is After.HAND_OVER:
+            self._hand_over(connection)
+
+    def _hand_over(self, connection: _Connection) -> None:
+        """Whoever watches the instance goes on doing so; here only the socket's reader changes."""
+        handed, connection.socket = connection.socket, None
+        self._forget(connection)
+        if handed is not None:
+            self._loop.remove_reader(handed.fileno())
+            self._attendance.stage_connected(connection.conversation.stage_owner, handed)
 
     def _greet(self, connection: _Connection) -> None:
         del self._strangers[connection]

@@ -36,6 +36,16 @@ class DeviceDriver(Protocol):
         """Of `malloc`."""
 
 
+class Exporter(Protocol):
+    """Lets other processes import an allocation of this one."""
+
+    def export(self, address: int, size: int) -> bytes:
+        """The key of a whole allocation."""
+
+    def end_export(self, key: bytes) -> None:
+        """Raises a DriverError while somebody has imported it."""
+
+
 @dataclass(slots=True)
 class _Import:
     """Memory of another process. An allocation can be imported once in a process, so its regions share one."""
@@ -49,11 +59,15 @@ class _Import:
 class CardMemory:
     """The imports and the buffers of this process. Every method needs a thread whose current device is the card."""
 
-    def __init__(self, driver: DeviceDriver) -> None:
+    def __init__(self, driver: DeviceDriver, exporter: Exporter | None = None) -> None:
+        """`exporter`: what shares this process's own memory, if it can be shared."""
         self._driver = driver
+        self._exporter = exporter
         self._lock = threading.Lock()
         self._imports: dict[tuple[object, ...], _Import] = {}
         self._regions: dict[str, tuple[ImportRegion, _Import]] = {}
+        self._buckets: dict[str, tuple[int, int, bytes]] = {}
+        """Address, size and export key of regions that are this process's own memory."""
         self.staging_bytes = 0
 
     @property
@@ -90,9 +104,31 @@ class CardMemory:
             found.region_ids.add(region.region_id)
             self._regions[region.region_id] = region, found
 
-    def close(self, region_id: str) -> None:
-        """Unmaps the region; nothing may use it any more. Idempotent. Raises DriverError: it may be mapped still."""
+    def make_bucket(self, region_id: str, size: int) -> bytes:
+        """A region of fresh memory; the key that imports it. Raises DriverError, NotPossible."""
         with self._lock:
+            if region_id in self._regions:
+                raise NotPossible(f"region {region_id!r} is there already")
+            if self._exporter is None:
+                raise NotPossible("cards of this kind have no buckets")
+            address = self._driver.malloc(size)
+            try:
+                key = self._exporter.export(address, size)
+            except BaseException:
+                self._driver.free(address)
+                raise
+            self._buckets[region_id] = address, size, key
+            self._regions[region_id] = ImportRegion(region_id, size, key.hex()), _Import(address, size, ExitStack())
+            self.staging_bytes += size
+            return key
+
+    def close(self, region_id: str) -> None:
+        """Unmaps the region; nothing may use it any more. Idempotent. Raises DriverError: it may be mapped still. A
+        bucket that is imported still stays as it is then."""
+        with self._lock:
+            if region_id in self._buckets:
+                self._free_bucket(region_id)
+                return
             known = self._regions.pop(region_id, None)
             if known is None:
                 return
@@ -136,6 +172,14 @@ class CardMemory:
     def copy(self, pairs: Sequence[tuple[Span, Span]]) -> None:
         """Copies (destination, source) spans of equal sizes, and waits."""
         self._driver.copy(pairs)
+
+    def _free_bucket(self, region_id: str) -> None:
+        assert self._exporter is not None
+        address, size, key = self._buckets[region_id]
+        self._exporter.end_export(key)
+        del self._buckets[region_id], self._regions[region_id]
+        self.staging_bytes -= size
+        self._driver.free(address)
 
 
 def _material(region: ImportRegion) -> tuple[object, ...]:

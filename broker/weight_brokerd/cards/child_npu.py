@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from weight_broker import acl
-from weight_broker.acl import IMPORT_WITH_PEER_ACCESS, Acl, MemcpyKind
+from weight_broker.acl import EXPORT_TO_ANY_PROCESS, IMPORT_WITH_PEER_ACCESS, Acl, MemcpyKind
 from weight_broker.memory.npu import device_id
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child_engine import Engine
@@ -49,6 +49,14 @@ class NpuDriver:
     def free(self, address: int) -> None:
         """Of `malloc`."""
         self._acl.free(address)
+
+    def export(self, address: int, size: int) -> bytes:
+        """A key for an instance, whose process nobody knows before it imports."""
+        return self._acl.ipc_export_key(address, size, EXPORT_TO_ANY_PROCESS)
+
+    def end_export(self, key: bytes) -> None:
+        """Of `export`."""
+        self._acl.ipc_close(key)
 
     def _map_chunks(self, region: ImportRegion, undo: ExitStack) -> int:
         handles, chunk = region.shareable_handles, region.chunk_bytes
@@ -111,4 +119,5 @@ class NpuCard:
         engine.warm_up(runtime)
         seconds["warm_up"] = time.monotonic() - at
         ready = messages.Ready(runtime.bare_tgid(), identity, soc, seconds)
-        return Work(self._role, CardMemory(NpuDriver(runtime, self._device)), engine, self.use), ready
+        driver = NpuDriver(runtime, self._device)
+        return Work(self._role, CardMemory(driver, driver), engine, self.use), ready

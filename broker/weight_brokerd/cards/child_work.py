@@ -46,6 +46,8 @@ class Work(CopyingWork):
     def do(self, request: messages.Request) -> messages.Answer:
         """Raises DriverError, EngineError or NotPossible if the request did nothing; Refusal says what started."""
         match request:
+            case messages.MakeBucket(region_id, size):
+                return messages.Bucket(self._memory.make_bucket(region_id, size).hex())
             case messages.Offer() if self._role is Role.SENDER:
                 return self._offer(request)
             case messages.Withdraw(key, wait_ms) if self._role is Role.SENDER:

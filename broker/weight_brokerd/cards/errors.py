@@ -19,6 +19,14 @@ class CardRefused(CardError):
     """The driver or the engine refused; the card goes on serving."""
 
 
+class ImportRefused(CardRefused):
+    """The driver does not let the card's process import a region. Its owner may copy it through a bucket instead."""
+
+    def __init__(self, message: str, region_id: str) -> None:
+        super().__init__(message)
+        self.region_id = region_id
+
+
 class CardUnavailable(CardError):
     """The card cannot serve now: its process does not start, or the datasystem worker is away."""
 

@@ -69,6 +69,15 @@ class CloseRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeBucket:
+    """Allocates device memory that instances of this host can import, as a region of this process until CloseRegion.
+    Answer: Bucket."""
+
+    region_id: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """To a sender: lets one reader fetch the blobs under a key that was never used before. Answer: Done."""
 
@@ -129,6 +138,14 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Bucket:
+    """A bucket is there."""
+
+    export_key: str
+    """Hexadecimal. Who knows it may import."""
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """What the process has."""
 
@@ -139,6 +156,7 @@ class Figures:
     keys: int
     """That the engine knows through this process."""
     staging_bytes: int
+    """Of packs and buckets."""
     peers: int
     """Named processes that it has exchanged bytes with: as many communicators are set up."""
 
@@ -152,8 +170,20 @@ class Refusal:
     """The engine has begun: bytes may have been written, and may go on being written."""
 
 
-Request = Start | ImportRegion | CloseRegion | Offer | Withdraw | Fetch | CopyWithinCard | Ping | AskFigures | Stop
-Answer = Ready | Done | Figures | Refusal
+Request = (
+    Start
+    | ImportRegion
+    | CloseRegion
+    | MakeBucket
+    | Offer
+    | Withdraw
+    | Fetch
+    | CopyWithinCard
+    | Ping
+    | AskFigures
+    | Stop
+)
+Answer = Ready | Done | Bucket | Figures | Refusal
 Message = Request | Answer
 
 
@@ -162,6 +192,7 @@ _KINDS: tuple[Callable[..., Message], ...] = (
     Ready,
     ImportRegion,
     CloseRegion,
+    MakeBucket,
     Offer,
     Withdraw,
     Fetch,
@@ -170,6 +201,7 @@ _KINDS: tuple[Callable[..., Message], ...] = (
     AskFigures,
     Stop,
     Done,
+    Bucket,
     Figures,
     Refusal,
 )

@@ -7,15 +7,16 @@ transfer is overdue or has failed in the engine is killed, and its end is awaite
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import structlog
 
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.configuration import CardsConfiguration
-from weight_brokerd.cards.errors import CardLost, CardRefused, CardTimeout, CardUnavailable
+from weight_brokerd.cards.errors import CardLost, CardRefused, CardTimeout, CardUnavailable, ImportRefused
 from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.lent import Lent
 from weight_brokerd.cards.messages import ImportRegion, Role
 from weight_brokerd.cards.probe import Device
 from weight_brokerd.cards.process import CardProcess, EngineFailed
@@ -25,6 +26,7 @@ from weight_brokerd.cards.worker_watch import Worker
 log = structlog.get_logger()
 TransferRequest = messages.Fetch | messages.CopyWithinCard | messages.Ping
 """What is done once the memory is mapped. Nothing, to see that it can be."""
+T = TypeVar("T")
 Reserve = Callable[[], Coroutine[Any, Any, object]]
 """Has the key of a fetch offered at its source. It is cancelled if the memory cannot be mapped."""
 
@@ -65,25 +67,20 @@ class ReceiverSide:
         if isinstance(request, messages.Fetch) and not self._worker.is_there:
             raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
         deadline = asyncio.get_running_loop().time() + timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise CardTimeout(f"all receivers of card {self._device.identity} were busy for {timeout:g} s") from None
-        try:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    child = await self._take()
-            except TimeoutError:
-                raise CardTimeout(f"no receiver of card {self._device.identity} started in {timeout:g} s") from None
-            self.busy.add(child)
-            try:
-                return await self._transfer(child, request, regions, deadline, reserve)
-            finally:
-                self.busy.discard(child)
-                self._put_back(child)
-        finally:
-            self._slots.release()
+        return await self._with_child(
+            lambda child: self._transfer(child, request, regions, deadline, reserve), deadline, timeout
+        )
+
+    async def lend(
+        self, job: Callable[[Lent], Awaitable[T]], regions: Sequence[ImportRegion], bucket_bytes: int, timeout: float
+    ) -> T:
+        """Runs `job` within `timeout` seconds with a receiver of its own that has the regions mapped and, if
+        `bucket_bytes`, a bucket of that size. What the job raises is raised, unless the receiver is to be killed for it
+        and does not end (CardLost, not `quiesced`); else as `run`. What was touched the job knows best."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        return await self._with_child(
+            lambda child: self._lend(child, job, regions, bucket_bytes, deadline), deadline, timeout
+        )
 
     async def warm_up(self) -> None:
         """Starts a receiver if none waits. Raises CardUnavailable."""
@@ -104,6 +101,29 @@ class ReceiverSide:
         self._idle.clear()
         await self._background.close()
         await asyncio.gather(*(child.stop() for child in children))
+
+    async def _with_child(
+        self, work: Callable[[CardProcess], Coroutine[Any, Any, T]], deadline: float, timeout: float
+    ) -> T:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise CardTimeout(f"all receivers of card {self._device.identity} were busy for {timeout:g} s") from None
+        try:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    child = await self._take()
+            except TimeoutError:
+                raise CardTimeout(f"no receiver of card {self._device.identity} started in {timeout:g} s") from None
+            self.busy.add(child)
+            try:
+                return await work(child)
+            finally:
+                self.busy.discard(child)
+                self._put_back(child)
+        finally:
+            self._slots.release()
 
     async def _take(self) -> CardProcess:
         while self._idle:
@@ -169,6 +189,43 @@ class ReceiverSide:
             raise CardLost(_HELD, touched=True, quiesced=False)
         return done
 
+    async def _lend(
+        self,
+        child: CardProcess,
+        job: Callable[[Lent], Awaitable[T]],
+        regions: Sequence[ImportRegion],
+        bucket_bytes: int,
+        deadline: float,
+    ) -> T:
+        await self._prepare(child, regions, deadline, None)
+        lent = Lent(child, self._configuration)
+
+        async def unmap() -> bool:
+            return await self._unmap(child, [*regions, *([lent.bucket] if lent.bucket is not None else [])])
+
+        try:
+            async with asyncio.timeout_at(deadline):
+                if bucket_bytes:
+                    await lent.make_bucket(bucket_bytes)
+                done = await job(lent)
+        except TimeoutError:
+            quiesced = await uninterrupted(child.kill())
+            raise CardTimeout(self._overdue(), quiesced=quiesced) from None
+        except (EngineFailed, CardLost) as error:
+            quiesced = await uninterrupted(child.kill())
+            raise CardLost(str(error), quiesced=quiesced) from error
+        except CardRefused as error:  # the receiver is as good as before
+            error.quiesced = await uninterrupted(unmap())
+            raise
+        except BaseException as error:
+            is_clean = not lent.is_busy and await uninterrupted(unmap())
+            if not is_clean and not await uninterrupted(child.kill()):
+                raise CardLost(_HELD, touched=True, quiesced=False) from error
+            raise
+        if not await uninterrupted(unmap()):
+            raise CardLost(_HELD, touched=True, quiesced=False)
+        return done
+
     async def _prepare(
         self, child: CardProcess, regions: Sequence[ImportRegion], deadline: float, reserve: Reserve | None
     ) -> None:
@@ -198,7 +255,9 @@ class ReceiverSide:
                 seconds = self._configuration.import_seconds
                 importing = (child.ask(region, seconds) for region in regions)
                 outcomes = await asyncio.gather(*importing, return_exceptions=True)
-            for outcome in outcomes:
+            for region, outcome in zip(regions, outcomes, strict=True):
+                if isinstance(outcome, CardRefused) and not isinstance(outcome, EngineFailed):
+                    raise ImportRefused(str(outcome), region.region_id) from outcome
                 if isinstance(outcome, BaseException):
                     raise outcome
         except TimeoutError:
@@ -208,8 +267,8 @@ class ReceiverSide:
             quiesced = await uninterrupted(child.kill())
             raise CardLost(str(error), quiesced=quiesced) from error
         except CardRefused as error:
-            quiesced = await uninterrupted(self._unmap(child, regions))
-            raise CardRefused(str(error), quiesced=quiesced) from error
+            error.quiesced = await uninterrupted(self._unmap(child, regions))
+            raise
         except BaseException as error:
             if not await uninterrupted(child.kill()):
                 raise CardLost(_HELD, quiesced=False) from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 
@@ -16,6 +17,7 @@ from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardUnavailable
 from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.lent import Lent
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.probe import Device, find_devices
 from weight_brokerd.cards.receivers import ReceiverSide, Reserve
@@ -23,6 +25,7 @@ from weight_brokerd.cards.senders import OfferEnd, SenderSide
 from weight_brokerd.cards.worker_watch import WorkerWatch
 
 log = structlog.get_logger()
+T = TypeVar("T")
 MAXIMUM_TIMEOUT_SECONDS = 1800
 """The engine waits no longer for a key."""
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,255}")
@@ -88,6 +91,14 @@ class CardSupervisor:
         nothing to end or the sender could not."""
         return await self._card(card).senders.withdraw(key, end)
 
+    async def make_bucket(self, card: str, size: int) -> ImportRegion:
+        """Memory of the card's sender that an instance can import and fill, to be offered. Raises CardError."""
+        return await self._card(card).senders.make_bucket(size)
+
+    async def close_bucket(self, card: str, region_id: str) -> None:
+        """Frees it; whoever has imported it has closed it before. Idempotent; never fails."""
+        await self._card(card).senders.close_bucket(region_id)
+
     # Destinations
 
     async def fetch(
@@ -121,6 +132,19 @@ class CardSupervisor:
         """`fetch` for a source on the same card, which the engine does not do. The regions are those of both sides."""
         request = messages.CopyWithinCard(source, destination)
         return await self._card(card).receivers.run(request, regions, timeout)
+
+    async def lend(
+        self,
+        card: str,
+        job: Callable[[Lent], Awaitable[T]],
+        regions: Sequence[ImportRegion],
+        *,
+        bucket_bytes: int = 0,
+        timeout: float,
+    ) -> T:
+        """Runs a job of several steps with a receiver of the card, which has the regions mapped meanwhile and a bucket
+        if one is asked for. Raises CardError, and what the job raises; else as `fetch`."""
+        return await self._card(card).receivers.lend(job, regions, bucket_bytes, timeout)
 
     async def warm_up(self, card: str) -> None:
         """Has a receiver ready before it is needed. Raises CardUnavailable."""

@@ -61,6 +61,8 @@ from weight_brokerd.core.transfers import TransferLog
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
 
 Decisions = list[Decision]
+STAGE_INSTEAD = {"path": "staged"}
+"""Metadata of an error after which the same may be asked for with the staged path."""
 
 
 class Coordinator:
@@ -249,9 +251,11 @@ class Coordinator:
         *,
         touched: bool = False,
         quiesced: bool = True,
+        needs_staging: bool = False,
     ) -> Decisions:
         """The transfer did not complete: the acquisition tries the next source, unless the receiver gave up, its time
-        is over or somebody may still write to its memory."""
+        is over or somebody may still write to its memory. `needs_staging`: it fails, and may be repeated with another
+        path."""
         transfer, acquisition = self._running(transfer_id, instance_id)
         acquisition.touched = acquisition.touched or touched
         publication = transfer.publication
@@ -264,8 +268,11 @@ class Coordinator:
                     publication.publication_id, f"delivered wrong bytes in {transfer_id}: {detail}", now
                 )[1]
         if cause is FailureCause.RECEIVER or not quiesced:
-            who = "the receiver gave up" if quiesced else "the transfer failed, and somebody may still write"
-            decisions += self._fail(acquisition, TransferFailed(f"{who}: {detail}", quiesced=quiesced))
+            who = "the receiver cannot take it" if needs_staging else "the receiver gave up"
+            who = who if quiesced else "the transfer failed, and somebody may still write"
+            metadata = STAGE_INSTEAD if needs_staging else None
+            error = TransferFailed(f"{who}: {detail}", quiesced=quiesced, metadata=metadata)
+            decisions += self._fail(acquisition, error)
         elif transfer.is_brokers and acquisition.deadline <= now:
             decisions += self._fail(acquisition, _late(acquisition, now))
         else:

@@ -126,6 +126,8 @@ class Publication:
     state: PublicationState = PublicationState.REGISTERING
     readers: set[str] = field(default_factory=set)
     """Ids of the transfers that read from it now."""
+    is_staged: bool = False
+    """Whether its instance copies it, because the broker does not map its memory."""
     served_count: int = 0
     quarantine_reason: str = ""
     rank: RankOfGroup | None = None
@@ -154,6 +156,7 @@ class Offer:
     fencing_token: int
     request_id: str
     rank: RankOfGroup | None = None
+    is_staged: bool = False
 
 
 @dataclass(slots=True)

@@ -97,6 +97,7 @@ class Registry:
             request_id=offer.request_id,
             fencing_token=offer.fencing_token,
             rank=offer.rank,
+            is_staged=offer.is_staged,
         )
         self._publications[publication.publication_id] = publication
         self._by_weight_set.setdefault(publication.weight_set_id, {})[publication.publication_id] = publication

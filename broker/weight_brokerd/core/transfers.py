@@ -12,6 +12,7 @@ from weight_brokerd.core.model import (
     DataPlane,
     Publication,
     Transfer,
+    TransferPath,
     TransferState,
 )
 
@@ -31,7 +32,7 @@ class TransferLog:
             acquisition_id=acquisition.acquisition_id,
             publication=publication,
             receiver_instance_id=acquisition.instance_id,
-            path=acquisition.path,
+            path=TransferPath.STAGED if publication.is_staged else acquisition.path,
             data_plane=data_plane_between(publication, acquisition),
             started_at=now,
         )

@@ -6,18 +6,34 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from weight_broker.layout import Layout
 from weight_brokerd.cards import messages, plan
 from weight_brokerd.cards.blobs import BlobList
-from weight_brokerd.cards.errors import CardError, CardLost, CardRefused, CardTimeout, CardUnavailable
+from weight_brokerd.cards.errors import (
+    CardError,
+    CardLost,
+    CardRefused,
+    CardTimeout,
+    CardUnavailable,
+    ImportRefused,
+)
 from weight_brokerd.cards.extents import TooScattered
+from weight_brokerd.cards.receivers import Reserve
 from weight_brokerd.cards.senders import OfferEnd
 from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
 from weight_brokerd.cards.tasks import uninterrupted
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
+
+
+class Fetch(Protocol):
+    """Fetches what is under a key, as `CardSupervisor.fetch`."""
+
+    def __call__(self, key: str, /, *, reserve: Reserve) -> Coroutine[Any, Any, messages.Done]:
+        """`reserve` has it offered. Raises CardError, and what `reserve` raises."""
 
 
 class DatasystemPlane:
@@ -51,24 +67,24 @@ class DatasystemPlane:
         for one in rounds:
             left = timeout - (time.monotonic() - begun)
             try:
-                moving += await self._round(
-                    source.card,
-                    BlobList(source_ids, one.source),
-                    destination,
-                    BlobList(destination_ids, one.destination),
+                fetch = partial(
+                    self._cards.fetch,
+                    destination.card,
+                    blobs=BlobList(destination_ids, one.destination),
+                    regions=destination.regions,
                     timeout=max(left, 0.0),
                     peer=peer,
                 )
+                moving += await self.round(source.card, BlobList(source_ids, one.source), fetch, peer=peer)
             except MoveFailed as error:
                 error.touched = error.touched or touched
                 raise
             touched = True
         return {"map": time.monotonic() - begun - moving, "transfer": moving}
 
-    async def _round(
-        self, card: str, given: BlobList, destination: Place, taken: BlobList, *, timeout: float, peer: str
-    ) -> float:
-        """One key. Returns the seconds in which bytes moved."""
+    async def round(self, card: str, given: BlobList, fetch: Fetch, *, peer: str) -> float:
+        """One key: has the blobs offered on `card` under it, and fetched. Returns the seconds in which bytes moved.
+        Raises MoveFailed; may be cancelled as `fetch` may."""
         key = fresh_key()
         lost = self._readers[key] = asyncio.get_running_loop().create_future()
         end = OfferEnd.UNREAD
@@ -83,11 +99,8 @@ class DatasystemPlane:
                 ) from error
             end = OfferEnd.ABANDONED  # unless it turns out otherwise
 
-        fetch = self._cards.fetch(
-            destination.card, key, taken, destination.regions, timeout=timeout, peer=peer, reserve=reserve
-        )
         try:
-            done = await _unless(fetch, lost)
+            done = await _unless(fetch(key, reserve=reserve), lost)
             end = OfferEnd.DELIVERED
             return done.seconds.get("dev_mget", 0.0) + done.seconds.get("unpack", 0.0)
         except (CardRefused, CardUnavailable) as error:  # it has not begun
@@ -127,4 +140,10 @@ async def _ended(task: asyncio.Task[messages.Done]) -> None:
 
 
 def _failed(error: CardError, cause: FailureCause) -> MoveFailed:
-    return MoveFailed(str(error), cause=cause, touched=error.touched, quiesced=error.quiesced)
+    return MoveFailed(
+        str(error),
+        cause=cause,
+        touched=error.touched,
+        quiesced=error.quiesced,
+        needs_staging=isinstance(error, ImportRefused),
+    )

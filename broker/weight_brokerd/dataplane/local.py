@@ -11,7 +11,7 @@ from typing import Protocol
 from weight_broker.layout import Layout
 from weight_brokerd.cards import plan
 from weight_brokerd.cards.blobs import Blob, BlobList, Part
-from weight_brokerd.cards.errors import CardError
+from weight_brokerd.cards.errors import CardError, ImportRefused
 from weight_brokerd.cards.extents import TooScattered
 from weight_brokerd.cards.messages import Done, ImportRegion
 from weight_brokerd.core.model import FailureCause
@@ -59,8 +59,14 @@ class LocalPlane:
         try:
             done = await self._cards.copy(destination.card, given, taken, list(regions.values()), timeout=timeout)
         except CardError as error:
+            mine = {region.region_id for region in destination.regions}
+            is_mine = isinstance(error, ImportRefused) and error.region_id in mine
             raise MoveFailed(
-                str(error), cause=FailureCause.SOURCE_UNREACHABLE, touched=error.touched, quiesced=error.quiesced
+                str(error),
+                cause=FailureCause.RECEIVER if is_mine else FailureCause.SOURCE_UNREACHABLE,
+                touched=error.touched,
+                quiesced=error.quiesced,
+                needs_staging=is_mine,
             ) from error
         copying = done.seconds.get("copy", 0.0)
         return {"map": time.monotonic() - begun - copying, "transfer": copying}

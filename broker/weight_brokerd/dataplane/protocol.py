@@ -8,7 +8,19 @@ from typing import Protocol
 
 from weight_broker.layout import Layout
 from weight_brokerd.cards.messages import ImportRegion
-from weight_brokerd.core.model import FailureCause
+from weight_brokerd.core.model import DataPlane, FailureCause, TransferPath
+
+Way = DataPlane | TransferPath
+"""How a weight set moves: the data plane, or for what is staged that path."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBy:
+    """Who copies between a bucket and memory that the broker does not map."""
+
+    instance_id: str
+    stage_id: str
+    """The instance's name for the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +33,25 @@ class Place:
     """Their ids are unique on this host."""
     placements: Sequence[tuple[int, int]]
     """(index of the region, offset in bytes) of each tensor, in the layout's order."""
+    staged: StagedBy | None = None
+    """Set instead of regions and placements where the broker does not map the memory."""
 
 
 class MoveFailed(Exception):
     """The bytes did not all arrive. Nobody writes to the destination any more, unless `quiesced` is False."""
 
-    def __init__(self, message: str, *, cause: FailureCause, touched: bool, quiesced: bool = True) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: FailureCause,
+        touched: bool,
+        quiesced: bool = True,
+        needs_staging: bool = False,
+    ) -> None:
+        """`needs_staging`: the driver does not let the receiver's memory be mapped; its owner may copy it instead."""
         super().__init__(message)
+        self.needs_staging = needs_staging
         self.cause = cause
         self.touched = touched
         self.quiesced = quiesced

@@ -64,7 +64,8 @@ def residency(state: State) -> list[dict[str, Any]]:
 def device(publication: pb.Publication) -> str:
     """Where a publication lies: the device's identity, or the kind of memory where there is but one of it."""
     kind = text.state(weight_set_pb2.DeviceKind.Name(publication.device_kind)).removeprefix("kind ")
-    return text.plain(publication.device_id) or kind
+    staged = ", staged" if publication.is_staged else ""
+    return (text.plain(publication.device_id) or kind) + staged
 
 
 def _cards(host: pb.Host) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -17,14 +18,19 @@ from weight_broker.errors import (
 )
 from weight_broker.layout import Layout
 from weight_broker.memory.copying import DeadlinePassed
+from weight_broker.memory.device_path import can_stage
 from weight_broker.memory.tensors import DescribedTensors
 
 if TYPE_CHECKING:
     from weight_broker.attach import AttachConnection
+    from weight_broker.memory.staged import StagedShared
+    from weight_broker.session import Session
     from weight_broker.v1 import weight_set_pb2 as pb
 
 _MODULES = {"npu": "weight_broker.memory.npu", "cuda": "weight_broker.memory.cuda"}
 _NAMED_TENSORS = 16
+
+_logger = logging.getLogger("weight_broker")
 
 
 class Exported(Protocol):
@@ -76,6 +82,20 @@ class DeviceShared:
         """The exported memory; the same in every publication of it."""
         return list(self._exported.regions)
 
+    @property
+    def is_served(self) -> bool:
+        """The broker has the memory mapped."""
+        return True
+
+    def stage(self, session: Session) -> pb.StagedMemory | None:
+        """The broker maps the memory."""
+        return None
+
+    @property
+    def described(self) -> DescribedTensors | None:
+        """The tensors, until `close`."""
+        return self._described
+
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
         """The message has all that the broker needs."""
 
@@ -88,8 +108,11 @@ class DeviceShared:
         self._described = None
 
 
-def share(described: DescribedTensors, deadline: float) -> DeviceShared:
-    """Digests the tensors and exports their memory. Raises `PublishRefused`; nothing is exported then."""
+def share(described: DescribedTensors, deadline: float, path: str = "auto") -> DeviceShared | StagedShared:
+    """Digests the tensors and exports their memory, or has this process copy it where that is not possible or not
+    wanted (`path`: `auto`, `direct` or `staged`). Raises `PublishRefused`; nothing is exported then."""
+    from weight_broker.memory.staged import StagedShared
+
     kind = kind_of(described)
     try:
         digests = kind.digest(described, deadline)
@@ -97,13 +120,23 @@ def share(described: DescribedTensors, deadline: float) -> DeviceShared:
         raise PublishRefused(
             "the deadline passed while the tensors were digested; allow more time for publishing"
         ) from error
-    return DeviceShared(described, kind.export(described), (digests,))
+    if path == "staged":
+        return StagedShared(described, (digests,))
+    try:
+        return DeviceShared(described, kind.export(described), (digests,))
+    except PublishRefused as error:
+        if path != "auto" or not can_stage(described.device_kind):
+            raise
+        _logger.warning("the tensors are shared through a bucket of the broker's: %s", error)
+        return StagedShared(described, (digests,))
 
 
 class DeviceDestination:
     """Tensors of this process that the broker fills where they are."""
 
     zero_copy = False
+    is_filled_here = False
+    """Whether this process writes to the tensors, and nobody else."""
 
     def __init__(self, described: DescribedTensors) -> None:
         self.layout: Layout = described.layout
@@ -120,7 +153,8 @@ class DeviceDestination:
                 self._exported = self._kind.export(self._described)
             except PublishRefused as error:
                 raise TransferFailed(
-                    f"the tensors cannot be filled where they are: {error.message}", metadata=error.metadata
+                    f"the tensors cannot be filled where they are: {error.message}",
+                    metadata={**error.metadata, "path": "staged"},
                 ) from error
         return self._kind.identity(self._described), self._exported.regions, self._exported.placements
 
@@ -147,7 +181,7 @@ class DeviceDestination:
         self._digests = (expected,)
         return expected.coverage
 
-    def keep(self) -> DeviceShared:
+    def keep(self) -> DeviceShared | StagedShared:
         """The verified tensors as what can be published; its `close` is the caller's from here on."""
         exported, self._exported = self._exported, None
         if exported is None or not self._digests:

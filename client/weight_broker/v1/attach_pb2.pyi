@@ -3,12 +3,21 @@
 isort:skip_file
 The frames of the attach socket (AF_UNIX, SOCK_SEQPACKET): one message is one packet. The instance speaks, the broker
 answers every request with exactly one response, in order. File descriptors travel as SCM_RIGHTS with their packet.
+On a stage connection it is the other way round: the broker sends StageRequest, the instance answers StageResponse.
 """
 
 import builtins
 import google.protobuf.descriptor
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sys
 import typing
+import weight_broker.v1.weight_set_pb2
+
+if sys.version_info >= (3, 10):
+    import typing as typing_extensions
+else:
+    import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
@@ -23,6 +32,7 @@ class AttachRequest(google.protobuf.message.Message):
     WITHDRAW_REGION_FIELD_NUMBER: builtins.int
     CLAIM_REGION_FIELD_NUMBER: builtins.int
     GOODBYE_FIELD_NUMBER: builtins.int
+    SERVE_STAGE_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___Hello:
         """First packet of a connection."""
@@ -43,6 +53,10 @@ class AttachRequest(google.protobuf.message.Message):
     def goodbye(self) -> global___Goodbye:
         """Ends the attachment: publications are retracted and leases given up at once."""
 
+    @property
+    def serve_stage(self) -> global___ServeStage:
+        """First and only packet of the instance's second connection, which becomes a stage connection."""
+
     def __init__(
         self,
         *,
@@ -51,10 +65,11 @@ class AttachRequest(google.protobuf.message.Message):
         withdraw_region: global___WithdrawRegion | None = ...,
         claim_region: global___ClaimRegion | None = ...,
         goodbye: global___Goodbye | None = ...,
+        serve_stage: global___ServeStage | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["claim_region", b"claim_region", "goodbye", b"goodbye", "hello", b"hello", "offer_region", b"offer_region", "request", b"request", "withdraw_region", b"withdraw_region"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["claim_region", b"claim_region", "goodbye", b"goodbye", "hello", b"hello", "offer_region", b"offer_region", "request", b"request", "withdraw_region", b"withdraw_region"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "offer_region", "withdraw_region", "claim_region", "goodbye"] | None: ...
+    def HasField(self, field_name: typing.Literal["claim_region", b"claim_region", "goodbye", b"goodbye", "hello", b"hello", "offer_region", b"offer_region", "request", b"request", "serve_stage", b"serve_stage", "withdraw_region", b"withdraw_region"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["claim_region", b"claim_region", "goodbye", b"goodbye", "hello", b"hello", "offer_region", b"offer_region", "request", b"request", "serve_stage", b"serve_stage", "withdraw_region", b"withdraw_region"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["hello", "offer_region", "withdraw_region", "claim_region", "goodbye", "serve_stage"] | None: ...
 
 global___AttachRequest = AttachRequest
 
@@ -73,7 +88,7 @@ class AttachResponse(google.protobuf.message.Message):
 
     @property
     def accepted(self) -> global___Accepted:
-        """To OfferRegion, WithdrawRegion, ClaimRegion and Goodbye."""
+        """To OfferRegion, WithdrawRegion, ClaimRegion, Goodbye and ServeStage."""
 
     @property
     def refused(self) -> global___Refused:
@@ -221,6 +236,203 @@ class Goodbye(google.protobuf.message.Message):
     ) -> None: ...
 
 global___Goodbye = Goodbye
+
+@typing.final
+class ServeStage(google.protobuf.message.Message):
+    """Makes this connection the instance's stage connection: the instance copies between its own device memory and buckets
+    of the broker's on the same device, when it is asked to. A new one takes the place of the one before. Its end ends
+    the transfers and publications that need it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SESSION_TOKEN_FIELD_NUMBER: builtins.int
+    session_token: builtins.bytes
+    """Required. From Welcome. The process has to be the one that attached."""
+    def __init__(
+        self,
+        *,
+        session_token: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["session_token", b"session_token"]) -> None: ...
+
+global___ServeStage = ServeStage
+
+@typing.final
+class StageRequest(google.protobuf.message.Message):
+    """From the broker, on a stage connection. Answered with exactly one StageResponse, in order."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    OPEN_BUCKET_FIELD_NUMBER: builtins.int
+    COPY_CHUNK_FIELD_NUMBER: builtins.int
+    CLOSE_BUCKET_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Number of the request on this connection."""
+    @property
+    def open_bucket(self) -> global___OpenBucket:
+        """Maps a bucket."""
+
+    @property
+    def copy_chunk(self) -> global___CopyChunk:
+        """Copies between tensors and a bucket."""
+
+    @property
+    def close_bucket(self) -> global___CloseBucket:
+        """Unmaps a bucket. After the answer the broker may free it."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        open_bucket: global___OpenBucket | None = ...,
+        copy_chunk: global___CopyChunk | None = ...,
+        close_bucket: global___CloseBucket | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["close_bucket", b"close_bucket", "copy_chunk", b"copy_chunk", "open_bucket", b"open_bucket", "request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["close_bucket", b"close_bucket", "copy_chunk", b"copy_chunk", "number", b"number", "open_bucket", b"open_bucket", "request", b"request"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["request", b"request"]) -> typing.Literal["open_bucket", "copy_chunk", "close_bucket"] | None: ...
+
+global___StageRequest = StageRequest
+
+@typing.final
+class StageResponse(google.protobuf.message.Message):
+    """From the instance, on a stage connection."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    ACCEPTED_FIELD_NUMBER: builtins.int
+    REFUSED_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """Number of the request."""
+    @property
+    def accepted(self) -> global___Accepted:
+        """Done; what was copied is where it belongs."""
+
+    @property
+    def refused(self) -> global___Refused:
+        """It was not done."""
+
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        accepted: global___Accepted | None = ...,
+        refused: global___Refused | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["accepted", b"accepted", "refused", b"refused", "response", b"response"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accepted", b"accepted", "number", b"number", "refused", b"refused", "response", b"response"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["response", b"response"]) -> typing.Literal["accepted", "refused"] | None: ...
+
+global___StageResponse = StageResponse
+
+@typing.final
+class OpenBucket(google.protobuf.message.Message):
+    """Maps a bucket: device memory of the broker's, on the device that the tensors are on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BUCKET_FIELD_NUMBER: builtins.int
+    STAGE_ID_FIELD_NUMBER: builtins.int
+    stage_id: builtins.str
+    """Whose tensors are copied: StagedMemory.stage_id. They say which device it is."""
+    @property
+    def bucket(self) -> weight_broker.v1.weight_set_pb2.Region:
+        """The bucket; its region_id names it."""
+
+    def __init__(
+        self,
+        *,
+        bucket: weight_broker.v1.weight_set_pb2.Region | None = ...,
+        stage_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["bucket", b"bucket"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bucket", b"bucket", "stage_id", b"stage_id"]) -> None: ...
+
+global___OpenBucket = OpenBucket
+
+@typing.final
+class CopyChunk(google.protobuf.message.Message):
+    """Copies a part of a weight set's content. The content is the memory of each tensor, without aliases, in the layout's
+    order, with the padding of its memory format and nothing between two tensors.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Direction:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _DirectionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[CopyChunk._Direction.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        DIRECTION_UNSPECIFIED: CopyChunk._Direction.ValueType  # 0
+        """Not set."""
+        DIRECTION_TO_BUCKET: CopyChunk._Direction.ValueType  # 1
+        """From the tensors of a source."""
+        DIRECTION_FROM_BUCKET: CopyChunk._Direction.ValueType  # 2
+        """Into the tensors of a receiver."""
+
+    class Direction(_Direction, metaclass=_DirectionEnumTypeWrapper):
+        """Which way."""
+
+    DIRECTION_UNSPECIFIED: CopyChunk.Direction.ValueType  # 0
+    """Not set."""
+    DIRECTION_TO_BUCKET: CopyChunk.Direction.ValueType  # 1
+    """From the tensors of a source."""
+    DIRECTION_FROM_BUCKET: CopyChunk.Direction.ValueType  # 2
+    """Into the tensors of a receiver."""
+
+    BUCKET_ID_FIELD_NUMBER: builtins.int
+    STAGE_ID_FIELD_NUMBER: builtins.int
+    DIRECTION_FIELD_NUMBER: builtins.int
+    CONTENT_OFFSET_FIELD_NUMBER: builtins.int
+    BUCKET_OFFSET_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    bucket_id: builtins.str
+    """The bucket."""
+    stage_id: builtins.str
+    """The tensors."""
+    direction: global___CopyChunk.Direction.ValueType
+    """Which way."""
+    content_offset: builtins.int
+    """Where the part begins in the content."""
+    bucket_offset: builtins.int
+    """Where it begins in the bucket."""
+    size_bytes: builtins.int
+    """Bytes."""
+    def __init__(
+        self,
+        *,
+        bucket_id: builtins.str = ...,
+        stage_id: builtins.str = ...,
+        direction: global___CopyChunk.Direction.ValueType = ...,
+        content_offset: builtins.int = ...,
+        bucket_offset: builtins.int = ...,
+        size_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bucket_id", b"bucket_id", "bucket_offset", b"bucket_offset", "content_offset", b"content_offset", "direction", b"direction", "size_bytes", b"size_bytes", "stage_id", b"stage_id"]) -> None: ...
+
+global___CopyChunk = CopyChunk
+
+@typing.final
+class CloseBucket(google.protobuf.message.Message):
+    """Unmaps a bucket."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BUCKET_ID_FIELD_NUMBER: builtins.int
+    bucket_id: builtins.str
+    """The bucket. One that is not mapped is closed already."""
+    def __init__(
+        self,
+        *,
+        bucket_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bucket_id", b"bucket_id"]) -> None: ...
+
+global___CloseBucket = CloseBucket
 
 @typing.final
 class Accepted(google.protobuf.message.Message):

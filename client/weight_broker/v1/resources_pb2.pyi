@@ -61,7 +61,7 @@ class _TransferPathEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     TRANSFER_PATH_ZERO_COPY: _TransferPath.ValueType  # 2
     """Not copied: the receiver maps the resident memory copy-on-write."""
     TRANSFER_PATH_STAGED: _TransferPath.ValueType  # 3
-    """Copied through a device buffer of the broker, because the receiver's memory cannot be shared."""
+    """Copied through a bucket, device memory of the broker's, because the memory of one side or both cannot be shared."""
 
 class TransferPath(_TransferPath, metaclass=_TransferPathEnumTypeWrapper):
     """How the bytes of a transfer reach the receiver."""
@@ -73,7 +73,7 @@ TRANSFER_PATH_COPY: TransferPath.ValueType  # 1
 TRANSFER_PATH_ZERO_COPY: TransferPath.ValueType  # 2
 """Not copied: the receiver maps the resident memory copy-on-write."""
 TRANSFER_PATH_STAGED: TransferPath.ValueType  # 3
-"""Copied through a device buffer of the broker, because the receiver's memory cannot be shared."""
+"""Copied through a bucket, device memory of the broker's, because the memory of one side or both cannot be shared."""
 global___TransferPath = TransferPath
 
 class _Phase:
@@ -280,6 +280,7 @@ class Publication(google.protobuf.message.Message):
     SERVED_COUNT_FIELD_NUMBER: builtins.int
     QUARANTINE_REASON_FIELD_NUMBER: builtins.int
     LOAD_GROUP_FIELD_NUMBER: builtins.int
+    IS_STAGED_FIELD_NUMBER: builtins.int
     publication_id: builtins.str
     """Identity, unique for the life of the broker."""
     weight_set_id: builtins.str
@@ -312,6 +313,8 @@ class Publication(google.protobuf.message.Message):
     """Transfers served so far."""
     quarantine_reason: builtins.str
     """Why it is quarantined; empty otherwise."""
+    is_staged: builtins.bool
+    """True if its instance copies it through buckets of the broker's, because the broker does not map its memory."""
     @property
     def publish_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was published."""
@@ -341,9 +344,10 @@ class Publication(google.protobuf.message.Message):
         served_count: builtins.int = ...,
         quarantine_reason: builtins.str = ...,
         load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
+        is_staged: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["load_group", b"load_group", "publish_time", b"publish_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "layout_fingerprint", b"layout_fingerprint", "load_group", b"load_group", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "is_staged", b"is_staged", "layout_fingerprint", b"layout_fingerprint", "load_group", b"load_group", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___Publication = Publication
 

@@ -68,16 +68,21 @@ class AcquireRequest(google.protobuf.message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     LOAD_GROUP_FIELD_NUMBER: builtins.int
     ASSEMBLY_TIMEOUT_FIELD_NUMBER: builtins.int
+    STAGE_ID_FIELD_NUMBER: builtins.int
     if_absent: global___IfAbsent.ValueType
     """Required. What to do if nobody holds it."""
     path: weight_broker.v1.resources_pb2.TransferPath.ValueType
-    """Required. TRANSFER_PATH_COPY or TRANSFER_PATH_ZERO_COPY; the broker may choose TRANSFER_PATH_STAGED for the former."""
+    """Required. TRANSFER_PATH_COPY, TRANSFER_PATH_ZERO_COPY, or TRANSFER_PATH_STAGED if the receiver's device memory is
+    staged. A transfer is staged if either side is.
+    """
     device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType
     """Required. Kind of memory that receives."""
     device_id: builtins.str
     """Optional. Physical identity of the receiving device; empty for host memory."""
     request_id: builtins.str
     """Required. Identifies the acquisition in logs and listings: a UUID or another string of at most 64 characters."""
+    stage_id: builtins.str
+    """Required for TRANSFER_PATH_STAGED. StagedMemory.stage_id of the tensors that receive, on device_id."""
     @property
     def key(self) -> weight_broker.v1.weight_set_pb2.WeightSetKey:
         """Required. The weight set."""
@@ -90,7 +95,9 @@ class AcquireRequest(google.protobuf.message.Message):
 
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.Region]:
-        """Optional. Memory that receives, where the broker moves the bytes; empty where the instance copies itself."""
+        """Optional. Memory that receives, where the broker moves the bytes; empty where the instance copies itself. If the
+        broker cannot map it, the error's metadata has "path" = "staged": ask again with stage_id.
+        """
 
     @property
     def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.TensorPlacement]:
@@ -127,9 +134,10 @@ class AcquireRequest(google.protobuf.message.Message):
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
         load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
         assembly_timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        stage_id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "key", b"key", "layout", b"layout", "load_group", b"load_group", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "load_group", b"load_group", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "load_group", b"load_group", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "stage_id", b"stage_id", "timeout", b"timeout"]) -> None: ...
 
 global___AcquireRequest = AcquireRequest
 
@@ -531,6 +539,7 @@ class PublishRequest(google.protobuf.message.Message):
     FENCING_TOKEN_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     LOAD_GROUP_FIELD_NUMBER: builtins.int
+    STAGED_FIELD_NUMBER: builtins.int
     fencing_token: builtins.int
     """Optional. The fencing token of the cold-load lease that this publication fulfils. A token that is not current any
     more does not make the publication wrong; it then fulfils nothing.
@@ -553,17 +562,22 @@ class PublishRequest(google.protobuf.message.Message):
 
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.Region]:
-        """Required unless no tensor has elements. The memory, all of one device; host regions were offered on the attach
-        socket before.
+        """Required unless no tensor has elements or the memory is staged. The memory, all of one device; host regions were
+        offered on the attach socket before. If the broker cannot map it, the error's metadata has "path" = "staged": ask
+        again with staged memory.
         """
 
     @property
     def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.TensorPlacement]:
-        """Required. One for each tensor, in the layout's order; that of an alias is its target's."""
+        """Required unless the memory is staged. One for each tensor, in the layout's order; that of an alias is its target's."""
 
     @property
     def load_group(self) -> weight_broker.v1.weight_set_pb2.LoadGroup:
         """Optional. The engine that the caller is a rank of: its ranks' publications are read together."""
+
+    @property
+    def staged(self) -> weight_broker.v1.weight_set_pb2.StagedMemory:
+        """Optional. Instead of regions and placements: device memory that the broker is not to map."""
 
     def __init__(
         self,
@@ -576,9 +590,10 @@ class PublishRequest(google.protobuf.message.Message):
         fencing_token: builtins.int = ...,
         request_id: builtins.str = ...,
         load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
+        staged: weight_broker.v1.weight_set_pb2.StagedMemory | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "load_group", b"load_group"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["digests", b"digests", "fencing_token", b"fencing_token", "key", b"key", "layout", b"layout", "load_group", b"load_group", "placements", b"placements", "regions", b"regions", "request_id", b"request_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "load_group", b"load_group", "staged", b"staged"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["digests", b"digests", "fencing_token", b"fencing_token", "key", b"key", "layout", b"layout", "load_group", b"load_group", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "staged", b"staged"]) -> None: ...
 
 global___PublishRequest = PublishRequest
 

@@ -589,3 +589,31 @@ class LoadGroup(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["group_id", b"group_id", "member", b"member", "size", b"size"]) -> None: ...
 
 global___LoadGroup = LoadGroup
+
+@typing.final
+class StagedMemory(google.protobuf.message.Message):
+    """Device memory that the broker does not map: the instance copies between it and a bucket of the broker's, when it is
+    asked to on its stage connection (see attach.proto).
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STAGE_ID_FIELD_NUMBER: builtins.int
+    DEVICE_KIND_FIELD_NUMBER: builtins.int
+    DEVICE_ID_FIELD_NUMBER: builtins.int
+    stage_id: builtins.str
+    """Required. Chosen by the instance, unique among its staged memory, at most 64 characters."""
+    device_kind: global___DeviceKind.ValueType
+    """Required. The kind of memory."""
+    device_id: builtins.str
+    """Required. Physical identity of the device, as in Region."""
+    def __init__(
+        self,
+        *,
+        stage_id: builtins.str = ...,
+        device_kind: global___DeviceKind.ValueType = ...,
+        device_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "stage_id", b"stage_id"]) -> None: ...
+
+global___StagedMemory = StagedMemory

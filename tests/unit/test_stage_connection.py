@@ -1,0 +1,208 @@
+"""The stage connection, both ends of it, on real sockets: who may serve, what is asked, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.attach_room import AttachRoom
+from support.waiting import eventually
+from weight_broker.errors import NotAttached
+from weight_broker.stage import StageServer
+from weight_broker.v1 import attach_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
+from weight_brokerd.attach.stage import StageGone, StageRefused, Stages, StageSilent
+
+OPEN = pb.StageRequest(open_bucket=pb.OpenBucket(bucket=weight_set_pb2.Region(region_id="b"), stage_id="s"))
+COPY = pb.StageRequest(
+    copy_chunk=pb.CopyChunk(bucket_id="b", stage_id="s", direction=pb.CopyChunk.DIRECTION_TO_BUCKET, size_bytes=5)
+)
+CLOSE = pb.StageRequest(close_bucket=pb.CloseBucket(bucket_id="b"))
+
+
+class Tensors:
+    """Writes down what is done with them."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, ...]] = []
+        self.may_go_on = threading.Event()
+        self.may_go_on.set()
+        self.is_copying = False
+
+    def open(self, bucket: weight_set_pb2.Region) -> None:
+        self.done.append(("open", bucket.region_id))
+
+    def close(self, bucket_id: str) -> None:
+        self.done.append(("close", bucket_id))
+
+    def copy(self, bucket_id: str, bucket_offset: int, content_offset: int, size: int, *, to_bucket: bool) -> None:
+        self.is_copying = True
+        assert self.may_go_on.wait(10)
+        self.is_copying = False
+        if size == 13:
+            raise ValueError("thirteen bytes")
+        self.done.append(("copy", bucket_id, size, to_bucket))
+
+
+class Broker(AttachRoom):
+    """An attach server that keeps stage connections."""
+
+    def __init__(self, path: Path) -> None:
+        self.stages: Stages | None = None
+        self.lost: list[tuple[str, str]] = []
+        super().__init__(path)
+
+        def connect(instance_id: str, connection: Any) -> None:
+            if self.stages is None:
+                self.stages = Stages()
+                self.stages.on_lost = lambda instance_id, why: self.lost.append((instance_id, why))
+            self.stages.connected(instance_id, connection)
+
+        self.attendance.stage_connected = connect  # type: ignore[method-assign]
+
+    def ask(self, request: pb.StageRequest, timeout: float = 10.0) -> Future[None]:
+        """Asks the instance."""
+        assert self.stages is not None
+        copy = pb.StageRequest()
+        copy.CopyFrom(request)
+        return asyncio.run_coroutine_threadsafe(self.stages.ask("instance-1", copy, timeout), self.loop)
+
+    def has(self) -> bool:
+        """Whether the instance can be asked."""
+        return self.stages is not None and self.stages.has("instance-1")
+
+    def close(self) -> None:
+        if self.stages is not None:
+            self.loop.call_soon_threadsafe(self.stages.close)
+        super().close()
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    broker = Broker(tmp_path / "attach.sock")
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def server(broker: Broker) -> Iterator[StageServer]:
+    server = StageServer(broker.path, b"token")
+    yield server
+    server.close()
+
+
+def test_chunks_are_copied_when_the_broker_asks_and_the_thread_ends_with_the_last(
+    broker: Broker, server: StageServer
+) -> None:
+    tensors = Tensors()
+    server.add("s", tensors)
+    eventually(broker.has, within=5)
+    for request in (OPEN, COPY, CLOSE, CLOSE):
+        broker.ask(request).result(10)
+    assert tensors.done == [("open", "b"), ("copy", "b", 5, True), ("close", "b")]
+    assert server.serves("s")
+    server.remove("s")
+    eventually(lambda: not broker.has(), within=5)
+    assert not server.serves("s")
+    eventually(lambda: "weight-broker-stage" not in {thread.name for thread in threading.enumerate()}, within=5)
+    server.add("s", tensors)
+    eventually(broker.has, within=5)
+    broker.ask(OPEN).result(10)
+
+
+def test_what_fails_is_answered_and_the_next_request_is_served(broker: Broker, server: StageServer) -> None:
+    tensors = Tensors()
+    server.add("s", tensors)
+    eventually(broker.has, within=5)
+    unlucky = pb.StageRequest(copy_chunk=pb.CopyChunk(bucket_id="b", stage_id="s", size_bytes=13))
+    with pytest.raises(StageRefused, match="thirteen bytes"):
+        broker.ask(unlucky).result(10)
+    stranger = pb.StageRequest(copy_chunk=pb.CopyChunk(bucket_id="b", stage_id="other"))
+    with pytest.raises(StageRefused, match="nothing is staged as 'other'"):
+        broker.ask(stranger).result(10)
+    broker.ask(OPEN).result(10)
+
+
+def test_removing_waits_for_the_copy_that_runs_and_nothing_is_copied_after_it(
+    broker: Broker, server: StageServer
+) -> None:
+    tensors, other = Tensors(), Tensors()
+    server.add("s", tensors)
+    server.add("t", other)
+    eventually(broker.has, within=5)
+    tensors.may_go_on.clear()
+    first, second = broker.ask(COPY), broker.ask(COPY)
+    eventually(lambda: tensors.is_copying, within=5)
+    removing = threading.Thread(target=server.remove, args=("s",))
+    removing.start()
+    removing.join(0.2)
+    assert removing.is_alive()
+    tensors.may_go_on.set()
+    removing.join(10)
+    first.result(10)
+    with pytest.raises(StageRefused, match="any more"):
+        second.result(10)
+    assert tensors.done == [("copy", "b", 5, True)]
+
+
+def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker: Broker, server: StageServer) -> None:
+    tensors = Tensors()
+    server.add("s", tensors)
+    eventually(broker.has, within=5)
+    broker.ask(OPEN).result(10)
+    tensors.may_go_on.clear()
+    with pytest.raises(StageSilent):
+        broker.ask(COPY, timeout=0.2).result(10)
+    assert broker.lost == [("instance-1", "it did not answer within 0.2 s")]
+    with pytest.raises(StageGone, match="no stage connection"):
+        broker.ask(COPY).result(10)
+    tensors.may_go_on.set()
+    eventually(lambda: ("close", "b") in tensors.done, within=5)
+    eventually(lambda: not server.serves("s"), within=5)
+
+
+def test_the_end_of_the_connection_is_heard_by_whoever_waits(broker: Broker, server: StageServer) -> None:
+    tensors = Tensors()
+    server.add("s", tensors)
+    eventually(broker.has, within=5)
+    tensors.may_go_on.clear()
+    waiting = broker.ask(COPY)
+    eventually(lambda: tensors.is_copying, within=5)
+    closing = threading.Thread(target=server.close)
+    closing.start()
+    tensors.may_go_on.set()
+    closing.join(10)
+    waiting.result(10)  # it was done before the connection ended
+    eventually(lambda: not broker.has(), within=5)
+
+
+def test_a_forked_child_serves_nothing_and_takes_nothing_from_its_parent(broker: Broker, server: StageServer) -> None:
+    tensors = Tensors()
+    server.add("s", tensors)
+    eventually(broker.has, within=5)
+    child = os.fork()
+    if not child:
+        os._exit(1 if server.serves("s") else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    broker.ask(OPEN).result(10)
+    assert server.serves("s")
+
+
+def test_whoever_is_not_attached_may_not_serve(broker: Broker, server: StageServer) -> None:
+    broker.attendance.refuse(NotAttached("no such token"))
+    with pytest.raises(NotAttached, match="no such token"):
+        server.add("s", Tensors())
+    assert not server.serves("s")
+
+
+def test_an_attach_connection_does_not_become_a_stage_connection(broker: Broker) -> None:
+    with broker.instance() as client:
+        answer = client.ask(pb.AttachRequest(serve_stage=pb.ServeStage(session_token=b"token")))
+        assert "second connection" in answer.refused.message
