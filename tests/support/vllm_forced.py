@@ -1,5 +1,5 @@
-"""The order that the loader does not allow: weights are taken as post-processing left them, and put where
-post-processing has been already."""
+"""What engines do for tests, and never should: the order that the loader does not allow (weights are taken as
+post-processing left them, and put where post-processing has been already), and transfers that break off half way."""
 
 from __future__ import annotations
 
@@ -35,3 +35,20 @@ def install(role: str) -> None:
 
     loader_class: Any = BrokerModelLoader
     loader_class.load_model = load_model
+
+
+def break_transfers() -> None:
+    """From now on a transfer fails after it has written nonsense into every tensor."""
+    import torch
+
+    from weight_broker.errors import TransferFailed
+    from weight_broker.receiving import TensorFiller
+
+    def receive(self: Any, source: Any, deadline: float) -> Any:
+        for one in self._described.tensors:
+            with torch.no_grad():
+                one.owner.fill_(1)
+        raise TransferFailed("broken off by a test", touched=True)
+
+    filler: Any = TensorFiller
+    filler.receive = receive

@@ -103,6 +103,21 @@ def test_a_broker_that_is_killed_while_an_engine_waits_costs_little(
     print(f"answered {time.monotonic() - killed:.1f} s after the broker was killed")
 
 
+@pytest.mark.parametrize("model", ["untied", "moe"])
+def test_after_a_transfer_that_broke_off_the_model_is_made_anew(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path], model: str
+) -> None:
+    first = start_engine(models[model], hold=True).result()
+    breaking = "from support.vllm_forced import break_transfers; break_transfers()"
+    engine = start_engine(models[model], before=breaking, hold=True)
+    second = engine.result()
+    assert only(second)["source"] == "disk"
+    assert "broken off by a test" in only(second)["acquire_error"]
+    assert only(second)["publication_id"], "what it read from disk is a source"
+    assert second["digest"] == first["digest"]
+    assert "the model is made anew" in engine.log or model == "moe"
+
+
 def test_half_the_ranks_unservable_sends_all_to_the_disk(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
