@@ -28,8 +28,10 @@ def require_path(devices: DeviceKinds | None, kind: str, path: str, refusal: typ
 
 def require_not_staged(request: weight_broker_service_pb2.AcquireRequest) -> None:
     """Host memory has no other path."""
-    if request.path == resources_pb2.TRANSFER_PATH_STAGED or request.stage_id:
+    if request.path == resources_pb2.TRANSFER_PATH_STAGED:
         raise InvalidArgument("path", request.path, "TRANSFER_PATH_COPY or TRANSFER_PATH_ZERO_COPY for host memory")
+    if request.stage_id:
+        raise InvalidArgument("stage_id", request.stage_id, "empty for host memory")
 
 
 def destination(
@@ -60,7 +62,7 @@ def offer(
     layout = layouts.layout(request.layout)
     digests_from_wire(request.digests, len(layout))
     if request.regions or request.placements:
-        raise InvalidArgument("regions", len(request.regions), "none with staged")
+        raise InvalidArgument("staged", "set", f"not set beside {len(request.regions)} regions: it is instead of them")
     staged = request.staged
     kind = DEVICE_KIND_NAMES.get(staged.device_kind)
     if kind is None or kind == HOST_MEMORY:
