@@ -202,14 +202,13 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         elif path is TransferPath.STAGED:
             destination = staging.destination(request, device_kind, instance_id, self._driver.devices, cards)
         else:
+            if request.stage_id:
+                raise InvalidArgument("stage_id", request.stage_id, "empty, unless path is TRANSFER_PATH_STAGED")
             staging.require_path(self._driver.devices, device_kind, "direct", TransferFailed)
             destination = validation.destination(request, instance_id, layout or Layout(()), cards)
         now = self._driver.clock()
-        wait = (
-            min(self._maximum_wait_seconds, remaining)
-            if (remaining := context.time_remaining()) is not None
-            else (self._maximum_wait_seconds)
-        )
+        remaining = context.time_remaining()
+        wait = self._maximum_wait_seconds if remaining is None else min(remaining, self._maximum_wait_seconds)
         if request.HasField("timeout"):
             wait = min(wait, validation.seconds("timeout", request.timeout, limit=validation.MAX_TIMEOUT_SECONDS))
         acquisition = Acquisition(
