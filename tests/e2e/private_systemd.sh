@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs as the first process of new namespaces (private_systemd.py makes them) and becomes systemd. The host is read-only
-# below; /etc is a copy, /run, /tmp and /var/tmp are empty, and systemd finds no unit but the few written here and those
+# below; /etc is a copy, /run, /tmp, /var/tmp and /var/lib are empty, and systemd finds no unit but the few written here and those
 # in $WORK/units. The program is laid out as the installation instructions do it: a virtual environment at
 # /opt/weight-broker. $WORK appears as /run/private-systemd.
 # Needs: WORK SOURCE PYTHON_PREFIX PYTHON_VERSION SITE_PACKAGES CGROUP_LAYOUT
@@ -67,6 +67,7 @@ fi
 mount --bind /proc/sys /proc/sys
 mount -o remount,bind,ro /proc/sys
 for directory in /tmp /var/tmp; do mount -t tmpfs -o mode=1777 tmpfs "$directory"; done
+mount -t tmpfs -o mode=755 tmpfs /var/lib
 mount -o remount,bind,ro /
 
 cd /
