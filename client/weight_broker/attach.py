@@ -52,9 +52,8 @@ class AttachConnection:
 
     def connect(self, timeout: float = 2.0) -> Welcome:
         """Attaches this process: returns the token and the ids."""
-        if not os.path.exists(
-            self.path
-        ):  # also one that may not be seen: whoever has no broker is not to pay for the import
+        # Whoever has no broker, or may not see its socket, is not to pay for the import.
+        if not os.path.exists(self.path):
             _connect(self.path, time.monotonic() + timeout).close()
         # Before the clock starts: on a busy host this takes as long as a broker may take to answer.
         from weight_broker.v1.attach_pb2 import AttachRequest, Goodbye, Hello
