@@ -22,7 +22,7 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet torch==$(TORCH_VERSION); }
 
-.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend test-gpu test-vllm lint types generate check-generated \
+.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend test-gpu test-vllm test-sglang lint types generate check-generated \
 	proto-baseline benchmark benchmark-ascend benchmark-gpu benchmark-vllm clean
 .DEFAULT_GOAL := help
 
@@ -87,6 +87,24 @@ $(VLLM_STAMP): pyproject.toml
 
 test-vllm: $(VLLM_STAMP)  ## run the tests on real vLLM (an hour or more on two cores)
 	$(VLLM_VENV)/bin/pytest tests/e2e/vllm $(PYTEST_ARGUMENTS)
+
+# SGLang's loaders on a processor, without its kernels (with the torch it needs, 8 GB), in an environment of its own.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_VERSION := 0.5.23
+SGLANG_STAMP := $(SGLANG_VENV)/.weight-broker-installed
+
+$(SGLANG_STAMP): pyproject.toml tests/e2e/sglang/requirements.txt
+	@echo "== creating $(SGLANG_VENV) (about 8 GB, once)"
+	@$(FIND_PYTHON); "$$found" -m venv $(SGLANG_VENV)
+	@$(SGLANG_VENV)/bin/pip install --quiet --upgrade pip
+	@echo "== installing SGLang $(SGLANG_VERSION) and what its loaders import"
+	@$(SGLANG_VENV)/bin/pip install --quiet --requirement tests/e2e/sglang/requirements.txt
+	@$(SGLANG_VENV)/bin/pip install --quiet --no-deps sglang==$(SGLANG_VERSION)
+	@$(SGLANG_VENV)/bin/pip install --quiet --editable '.[broker,cli]' pytest pytest-timeout hypothesis
+	@touch $@
+
+test-sglang: $(SGLANG_STAMP)  ## run the tests on SGLang's real loaders (10 minutes on two cores)
+	$(SGLANG_VENV)/bin/pytest tests/e2e/sglang $(PYTEST_ARGUMENTS)
 
 lint: $(STAMP)  ## ruff, buf lint and the breaking-change check
 	$(RUN)ruff check .

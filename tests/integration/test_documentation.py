@@ -38,6 +38,7 @@ NOT_RUN = {
     r"docker run .*": "needs Ascend's images and devices",
     r"ASCEND_RT_VISIBLE_DEVICES=. vllm serve .*": "needs an NPU and vLLM",
     r"vllm serve .*": "needs vLLM; tests/e2e/vllm runs engines with the same load format",
+    r"sglang serve .*": "needs SGLang; tests/e2e/sglang runs its loaders with the same load format",
     r"weight-broker demo --device npu .*": "needs NPUs; tests/integration/cann/test_demo_ascend.py has a double",
     r"deploy/ascend-check.sh .*": "needs NPUs; tests/integration/cann/test_ascend_check.py has a double",
     r"grpcurl .*": "is not a package that tests can depend on; the same is asked with buf curl",

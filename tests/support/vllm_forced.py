@@ -18,8 +18,8 @@ def install(role: str) -> None:
     """Makes the load format do so: as the one that publishes, or the one that acquires."""
     from vllm.model_executor.model_loader import get_model_loader
 
+    from weight_broker.integrations.engine.tensors import weight_tensors
     from weight_broker.integrations.vllm.loader import BrokerModelLoader
-    from weight_broker.integrations.vllm.tensors import weight_tensors
 
     def load_model(self: Any, vllm_config: Any, model_config: Any, **options: Any) -> Any:
         load_format = "auto" if role == "publish" else "dummy"

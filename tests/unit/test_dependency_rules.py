@@ -152,12 +152,16 @@ def test_an_integration_imports_at_module_level_only_what_it_integrates() -> Non
         "weight_broker.integrations": set(),
         "weight_broker.integrations.torch": {"torch"},
         "weight_broker.integrations.transformers": {"torch", "transformers"},
-        # vLLM calls the plugin in every process: the rest of the package comes when a model is loaded.
+        # Engines call their plugins in every process: the rest comes when a model is loaded.
         **{
-            f"weight_broker.integrations.vllm.{name}": {"torch"}
+            f"weight_broker.integrations.engine.{name}": {"torch"}
             for name in ("completeness", "stage", "tensors", "load")
         },
-        "weight_broker.integrations.vllm.loader": {"torch", "vllm"},
+        **{
+            f"weight_broker.integrations.{engine}.{name}": {"torch", engine}
+            for engine in ("vllm", "sglang")
+            for name in ("engine", "loader")
+        },
     }
     for module in modules_in("weight_broker.integrations"):
         assert forbidden_imports([module], FRAMEWORKS - integrates.get(module.name, set()), ever=False) == []

@@ -52,8 +52,11 @@ static void give_up(struct communicator *communicator)
     free(communicator);
 }
 
+/* The engine asks and destroys without looking whether it ever had a communicator: with a peer that died while they met it
+   had none. That is an error, as in HCCL, and no violation. */
 API int HcclCommDestroy(void *handle)
 {
+    if (!handle) return HCCL_E_PTR;
     struct communicator *communicator = handle_destroy(HANDLE_COMMUNICATOR, handle);
     if (!communicator) return HCCL_E_PTR;
     shutdown(communicator->peer, SHUT_RDWR);
@@ -64,6 +67,7 @@ API int HcclCommDestroy(void *handle)
 
 API int HcclGetCommAsyncError(void *handle, int32_t *error)
 {
+    if (!handle) return HCCL_E_PTR;
     struct communicator *communicator = handle_object(HANDLE_COMMUNICATOR, handle);
     if (!communicator) return HCCL_E_PTR;
     *error = __atomic_load_n(&communicator->error, __ATOMIC_ACQUIRE);

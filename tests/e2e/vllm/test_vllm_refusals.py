@@ -89,7 +89,7 @@ def test_another_revision_is_another_model(broker: BrokerProcess, start_engine: 
 def test_a_broker_that_is_killed_while_an_engine_waits_costs_little(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
-    slow = "import time\nfrom weight_broker.integrations.vllm.load import Load\n"
+    slow = "import time\nfrom weight_broker.integrations.engine.load import Load\n"
     slow += "Load._publish = lambda self, model: time.sleep(1e6)\n"
     start_engine(models["untied"], before=slow)  # it holds the lease and does not get on
     eventually(lambda: broker.host().cold_load_lease_count == 1, within=900, every=0.5)

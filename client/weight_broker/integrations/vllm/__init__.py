@@ -6,7 +6,7 @@ The entry point `vllm.general_plugins` calls `register`; nothing of vLLM is patc
 
 from __future__ import annotations
 
+from weight_broker.integrations.engine.published import reports, republish, retract
 from weight_broker.integrations.vllm.plugin import LOAD_FORMAT, register
-from weight_broker.integrations.vllm.published import reports, republish, retract
 
 __all__ = ["LOAD_FORMAT", "register", "reports", "republish", "retract"]

@@ -6,14 +6,14 @@ extensions included; once each.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from weight_broker.integrations.vllm import published
+from weight_broker.integrations.engine import published
+from weight_broker.integrations.engine.changes import before_change, before_load_weights
+from weight_broker.integrations.engine.wrapping import wrap
 
-_MARK = "__weight_broker__"
 _CHANGES = (
     "update_weights",
     "start_weight_update",
@@ -34,16 +34,16 @@ def install(model: Any) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     for worker in _with_subclasses(WorkerBase):
-        _wrap(worker, "sleep", _before_sleep)
-        _wrap(worker, "wake_up", _after_wake_up)
+        wrap(worker, "sleep", _before_sleep, _logger)
+        wrap(worker, "wake_up", _after_wake_up, _logger)
         for name in _CHANGES:
-            _wrap(worker, name, _before_change)
-    _wrap(type(model), "load_weights", _before_load_weights)
+            wrap(worker, name, before_change, _logger)
+    wrap(type(model), "load_weights", before_load_weights, _logger)
     try:
         from vllm.distributed.eplb.eplb_state import EplbState
     except ImportError:
         return
-    _wrap(EplbState, "rearrange", _before_rearrangement)
+    wrap(EplbState, "rearrange", _before_rearrangement, _logger)
 
 
 def _before_sleep(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
@@ -59,38 +59,11 @@ def _after_wake_up(method: Callable[..., Any], name: str, self: Any, args: Any, 
     return result
 
 
-def _before_change(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
-    published.retract(f"{name} changes the weights")
-    return method(self, *args, **kwargs)
-
-
-def _before_load_weights(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
-    published.retract("weights are loaded into the model", model=self)
-    return method(self, *args, **kwargs)
-
-
 def _before_rearrangement(method: Callable[..., Any], name: str, self: Any, args: Any, kwargs: Any) -> Any:
     # A rehearsal moves nothing. Its argument is the first or the second, by version, and called by name.
     if not kwargs.get("is_profile", False):
         published.retract("experts are rearranged")
     return method(self, *args, **kwargs)
-
-
-def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Replaces a method that `owner` itself defines."""
-    method = vars(owner).get(name)
-    if not callable(method) or hasattr(method, _MARK):
-        return
-
-    @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(method, name, self, args, kwargs)
-
-    setattr(wrapped, _MARK, True)
-    try:
-        setattr(owner, name, wrapped)
-    except (AttributeError, TypeError) as error:
-        _logger.warning("%s.%s cannot be watched: %s", owner.__name__, name, error)
 
 
 def _with_subclasses(owner: type[Any]) -> Iterator[type[Any]]:

@@ -8,16 +8,16 @@ all of it), and is remembered for as long as the files do not change.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from weight_broker.checkpoint import checkpoint_digest, checkpoint_files, checkpoint_name
-from weight_broker.integrations.vllm.options import Options
+from weight_broker.checkpoint import checkpoint_digest, checkpoint_name
+from weight_broker.integrations.engine.directory import files_read, local_directory
+from weight_broker.integrations.engine.engine import NotServable
+from weight_broker.integrations.engine.options import Options
+from weight_broker.integrations.engine.values import digest, installed_version
 from weight_broker.integrations.vllm.ranks import parallel_rank
 from weight_broker.key import Role, Stage, WeightSetKey
 
@@ -26,10 +26,6 @@ LOADED_LAYOUT = "vllm-loaded/1"
 acquisition; this number stands for what they do not show, the order within fused tensors, and is raised with it."""
 LOADED_LAYOUT_VERSIONS = ((0, 10), (0, 33))
 """The first and the last minor version of vLLM whose layout `LOADED_LAYOUT` is."""
-
-
-class NotServable(Exception):
-    """The broker cannot serve this model; the text says why."""
 
 
 def weight_set_key(vllm_config: Any, model_config: Any, options: Options, directory: Path) -> WeightSetKey:
@@ -84,30 +80,8 @@ def checkpoint_directory(model_config: Any, load_config: Any) -> Path | None:
     elsewhere = getattr(model_config, "model_weights", "")
     if elsewhere and str(elsewhere) != model:
         raise NotServable(f"the weights are read from {elsewhere}")
-    if os.path.isdir(model):
-        return Path(model)
-    if os.path.exists(model):
-        raise NotServable(f"{model} is a single file; only directories of safetensors have a digest")
-    try:
-        from huggingface_hub import snapshot_download
-
-        found = snapshot_download(
-            model,
-            revision=getattr(model_config, "revision", None),
-            cache_dir=getattr(load_config, "download_dir", None),
-            local_files_only=True,
-        )
-    except (ImportError, OSError, ValueError):  # the hub's own errors are both of the latter
-        return None
-    return Path(found)
-
-
-def files_read(directory: Path) -> tuple[Path, ...]:
-    """The files that vLLM reads: those that the index names, else every `*.safetensors`."""
-    if (directory / "model.safetensors.index.json").is_file():
-        return checkpoint_files(directory, index_first=True)
-    files = tuple(sorted(path for path in directory.glob("*.safetensors") if path.is_file()))
-    return files or checkpoint_files(directory)  # which says what is missing
+    revision, cache = getattr(model_config, "revision", None), getattr(load_config, "download_dir", None)
+    return local_directory(model, revision, cache)
 
 
 def _engine(policy: str, stage: Stage) -> str:
@@ -139,14 +113,14 @@ def _overrides(model_config: Any) -> dict[str, str]:
     given = getattr(model_config, "hf_overrides", None)
     if not given:
         return {}
-    return {"hf_overrides": _digest(given if isinstance(given, Mapping) else repr(given))}
+    return {"hf_overrides": digest(given if isinstance(given, Mapping) else repr(given))}
 
 
 def _quantization_digest(model_config: Any) -> str:
     checkpoint = getattr(model_config.hf_config, "quantization_config", None)
     if checkpoint is not None and hasattr(checkpoint, "to_dict"):
         checkpoint = checkpoint.to_dict()
-    return _digest([checkpoint, getattr(model_config, "quantization_config", None)])
+    return digest([checkpoint, getattr(model_config, "quantization_config", None)])
 
 
 def _experts(vllm_config: Any) -> dict[str, str]:
@@ -167,26 +141,14 @@ def _experts(vllm_config: Any) -> dict[str, str]:
 
 def _runtime_attributes(vllm_config: Any) -> dict[str, str]:
     """What decides how weights look after post-processing: the kernels, and on an NPU its formats."""
-    found = {f"version_{name}": _version(name) for name in ("torch", "torch_npu", "vllm_ascend")}
+    found = {f"version_{name}": installed_version(name) for name in ("torch", "torch_npu", "vllm_ascend")}
     kernels = getattr(vllm_config, "kernel_config", None)
     if kernels is not None:
-        found["kernels"] = _digest(repr(kernels))
+        found["kernels"] = digest(repr(kernels))
     additional = getattr(vllm_config, "additional_config", None)
     if additional:
-        found["additional_config"] = _digest(additional)
+        found["additional_config"] = digest(additional)
     for name in ("VLLM_ASCEND_ENABLE_NZ", "VLLM_ASCEND_ENABLE_MLAPO", "ASCEND_TOOLKIT_HOME"):
         if name in os.environ:
             found[name.lower()] = os.environ[name]
     return found
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return ""
-
-
-def _digest(value: object) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -15,8 +15,9 @@ from torch import nn
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from weight_broker.integrations.vllm.load import Load, Reinitialise
-from weight_broker.integrations.vllm.options import parse
+from weight_broker.integrations.engine.load import Load, Reinitialise
+from weight_broker.integrations.engine.options import parse
+from weight_broker.integrations.vllm.engine import VllmEngine
 
 _logger = logging.getLogger("vllm.weight_broker")
 
@@ -48,7 +49,7 @@ class BrokerModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM may not 
 
     def load_model(self, vllm_config: Any, model_config: Any, **options: Any) -> nn.Module:
         """The model with its weights, post-processed. `options` are what this version of vLLM passes on (`prefix`)."""
-        load = Load(self.options, self.disk_loader, vllm_config, model_config, self.load_config)
+        load = Load(self.options, VllmEngine(self.disk_loader, vllm_config, model_config, self.load_config))
         if type(self.disk_loader).load_model is not BaseModelLoader.load_model:
             load.without_broker(f"load format {self.options.fallback_load_format!r} makes models in a way of its own")
             model: nn.Module = self.disk_loader.load_model(vllm_config, model_config, **options)

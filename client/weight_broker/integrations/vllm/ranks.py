@@ -6,6 +6,7 @@ import hashlib
 import os
 from typing import Any
 
+from weight_broker.integrations.engine.experts import has_experts
 from weight_broker.key import ParallelRank
 
 
@@ -29,19 +30,6 @@ def parallel_rank(vllm_config: Any, model_config: Any) -> ParallelRank:
             experts = parallel_state.get_ep_group()
             found |= {"expert_parallel_rank": experts.rank_in_group, "expert_parallel_size": experts.world_size}
     return ParallelRank(**found)
-
-
-def has_experts(model_config: Any) -> bool:
-    """Whether the model is a mixture of experts."""
-    known = getattr(model_config, "is_moe", None)
-    if isinstance(known, bool):
-        return known
-    config = getattr(model_config, "hf_text_config", model_config.hf_config)
-    for name in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"):
-        count = getattr(config, name, 0)
-        if max(count) if isinstance(count, list | tuple) and count else count:
-            return True
-    return False
 
 
 def engine_ranks(vllm_config: Any, model: str, role: str) -> tuple[str, int, int] | None:

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from weight_broker.errors import InvalidArgument
-from weight_broker.integrations.vllm.options import Options, parse
+from weight_broker.integrations.engine.options import Options, parse
 
 
 def test_without_options_everything_has_its_default() -> None:

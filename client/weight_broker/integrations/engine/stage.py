@@ -8,24 +8,21 @@ on the list are shared packed: a test shows for each that an engine that is fill
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Set
 
 import torch
 from torch import nn
 
-from weight_broker.integrations.vllm.tensors import hidden_tensors, plain_state, weight_tensors
+from weight_broker.integrations.engine.engine import Engine
+from weight_broker.integrations.engine.tensors import hidden_tensors, plain_state, weight_tensors
 
-SHARED_AS_PROCESSED: Mapping[str, frozenset[str]] = {
-    "cpu": frozenset({"UnquantizedFusedMoEMethod"}),  # tests/e2e/vllm/test_vllm_answers.py, mixture-of-experts
-}
-"""Classes of quantization methods, by platform."""
 STATE = "weight_broker.state"
 """A digest of what post-processing left besides tensors travels with the weights under this name."""
 
 
-def is_shared_as_processed(model: nn.Module, platform: str) -> bool:
-    """Whether a method on the list has weights in this model."""
-    return any(_is_on_list(module, platform) for module in model.modules())
+def is_shared_as_processed(model: nn.Module, methods: Set[str]) -> bool:
+    """Whether one of the methods on the list has weights in this model."""
+    return any(_is_on_list(module, methods) for module in model.modules())
 
 
 def processed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -47,17 +44,19 @@ def state_digest(model: nn.Module) -> torch.Tensor:
     return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device=device)
 
 
-def processed_refusal(model: nn.Module, platform: str, moved: list[str], vanished_bytes: int) -> str:
+def processed_refusal(model: nn.Module, engine: Engine, moved: list[str], vanished_bytes: int) -> str:
     """Why the processed weights cannot be published; empty if they can."""
     if vanished_bytes > 0:
         return f"after post-processing {vanished_bytes} bytes of weights are in no tensor any more"
     for name in moved:
         owner = model.get_submodule(name.rpartition(".")[0])
-        if not _is_on_list(owner, platform):
+        if not _is_on_list(owner, engine.shared_as_processed):
             method = type(getattr(owner, "quant_method", None)).__name__
-            return f"post-processing moved {name}, and weights that {method} processes are not shared on {platform}"
+            return (
+                f"post-processing moved {name}, and weights that {method} processes are not shared on {engine.platform}"
+            )
     return ""
 
 
-def _is_on_list(module: nn.Module, platform: str) -> bool:
-    return type(getattr(module, "quant_method", None)).__name__ in SHARED_AS_PROCESSED.get(platform, ())
+def _is_on_list(module: nn.Module, methods: Set[str]) -> bool:
+    return type(getattr(module, "quant_method", None)).__name__ in methods

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,18 +14,11 @@ from torch import nn
 from weight_broker.checkpoint import CheckpointError
 from weight_broker.client import BrokerClient, IfAbsent
 from weight_broker.errors import BrokerError, BrokerUnavailable, LayoutMismatch, TransferFailed
-from weight_broker.integrations.vllm import completeness, hooks, published, stage
-from weight_broker.integrations.vllm.key import (
-    NotServable,
-    checkpoint_directory,
-    platform_name,
-    runtime_key,
-    weight_set_key,
-)
-from weight_broker.integrations.vllm.options import Options
-from weight_broker.integrations.vllm.ranks import engine_ranks
-from weight_broker.integrations.vllm.report import EngineLoad
-from weight_broker.integrations.vllm.tensors import other_state, weight_tensors, without_memory
+from weight_broker.integrations.engine import completeness, published, stage
+from weight_broker.integrations.engine.engine import Engine, NotServable
+from weight_broker.integrations.engine.options import Options
+from weight_broker.integrations.engine.report import EngineLoad
+from weight_broker.integrations.engine.tensors import other_state, weight_tensors, without_memory
 from weight_broker.lease import ColdLoadLease
 from weight_broker.load_group import LoadGroup
 
@@ -39,8 +30,6 @@ if TYPE_CHECKING:
 
 # Of this process: no memory, descriptor or thread left. The disk may well do without.
 _SHORTAGES = (OSError, MemoryError, ImportError)
-
-_logger = logging.getLogger("vllm.weight_broker")
 
 
 class Reinitialise(Exception):
@@ -54,15 +43,11 @@ class WeightsNotQuiesced(RuntimeError):
 class Load:
     """The steps in their order: `prepare`, `weights`, `finish`; `abandon` if the engine fails in between."""
 
-    def __init__(
-        self, options: Options, disk_loader: Any, vllm_config: Any, model_config: Any, load_config: Any
-    ) -> None:
-        self.report = EngineLoad(str(model_config.model))
+    def __init__(self, options: Options, engine: Engine) -> None:
+        self.report = EngineLoad(engine.model)
         self._options = options
-        self._disk_loader = disk_loader
-        self._vllm_config = vllm_config
-        self._model_config = model_config
-        self._load_config = load_config
+        self._engine = engine
+        self._logger = engine.logger
         self._client: BrokerClient | None = None
         self._key: WeightSetKey | None = None
         self._group: LoadGroup | None = None
@@ -84,9 +69,9 @@ class Load:
         """Makes the key, before the model is made: that changes the engine's configuration."""
         with self._timed("key"):
             try:
-                self._key = self._make_key()
+                self._key = self._engine.make_key(self._options)
             except (NotServable, CheckpointError, BrokerError, *_SHORTAGES) as error:
-                self.without_broker(f"{self._model_config.model} has no key: {error}")
+                self.without_broker(f"{self._engine.model} has no key: {error}")
                 return
         rank = self._key.rank
         shown = f"{self._key.model}-{self._key.role}-tp{rank.tensor_parallel_rank}pp{rank.pipeline_parallel_rank}"
@@ -97,7 +82,7 @@ class Load:
             connect_timeout=self._options.connect_timeout,
             digest_mode=self._options.digest_mode,
         )
-        ranks = engine_ranks(self._vllm_config, self._key.model, str(self._key.role))
+        ranks = self._engine.ranks(self._key)
         if ranks is not None:
             self._group = LoadGroup(*ranks, assembly_timeout=self._options.rank_timeout)
 
@@ -107,11 +92,13 @@ class Load:
             missing = without_memory(model)
             if missing:
                 self.without_broker(f"{missing[0]} has no memory yet: it is quantized while it is read")
-            elif self._options.stage != "loaded" and stage.is_shared_as_processed(model, platform_name()):
+            elif self._options.stage != "loaded" and stage.is_shared_as_processed(
+                model, self._engine.shared_as_processed
+            ):
                 self._is_runtime = True
-                self._key = runtime_key(self._key, self._vllm_config)
+                self._key = self._engine.runtime_key(self._key)
                 self.report.weight_set_id = self._key.id
-                self._dummy_loader().load_weights(model, self._model_config)
+                self._engine.load_dummy_weights(model)
                 return
             elif self._filled(weight_tensors(model)):
                 # Of host memory others read a sealed copy, whatever becomes of this process's own.
@@ -120,7 +107,7 @@ class Load:
                 return
         state = other_state(model)
         with self._timed("load"):
-            self._disk_loader.load_weights(model, self._model_config)
+            self._engine.load_weights(model)
         if self._publishing and not self._unpublishable:
             if not self._is_runtime:  # whatever loading left besides weights is compared after post-processing
                 self._unpublishable = completeness.state_refusal(state, other_state(model))
@@ -152,16 +139,16 @@ class Load:
                 self._publish(model)
         except Exception as error:  # the model is loaded: whatever goes wrong now must not undo that
             self.report.not_published = f"{type(error).__name__}: {error}"
-            _logger.warning("%s is loaded but not published: %s", self._model_config.model, error, exc_info=True)
+            self._logger.warning("%s is loaded but not published: %s", self._engine.model, error, exc_info=True)
             self._give_up(self.report.not_published, unpublishable=False)
         finally:
             self._close_shared()
             if not self.report.publication_id and self._client is not None:
                 self._client.close()
         times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.report.seconds.items())
-        _logger.info(
+        self._logger.info(
             "loaded %s from %s: weight set %s, %d tensors, %d bytes%s; %s; %s",
-            self._model_config.model,
+            self._engine.model,
             self.report.source,
             self.report.weight_set_id or "unknown",
             self.report.tensor_count,
@@ -180,24 +167,7 @@ class Load:
         if self._client is not None:
             self._client.close()
 
-    # Before
-
-    def _make_key(self) -> WeightSetKey:
-        directory = checkpoint_directory(self._model_config, self._load_config)
-        if directory is None:
-            self._disk_loader.download_model(self._model_config)
-            directory = checkpoint_directory(self._model_config, self._load_config)
-        if directory is None:
-            raise NotServable("its checkpoint is not on this machine")
-        return weight_set_key(self._vllm_config, self._model_config, self._options, directory)
-
     # Filling
-
-    def _dummy_loader(self) -> Any:
-        from vllm.model_executor.model_loader import get_model_loader
-
-        config = dataclasses.replace(self._load_config, load_format="dummy", model_loader_extra_config={})
-        return get_model_loader(config)
 
     def _check_state(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if torch.equal(tensors[stage.STATE], stage.state_digest(model)):
@@ -275,7 +245,7 @@ class Load:
     def _fall_back(self, error: BrokerError) -> None:
         if not error.quiesced:
             raise WeightsNotQuiesced(
-                f"{self._model_config.model} cannot be loaded: a transfer into this process's memory failed and may "
+                f"{self._engine.model} cannot be loaded: a transfer into this process's memory failed and may "
                 f"still be running ({error}). End this process: nothing it loads there is safe."
             ) from error
         if self._options.strict:
@@ -289,7 +259,7 @@ class Load:
         if isinstance(error, BrokerUnavailable):
             # Harmless: there is none, or it has gone. One that comes later is none of this load's business.
             self._unpublishable = self.report.acquire_error
-        _logger.warning("loading %s from disk: %s", self._model_config.model, error)
+        self._logger.warning("loading %s from disk: %s", self._engine.model, error)
 
     def _reinitialise(self, why: str) -> None:
         self._disk_only = why
@@ -298,7 +268,7 @@ class Load:
     def _complain(self, why: str) -> None:
         if self._options.strict:
             raise NotServable(f"{why} (the option `strict` forbids to load without the broker)")
-        _logger.warning("loading %s without the broker: %s", self._model_config.model, why)
+        self._logger.warning("loading %s without the broker: %s", self._engine.model, why)
 
     # Publishing
 
@@ -324,7 +294,7 @@ class Load:
         if refusal:
             self.report.not_published = refusal
             if refusal != self.report.acquire_error:  # that has been said
-                _logger.warning("%s is loaded but not published: %s", self._model_config.model, refusal)
+                self._logger.warning("%s is loaded but not published: %s", self._engine.model, refusal)
             self._give_up(refusal, unpublishable=True)
             return
         assert self._before is not None
@@ -335,10 +305,17 @@ class Load:
         self.report.size_bytes, self.report.tensor_count = publication.size_bytes, len(publication.layout)
         published.add(
             published.PublishedModel(
-                weakref.ref(model), self._client, self._key, self._group, tuple(offered), self.report, publication
+                weakref.ref(model),
+                self._client,
+                self._key,
+                self._group,
+                tuple(offered),
+                self.report,
+                self._logger,
+                publication,
             )
         )
-        hooks.install(model)
+        self._engine.watch(model)
 
     def _offer(self, tensors: dict[str, torch.Tensor]) -> Publication:
         assert self._client is not None
@@ -361,7 +338,7 @@ class Load:
             )
             if self.report.source == "peer":  # it was post-processed before it was filled
                 return ""
-            return stage.processed_refusal(model, platform_name(), moved, vanished)
+            return stage.processed_refusal(model, self._engine, moved, vanished)
         with self._timed("check"):
             contents = self._before.contents is not None
             kept = {name: tensor for name, tensor in tensors.items() if name in self._before.places}
@@ -375,7 +352,7 @@ class Load:
         try:
             lease.give_up(reason, unpublishable=unpublishable)
         except BrokerError as error:
-            _logger.warning("%r could not be given up: %s", lease, error)
+            self._logger.warning("%r could not be given up: %s", lease, error)
 
     def _close_shared(self) -> None:
         shared, self._shared = self._shared, None

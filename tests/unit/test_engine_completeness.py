@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from weight_broker.integrations.vllm.completeness import refusal, snapshot, state_refusal
-from weight_broker.integrations.vllm.tensors import other_state, weight_tensors
+from weight_broker.integrations.engine.completeness import refusal, snapshot, state_refusal
+from weight_broker.integrations.engine.tensors import other_state, weight_tensors
 
 
 class Layer(nn.Module):

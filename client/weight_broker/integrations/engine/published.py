@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weight_broker.errors import BrokerError
-from weight_broker.integrations.vllm.report import EngineLoad
+from weight_broker.integrations.engine.report import EngineLoad
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from weight_broker.publication import Publication
 
 RETRACT_TIMEOUT_SECONDS = 120.0
-
-_logger = logging.getLogger("vllm.weight_broker")
 
 
 @dataclass(eq=False)
@@ -37,6 +35,7 @@ class PublishedModel:
     names: tuple[str, ...]
     """The tensors that were published."""
     report: EngineLoad
+    logger: logging.Logger
     publication: Publication | None
     asleep: Mapping[str, int] | None = None
     """Digests of the tensors before they went to sleep; None if they are not to be published again."""
@@ -70,7 +69,7 @@ def retract(reason: str = "asked to", *, model: nn.Module | None = None, for_sle
             one.publication.retract(RETRACT_TIMEOUT_SECONDS)
             one.publication, one.report.publication_id = None, ""
             ended += 1
-            _logger.info(
+            one.logger.info(
                 "retracted weight set %s (%s) in %.3f s", one.key.id, reason, time.monotonic() - begun
             )  # fmt: skip
         one.report.not_published = f"retracted: {reason}"
@@ -91,8 +90,8 @@ def republish() -> int:
 
 
 def _tensors(one: PublishedModel) -> dict[str, torch.Tensor]:
-    from weight_broker.integrations.vllm.stage import processed_tensors
-    from weight_broker.integrations.vllm.tensors import weight_tensors
+    from weight_broker.integrations.engine.stage import processed_tensors
+    from weight_broker.integrations.engine.tensors import weight_tensors
     from weight_broker.key import Stage
 
     model = one.model()
@@ -102,7 +101,7 @@ def _tensors(one: PublishedModel) -> dict[str, torch.Tensor]:
 
 
 def _contents(one: PublishedModel) -> dict[str, int]:
-    from weight_broker.integrations.vllm.completeness import content_digests
+    from weight_broker.integrations.engine.completeness import content_digests
 
     return content_digests(_tensors(one))
 
@@ -112,15 +111,15 @@ def _republish(one: PublishedModel) -> int:
     try:
         if len(tensors) < len(one.names) or _contents(one) != one.asleep:
             one.report.not_published = "after the sleep the weights are not what they were before it"
-            _logger.warning("weight set %s is not published again: %s", one.key.id, one.report.not_published)
+            one.logger.warning("weight set %s is not published again: %s", one.key.id, one.report.not_published)
             return 0
         one.publication = one.client.publish(one.key, tensors, group=one.group)
     except (BrokerError, OSError, MemoryError) as error:
         one.report.not_published = f"publishing failed: {error}"
-        _logger.warning("weight set %s is not published again: %s", one.key.id, error)
+        one.logger.warning("weight set %s is not published again: %s", one.key.id, error)
         return 0
     one.asleep, one.report.not_published, one.report.publication_id = None, "", one.publication.id
-    _logger.info("published weight set %s again as %s", one.key.id, one.publication.id)
+    one.logger.info("published weight set %s again as %s", one.key.id, one.publication.id)
     return 1
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 MAX_DEPTH = 3
-_ENGINES = ("vllm", "vllm_ascend")
+_ENGINES = ("vllm", "vllm_ascend", "sglang")
 _NOT_WEIGHTS = ("kv_cache",)
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -105,7 +105,8 @@ def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple
 def _is_engines(value: object) -> bool:
     """An object of the engine's with attributes, that is not a configuration."""
     package, _, rest = type(value).__module__.partition(".")
-    return package in _ENGINES and not rest.startswith(("config", "transformers_utils")) and hasattr(value, "__dict__")
+    is_configuration = rest.removeprefix("srt.").startswith(("config", "transformers_utils", "server_args"))
+    return package in _ENGINES and not is_configuration and hasattr(value, "__dict__")
 
 
 def _join(prefix: str, name: str) -> str:

@@ -50,8 +50,8 @@ class Options:
     checkpoint_digest: str = "sampled"
     """How much of the checkpoint its digest covers: both ends of every tensor, or (`full`) every byte."""
     engine_version: str = "compatible"
-    """Which versions of vLLM may share weights: those that are known to lay them out alike, those with the same minor
-    version, or only exactly the same one."""
+    """Which versions of the engine may share weights: those that are known to lay them out alike, those with the same
+    minor version, or only exactly the same one."""
     fallback_load_format: str = "auto"
     """The load format that reads from disk."""
     fallback_extra_config: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,20 @@
+"""Mixtures of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+
+
+def has_experts(model_config: Any) -> bool:
+    """Whether the model is a mixture of experts, by its engine's configuration of it."""
+    known = getattr(model_config, "is_moe", None)
+    if isinstance(known, bool):
+        return known
+    config = getattr(model_config, "hf_text_config", model_config.hf_config)
+    for name in _COUNTS:
+        count = getattr(config, name, 0)
+        if max(count) if isinstance(count, list | tuple) and count else count:
+            return True
+    return False

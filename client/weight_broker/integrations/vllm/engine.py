@@ -1,0 +1,70 @@
+"""vLLM, as a load sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from weight_broker.integrations.engine.engine import Engine, NotServable
+from weight_broker.integrations.engine.options import Options
+from weight_broker.integrations.vllm import hooks
+from weight_broker.integrations.vllm.key import checkpoint_directory, platform_name, runtime_key, weight_set_key
+from weight_broker.integrations.vllm.ranks import engine_ranks
+from weight_broker.key import WeightSetKey
+
+SHARED_AS_PROCESSED: Mapping[str, frozenset[str]] = {
+    "cpu": frozenset({"UnquantizedFusedMoEMethod"}),  # tests/e2e/vllm/test_vllm_answers.py, mixture-of-experts
+}
+"""Classes of quantization methods, by platform."""
+
+
+class VllmEngine(Engine):
+    """One model of one worker."""
+
+    logger = logging.getLogger("vllm.weight_broker")
+
+    def __init__(self, disk_loader: Any, vllm_config: Any, model_config: Any, load_config: Any) -> None:
+        self.model = str(model_config.model)
+        self.platform = platform_name()
+        self.shared_as_processed = SHARED_AS_PROCESSED.get(self.platform, frozenset())
+        self._disk_loader = disk_loader
+        self._vllm_config = vllm_config
+        self._model_config = model_config
+        self._load_config = load_config
+
+    def make_key(self, options: Options) -> WeightSetKey:
+        """See `Engine`."""
+        directory = checkpoint_directory(self._model_config, self._load_config)
+        if directory is None:
+            self._disk_loader.download_model(self._model_config)
+            directory = checkpoint_directory(self._model_config, self._load_config)
+        if directory is None:
+            raise NotServable("its checkpoint is not on this machine")
+        return weight_set_key(self._vllm_config, self._model_config, options, directory)
+
+    def runtime_key(self, key: WeightSetKey) -> WeightSetKey:
+        """See `Engine`."""
+        return runtime_key(key, self._vllm_config)
+
+    def ranks(self, key: WeightSetKey) -> tuple[str, int, int] | None:
+        """See `Engine`."""
+        return engine_ranks(self._vllm_config, key.model, str(key.role))
+
+    def load_weights(self, model: nn.Module) -> None:
+        """See `Engine`."""
+        self._disk_loader.load_weights(model, self._model_config)
+
+    def load_dummy_weights(self, model: nn.Module) -> None:
+        """See `Engine`."""
+        from vllm.model_executor.model_loader import get_model_loader
+
+        config = dataclasses.replace(self._load_config, load_format="dummy", model_loader_extra_config={})
+        get_model_loader(config).load_weights(model, self._model_config)
+
+    def watch(self, model: nn.Module) -> None:
+        """See `Engine`."""
+        hooks.install(model)

@@ -1,0 +1,184 @@
+"""A model that SGLang's loader has filled through the broker holds what one that it has read from disk holds, to the
+last bit, and is offered to others only as long as that is so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.broker_process import BrokerProcess
+from support.sglang_process import RankProcess
+from support.vllm_models import write_qwen2
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+Start = Callable[..., list[RankProcess]]
+
+
+def only(result: dict[str, Any]) -> dict[str, Any]:
+    """The report on the one load of a process."""
+    (report,) = result["reports"]
+    assert isinstance(report, dict)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "extra"),
+    [
+        ("untied", 1, {}),
+        ("tied", 1, {}),
+        ("moe", 1, {}),
+        ("untied", 2, {}),
+        ("untied", 1, {"zero_copy": True}),
+    ],
+    ids=["untied", "tied", "mixture-of-experts", "two-ranks", "zero-copy"],
+)
+def test_weights_from_a_peer_are_those_of_the_disk(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path], model: str, ranks: int, extra: dict[str, Any]
+) -> None:
+    from_disk = [rank.result()["digest"] for rank in start_engine(models[model], ranks=ranks, load_format="auto")]
+    first = [rank.result() for rank in start_engine(models[model], ranks=ranks, extra=extra)]
+    assert [only(one)["source"] for one in first] == ["disk"] * ranks
+    assert all(only(one)["publication_id"] for one in first), first
+    second = [rank.result() for rank in start_engine(models[model], ranks=ranks, extra=extra)]
+    assert [only(one)["source"] for one in second] == ["peer"] * ranks, second
+    assert all(only(one)["publication_id"] for one in second), "receivers are sources too"
+    assert [one["digest"] for one in first] == from_disk
+    assert [one["digest"] for one in second] == from_disk
+    assert len({only(one)["weight_set_id"] for one in second}) == ranks
+    if ranks > 1:
+        sources = {only(one)["source_publication_id"] for one in second}
+        groups = {one.load_group.group_id for one in broker.publications() if one.publication_id in sources}
+        assert len(sources) == ranks
+        assert len(groups) == 1, "all ranks from the ranks of one engine"
+
+
+def test_random_weights_are_others(start_engine: Start, models: dict[str, Path]) -> None:
+    """So that the comparison can fail."""
+    digests = [start_engine(models["untied"], load_format=one)[0].result()["digest"] for one in ("auto", "dummy")]
+    assert digests[0] != digests[1]
+
+
+def test_of_four_engines_at_once_one_reads_the_disk(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    engines = [start_engine(models["untied"])[0] for _ in range(4)]
+    results = [engine.result() for engine in engines]
+    assert sorted(only(result)["source"] for result in results) == ["disk", *["peer"] * 3]
+    assert len({result["digest"] for result in results}) == 1
+
+
+def test_half_the_ranks_unservable_sends_all_to_the_disk(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    first = start_engine(models["untied"], ranks=2)
+    digests = [rank.result()["digest"] for rank in first]
+    first[1].do("update")
+    assert len(broker.publications()) == 1
+    second = [rank.result() for rank in start_engine(models["untied"], ranks=2)]
+    assert [only(one)["source"] for one in second] == ["disk"] * 2
+    assert [one["digest"] for one in second] == digests
+
+
+def test_without_a_broker_the_disk_is_read_at_once(start_engine: Start, models: dict[str, Path]) -> None:
+    result = start_engine(models["untied"])[0].result()
+    assert only(result)["source"] == "disk"
+    assert "BrokerUnavailable" in only(result)["acquire_error"]
+    assert only(result)["seconds"]["acquire"] < 30, "a socket that is not there costs no timeout"
+
+
+def test_a_fine_tune_of_the_same_shape_under_the_same_path_is_another_model(
+    broker: BrokerProcess, start_engine: Start, tmp_path: Path
+) -> None:
+    directory = write_qwen2(tmp_path / "model", seed=1)
+    first = start_engine(directory)[0].result()
+    shutil.rmtree(directory)
+    write_qwen2(directory, seed=2)
+    second = start_engine(directory)[0].result()
+    assert only(second)["source"] == "disk"
+    assert second["digest"] != first["digest"]
+    assert second["digest"] == start_engine(directory, load_format="auto")[0].result()["digest"]
+
+
+def test_after_a_transfer_that_broke_off_the_model_is_made_anew(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    first = start_engine(models["untied"])[0].result()
+    (engine,) = start_engine(
+        models["untied"], before="from support.vllm_forced import break_transfers; break_transfers()"
+    )
+    second = engine.result()
+    assert only(second)["source"] == "disk"
+    assert "broken off by a test" in only(second)["acquire_error"]
+    assert "the model is made anew" in engine.log
+    assert second["digest"] == first["digest"]
+
+
+def test_weights_that_post_processing_replaces_are_not_published(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    moving = (
+        "import torch\n"
+        "from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod as M\n"
+        "def moved(self, layer):\n"
+        "    layer.weight = torch.nn.Parameter(layer.weight.data.clone(), requires_grad=False)\n"
+        "M.process_weights_after_loading = moved\n"
+    )
+    result = start_engine(models["untied"], before=moving)[0].result()
+    assert "post-processing moved or replaced" in only(result)["not_published"]
+    assert broker.publications() == []
+
+
+def test_a_release_retracts_and_a_resume_publishes_again(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    (engine,) = start_engine(models["untied"])
+    engine.result()
+    assert "retracted" in only(engine.do("release"))["not_published"]
+    assert broker.publications() == []
+    assert only(engine.do("resume"))["publication_id"]
+    assert len(broker.publications()) == 1
+
+
+def test_weights_that_changed_while_they_were_released_are_not_published_again(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    (engine,) = start_engine(models["untied"])
+    engine.result()
+    engine.do("release")
+    engine.do("scribble")
+    assert "not what they were" in only(engine.do("resume"))["not_published"]
+    assert broker.publications() == []
+
+
+@pytest.mark.parametrize("action", ["update", "load_weights"])
+def test_weights_that_are_to_change_are_retracted_first(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path], action: str
+) -> None:
+    (engine,) = start_engine(models["untied"])
+    engine.result()
+    assert len(broker.publications()) == 1
+    assert "retracted" in only(engine.do(action))["not_published"]
+    assert broker.publications() == []
+
+
+def test_an_unknown_option_is_named_with_those_that_there_are(start_engine: Start, models: dict[str, Path]) -> None:
+    log = start_engine(models["untied"], extra={"time_out": 3})[0].failure()
+    assert "Did you mean timeout?" in log
+    assert "fallback_load_format" in log
+
+
+def test_strict_fails_instead_of_falling_back(start_engine: Start, models: dict[str, Path]) -> None:
+    assert "BrokerUnavailable" in start_engine(models["untied"], extra={"strict": True})[0].failure()
+
+
+def test_a_format_that_makes_models_in_its_own_way_is_loaded_without_the_broker(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    result = start_engine(models["untied"], extra={"fallback_load_format": "dummy"})[0].result()
+    assert "a way of its own" in only(result)["acquire_error"]
+    assert broker.publications() == []
