@@ -40,6 +40,7 @@ class RankProcess:
                 "WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.runtime_directory),
                 "HF_HUB_OFFLINE": "1",
                 "SGLANG_USE_CPU_ENGINE": "1",
+                "SGLANG_NCCL_SO_PATH": "/nonexistent",  # a build of torch for CUDA has it, and it takes no processors
             },
             stdin=subprocess.PIPE,
             stdout=self._log,

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,24 @@ class EngineProcess:
     options: dict[str, Any]
     multiprocessing: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    in_every_process: str = ""
+    """What a test wants to be different in all of its processes."""
+    port: int = 0
+    """Where it serves HTTP, if it is to be vLLM's own server."""
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     _log: Any = None
 
     def start(self) -> EngineProcess:
         """Starts it, in a process group of its own."""
+        tests = Path(__file__).parents[1]
         ranks = int(self.options.get("tensor_parallel_size", 1))
         environment = {
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join(map(str, (tests, tests / "support/every_process"))),
+            "TEST_EVERY_PROCESS": self.in_every_process,
+            "TEST_PLAIN_PROCESSOR": "1",
+            "ONEDNN_MAX_CPU_ISA": "AVX2",
             "WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.runtime_directory),
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -52,7 +62,7 @@ class EngineProcess:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # read when the engine has ended
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "support.vllm_engine", json.dumps(self.options)],
+            self._server() if self.port else [sys.executable, "-m", "support.vllm_engine", json.dumps(self.options)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=self._log,
@@ -60,6 +70,34 @@ class EngineProcess:
             start_new_session=True,
         )
         return self
+
+    def _server(self) -> list[str]:
+        # Not `vllm serve`: that asks for a distribution of the name vllm, and the rebuild for processors has another.
+        module = "vllm.entrypoints.openai.api_server"
+        arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--skip-tokenizer-init", "--enforce-eager"]
+        arguments += ["--dtype", "bfloat16", "--max-model-len", "256", "--max-num-seqs", "4"]
+        for name, value in self.options.items():
+            arguments += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+        return [sys.executable, "-m", module, *arguments]
+
+    def ask(self, path: str, question: dict[str, Any] | None = None, timeout: float = START_SECONDS) -> Any:
+        """Asks the server, once it answers."""
+        assert self.process is not None
+        content = json.dumps(question).encode() if question is not None else None
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", content, headers)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as answer:
+                    text = answer.read()
+                    return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                raise AssertionError(f"{path}: {error}\n{self.log[-6000:]}") from error
+            except OSError:
+                assert self.process.poll() is None, self.log[-6000:]
+                assert time.monotonic() < deadline, self.log[-6000:]
+                time.sleep(0.2)
 
     @property
     def log(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,11 @@ class Layer(nn.Module):
         self.view = self.weight[0]
         self.is_ready = False
         self.empty = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    @functools.cached_property
+    def is_padded(self) -> bool:
+        """Computed when it is first asked for."""
+        return self.weight.shape[1] % 8 != 0
 
 
 def move(layer: Layer) -> None:
@@ -104,4 +110,12 @@ def test_another_view_of_a_weight_may_change_with_it() -> None:
     layer = Layer()
     before = other_state(layer)
     layer.weight.data.fill_(5)
+    assert state_refusal(before, other_state(layer)) == ""
+
+
+def test_what_a_property_remembers_is_no_reason() -> None:
+    layer = Layer()
+    before = other_state(layer)
+    assert layer.is_padded
+    assert "is_padded" in vars(layer)
     assert state_refusal(before, other_state(layer)) == ""

@@ -28,12 +28,19 @@ def start_engine(tmp_path: Path) -> Iterator[Callable[..., EngineProcess]]:
             through_broker: bool = True,
             multiprocessing: bool = False,
             environment: dict[str, str] | None = None,
+            in_every_process: str = "",
+            port: int = 0,
             **options: Any,
         ) -> EngineProcess:
             if through_broker:
                 options = {"load_format": "weight_broker", **options}
             engine = EngineProcess(
-                tmp_path / "run", {"model": str(model), **options}, multiprocessing, environment or {}
+                tmp_path / "run",
+                {"model": str(model), **options},
+                multiprocessing,
+                environment or {},
+                in_every_process,
+                port,
             )
             stack.callback(engine.close)
             return engine.start()

@@ -3,6 +3,7 @@ probabilities, to the last digit."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,24 @@ def test_of_four_engines_at_once_one_reads_the_disk(
     assert sorted(report["source"] for result in results for report in reports(result)) == ["disk", *["peer"] * 3]
     assert len({result["digest"] for result in results}) == 1
     assert len(broker.publications()) == 4
+
+
+def test_the_server_that_the_readme_starts_loads_from_the_one_before(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    question = {"model": str(models["untied"]), "prompt": [1, 2, 3], "max_tokens": 6, "temperature": 0, "logprobs": 3}
+    answers = []
+    for source in ("disk", "peer"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        server = start_engine(models["untied"], port=port)
+        server.ask("/health")
+        (choice,) = server.ask("/v1/completions", {**question, "return_token_ids": True, "detokenize": False})[
+            "choices"
+        ]
+        answers.append((choice["token_ids"], choice["logprobs"]))
+        assert f"from {source}" in server.log
+    assert answers[0] == answers[1]
+    assert len(answers[0][0]) == 6
+    assert len(broker.publications()) == 2

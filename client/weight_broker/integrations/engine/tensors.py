@@ -8,6 +8,7 @@ there, so that every process has them; that loading did not touch them is checke
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -80,9 +81,17 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for prefix, module in model.named_modules():
         if is_computed(module):
             continue
-        for name, value in vars(module).items():
+        for name, value in _kept(module):
             if name not in _OWN and not (name.startswith("_") and name.endswith("_hooks")):
                 yield from _inside(_join(prefix, name), value, seen, 0)
+
+
+def _kept(owner: object) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object, without those that a property has computed and would compute again."""
+    for name, value in vars(owner).items():
+        is_remembered = isinstance(getattr(type(owner), name, None), functools.cached_property)
+        if not (is_remembered and isinstance(value, _PLAIN)):
+            yield name, value
 
 
 def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
@@ -98,7 +107,7 @@ def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple
             yield from _inside(f"{name}.{key}", one, seen, depth + 1)
     elif _is_engines(value) and id(value) not in seen:
         seen.add(id(value))
-        for attribute, one in vars(value).items():
+        for attribute, one in _kept(value):
             yield from _inside(f"{name}.{attribute}", one, seen, depth + 1)
 
 
