@@ -456,7 +456,7 @@ class Driver:
             for region in regions:  # the publication holds them now, and they are closed with it
                 self.regions.withdraw(instance_id, region.region_id)
         except Exception as error:  # noqa: BLE001 - also of a defect the publication must not stay, and it is raised
-            self._carry_out(self.coordinator.mapping_failed(publication))
+            self._carry_out(self.coordinator.mapping_failed(publication, self.clock()))
             return error
         self._carry_out(self.coordinator.mapped(publication, self.clock()))
         return None
@@ -471,7 +471,7 @@ class Driver:
         self._carry_out(self.coordinator.mapped(publication, self.clock()))
 
     def _not_mapped(self, publication: Publication) -> None:
-        self._carry_out(self.coordinator.mapping_failed(publication))
+        self._carry_out(self.coordinator.mapping_failed(publication, self.clock()))
 
     def _region_lost(self, region_id: str, why: str) -> None:
         """A card cannot map a region again after its process was replaced."""

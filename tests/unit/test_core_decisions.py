@@ -33,6 +33,7 @@ from weight_brokerd.core.model import (
     Publication,
     PublicationState,
     TransferPath,
+    WaitReason,
 )
 
 Kind = TypeVar("Kind")
@@ -99,6 +100,48 @@ def test_a_busy_source_is_waited_for_in_order(coordinator: Coordinator) -> None:
     coordinator.acquire(acquisition("three", "c"), 1.0)
     done = coordinator.transfer_succeeded(first.transfer_id, "b", Arrival(8, (), "full"), 2.0)
     assert only(decide.Grant, done).acquisition_id == "two"
+
+
+def registering(coordinator: Coordinator) -> Publication:
+    """As after a restart of the broker: nobody has a lease for it."""
+    return coordinator.publish(Offer(KEY, LAYOUT, "a", "cpu", "", 0, "request-a"), 0.0)[0]
+
+
+@pytest.mark.parametrize("if_absent", [IfAbsent.WAIT, IfAbsent.LOAD])
+def test_a_source_that_is_being_mapped_is_waited_for(coordinator: Coordinator, if_absent: IfAbsent) -> None:
+    publication = registering(coordinator)
+    waiting = only(decide.Wait, coordinator.acquire(acquisition("one", if_absent=if_absent), 1.0))
+    assert waiting.reason is WaitReason.REGISTERING
+    assert only(decide.Grant, coordinator.mapped(publication, 2.0)).transfer.publication is publication
+
+
+def test_a_source_that_is_being_mapped_is_none_yet_for_those_who_will_not_wait(coordinator: Coordinator) -> None:
+    registering(coordinator)
+    refused = failure(coordinator.acquire(acquisition("one", if_absent=IfAbsent.FAIL), 1.0))
+    assert isinstance(refused, WeightsNotFound)
+
+
+def test_a_source_of_another_layout_that_is_being_mapped_is_not_waited_for(coordinator: Coordinator) -> None:
+    coordinator.publish(Offer(KEY, OTHER_LAYOUT, "a", "cpu", "", 0, "request-a"), 0.0)
+    only(decide.ClaimLease, coordinator.acquire(acquisition("one"), 1.0))
+
+
+@pytest.mark.parametrize("end", ["fails", "depart", "evict", "lose", "retract"])
+def test_who_waits_for_a_source_that_is_never_mapped_is_told_to_load(coordinator: Coordinator, end: str) -> None:
+    publication = registering(coordinator)
+    only(decide.Wait, coordinator.acquire(acquisition("one"), 1.0))
+    match end:
+        case "fails":
+            decisions = coordinator.mapping_failed(publication, 2.0)
+        case "depart":
+            decisions = coordinator.depart("a", 2.0)
+        case "evict":
+            decisions = coordinator.evict(publication.publication_id, 2.0)[1]
+        case "lose":
+            decisions = coordinator.lose(publication.publication_id, "test", 2.0)
+        case _:
+            decisions = coordinator.retract("a", publication.publication_id, 2.0)[1]
+    assert only(decide.ClaimLease, decisions).instance_id == "b"
 
 
 @pytest.mark.parametrize("end", ["depart", "evict", "quarantine", "retract"])

@@ -251,7 +251,7 @@ class Core(RuleBasedStateMachine):
             if works:
                 self.carry_out(self.coordinator.mapped(publication, self.now))
             else:
-                self.carry_out(self.coordinator.mapping_failed(publication))
+                self.carry_out(self.coordinator.mapping_failed(publication, self.now))
 
     @rule(publication_id=publications)
     def lose(self, publication_id: str) -> None:
@@ -382,8 +382,10 @@ class Core(RuleBasedStateMachine):
             loads = [one for one in record.waiting.values() if one.if_absent is IfAbsent.LOAD]
             busy = any(
                 publication.device_kind in {one.device_kind for one in loads}
-                and publication.state is PublicationState.RESIDENT
-                and len(publication.readers) == publication.reader_limit
+                and (
+                    publication.state is PublicationState.REGISTERING
+                    or len(publication.readers) == publication.reader_limit
+                )
                 for publication in self.coordinator.registry.of_weight_set(record.key.id)
             )
             if loads and not busy:

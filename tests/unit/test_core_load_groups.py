@@ -53,12 +53,20 @@ class Scene:
             self.core.attach(Instance(f"{engine}{member}", f"{engine}{member}", 1, 0, 0, 0.0))
 
     def publish(
-        self, engine: str, member: int, *, layout: Layout = LAYOUT, token: int = 0, group: str = ""
+        self,
+        engine: str,
+        member: int,
+        *,
+        layout: Layout = LAYOUT,
+        token: int = 0,
+        group: str = "",
+        is_mapped: bool = True,
     ) -> Publication:
         rank = RankOfGroup(group or engine, member, 2)
         offer = Offer(key(member), layout, f"{engine}{member}", "cpu", "", token, f"{engine}{member}-{self.now}", rank)
         publication, _ = self.core.publish(offer, self.now)
-        self.follow(self.core.mapped(publication, self.now))
+        if is_mapped:
+            self.follow(self.core.mapped(publication, self.now))
         return publication
 
     def publish_all(self, engine: str) -> list[Publication]:
@@ -248,6 +256,22 @@ def test_busy_sources_are_waited_for_together() -> None:
     assert scene.last("c0").reason is WaitReason.SOURCES_BUSY
     scene.succeed("b1")
     assert all(isinstance(scene.last(f"c{member}"), decide.Grant) for member in range(2))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_an_engine_whose_last_rank_is_being_mapped_is_waited_for(scene: Scene, works: bool) -> None:
+    scene.attach("a")
+    scene.publish("a", 0)
+    coming = scene.publish("a", 1, is_mapped=False)
+    scene.ask("b")
+    assert [scene.last(f"b{member}").reason for member in range(2)] == [WaitReason.REGISTERING] * 2
+    if works:
+        scene.follow(scene.core.mapped(coming, scene.now))
+    else:
+        scene.follow(scene.core.mapping_failed(coming, scene.now))
+    assert all(
+        isinstance(scene.last(f"b{member}"), decide.Grant if works else decide.TellColdLoad) for member in (0, 1)
+    )
 
 
 def test_who_will_not_load_is_told_that_nobody_holds_them(scene: Scene) -> None:

@@ -36,6 +36,7 @@ _WAIT_REASONS = {
     WaitReason.COLD_LOAD: pb.Waiting.REASON_COLD_LOAD,
     WaitReason.SOURCES_BUSY: pb.Waiting.REASON_SOURCES_BUSY,
     WaitReason.LOAD_GROUP: pb.Waiting.REASON_LOAD_GROUP,
+    WaitReason.REGISTERING: pb.Waiting.REASON_REGISTERING,
 }
 
 

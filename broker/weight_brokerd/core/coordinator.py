@@ -164,10 +164,10 @@ class Coordinator:
             decisions.append(ReleaseLease(lease))
         return decisions + self._serve(record, now)
 
-    def mapping_failed(self, publication: Publication) -> Decisions:
+    def mapping_failed(self, publication: Publication, now: float) -> Decisions:
         """The publication's memory cannot be mapped: it never was."""
         if publication.state is PublicationState.REGISTERING:
-            return self._end_publication(publication)
+            return self._end_publication(publication) + self._serve_id(publication.weight_set_id, now)
         return []
 
     def retract(self, instance_id: str, publication_id: str, now: float) -> tuple[Publication, Decisions]:
@@ -179,7 +179,7 @@ class Coordinator:
                 metadata={"publication_id": publication_id},
             )
         if publication.state is PublicationState.REGISTERING or not publication.readers:
-            return publication, self._end_publication(publication)
+            return publication, self._end_publication(publication) + self._serve_id(publication.weight_set_id, now)
         if publication.state is not PublicationState.RETRACTING:
             self.registry.move(publication, PublicationState.RETRACTING)
         return publication, self._left(publication, now)
@@ -435,6 +435,9 @@ class Coordinator:
     def _without_source(self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection) -> Decisions:
         if selection.has(Refusal.BUSY) and not self.draining:  # else its source failed while the broker drains
             return self._wait(acquisition, WaitReason.SOURCES_BUSY, None)
+        is_patient = acquisition.if_absent is not IfAbsent.FAIL and not self.draining
+        if is_patient and selection.is_coming and record.lease is None:
+            return self._wait(acquisition, WaitReason.REGISTERING, None)
         refused = self._refusal(record, acquisition, selection)
         if refused is not None:
             return self._fail(acquisition, refused)

@@ -174,6 +174,8 @@ class LoadGroups:
                 return self._core._fail(acquisition, refused)
         lease = next((record.lease for record in records if record.lease is not None), None)
         wanted = {one.if_absent for one in members}
+        if lease is None and IfAbsent.FAIL not in wanted and self._are_coming(members):
+            return self._wait(group, WaitReason.REGISTERING, None)
         tried = any(one.failed_sources for one in members)
         if lease is not None and IfAbsent.FAIL not in wanted and (wanted == {IfAbsent.LOAD} or not tried):
             return self._wait(group, WaitReason.COLD_LOAD, lease)
@@ -208,6 +210,15 @@ class LoadGroups:
                 }
             )
         return min(found, key=_busyness, default=None), refused
+
+    def _are_coming(self, members: Sequence[Acquisition]) -> bool:
+        """Whether an engine has for every rank a source that is there or being mapped, and not there for all."""
+        engines = {one.group_id for one in self._core.registry.of_weight_set(members[0].key.id) if one.group_id}
+        for engine in engines:
+            selections = [self._selection(one, engine) for one in members]
+            if all(one.chosen is not None or one.is_coming for one in selections):
+                return True
+        return False
 
     def _selection(self, acquisition: Acquisition, engine: str | None) -> Selection:
         publications = self._core.registry.of_weight_set(acquisition.key.id)

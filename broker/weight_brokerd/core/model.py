@@ -79,6 +79,7 @@ class WaitReason(enum.StrEnum):
     COLD_LOAD = "cold_load"
     SOURCES_BUSY = "sources_busy"
     LOAD_GROUP = "load_group"
+    REGISTERING = "registering"
 
 
 @dataclass(slots=True)

@@ -29,6 +29,8 @@ class Candidate:
     publication: Publication
     refusal: Refusal | None = None
     detail: str = ""
+    is_coming: bool = False
+    """Whether it is being mapped, and would do once it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,11 @@ class Selection:
         """True if a candidate was refused for this reason."""
         return any(candidate.refusal is refusal for candidate in self.candidates)
 
+    @property
+    def is_coming(self) -> bool:
+        """True if a source that would do is being mapped."""
+        return any(candidate.is_coming for candidate in self.candidates)
+
 
 def select(publications: Iterable[Publication], receiver: Receiver) -> Selection:
     """Judges every publication and chooses: same device, then same host, then the one with the fewest readers, then
@@ -73,7 +80,11 @@ def _judge(publication: Publication, receiver: Receiver) -> Candidate:
     if publication.state is PublicationState.QUARANTINED:
         return Candidate(publication, Refusal.QUARANTINED, publication.quarantine_reason)
     if publication.state is not PublicationState.RESIDENT:
-        return Candidate(publication, Refusal.NOT_RESIDENT, f"it is {publication.state}")
+        fits = publication.device_kind == receiver.device_kind and (
+            receiver.layout is None or publication.layout.fingerprint == receiver.layout.fingerprint
+        )
+        is_coming = fits and publication.state is PublicationState.REGISTERING
+        return Candidate(publication, Refusal.NOT_RESIDENT, f"it is {publication.state}", is_coming)
     if publication.publication_id in receiver.failed_sources:
         return Candidate(publication, Refusal.ALREADY_FAILED, receiver.failed_sources[publication.publication_id])
     if publication.device_kind != receiver.device_kind:

@@ -161,6 +161,8 @@ class Waiting(google.protobuf.message.Message):
         """Every source has as many readers as it may have."""
         REASON_LOAD_GROUP: Waiting._Reason.ValueType  # 3
         """Other ranks of the engine have not asked yet, or do not have every byte yet."""
+        REASON_REGISTERING: Waiting._Reason.ValueType  # 4
+        """A source is being mapped: its instance publishes it now, or again after the broker was restarted."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """Why an acquisition waits."""
@@ -173,6 +175,8 @@ class Waiting(google.protobuf.message.Message):
     """Every source has as many readers as it may have."""
     REASON_LOAD_GROUP: Waiting.Reason.ValueType  # 3
     """Other ranks of the engine have not asked yet, or do not have every byte yet."""
+    REASON_REGISTERING: Waiting.Reason.ValueType  # 4
+    """A source is being mapped: its instance publishes it now, or again after the broker was restarted."""
 
     REASON_FIELD_NUMBER: builtins.int
     COLD_LOAD_LEASE_FIELD_NUMBER: builtins.int
