@@ -40,6 +40,9 @@ _SIGNS_OF_LIFE_PER_WATCHDOG = 2
 _GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", MAXIMUM_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAXIMUM_MESSAGE_BYTES),
+    # Calls may wait for minutes without a message, and their callers ping meanwhile: no reason to hang up.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
 )
 
 log = structlog.get_logger("weight_brokerd.app")

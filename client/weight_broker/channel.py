@@ -35,6 +35,11 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
+    # A broker that hangs answers no ping of HTTP/2, whatever a call waits for. Pings only run while one does.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # Streams are read by the calling thread, not by one of gRPC's own: faster, and nothing to lose in a fork.
     (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 )

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +209,38 @@ def test_a_frozen_broker_costs_a_bounded_time(broker: BrokerProcess, start_insta
     finally:
         os.kill(broker.pid, signal.SIGCONT)
     assert (source, checksum) == ("disk", actions.expected(1))
+
+
+def _wait_for_a_lease(broker: BrokerProcess, loader: InstanceProcess, waiting: InstanceProcess) -> None:
+    for instance in (loader, waiting):
+        instance.call(actions.prepare)
+    loader.call(actions.take_lease, "model")
+    waiting.begin(actions.acquire_or_load, "model", 1, timeout=170.0)
+    eventually(lambda: broker.host().waiting_acquisition_count == 1, within=10)
+
+
+@pytest.mark.slow
+def test_a_broker_that_freezes_in_a_call_costs_less_than_the_whole_timeout(
+    broker: BrokerProcess, start_instance: Start
+) -> None:
+    loader, waiting = start_instance("loader"), start_instance("waiting")
+    _wait_for_a_lease(broker, loader, waiting)
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        source, checksum, _ = waiting.result(75.0)
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+    assert (source, checksum) == ("disk", actions.expected(1))
+
+
+@pytest.mark.slow
+def test_a_call_may_wait_for_longer_than_pings_take(broker: BrokerProcess, start_instance: Start) -> None:
+    loader, waiting = start_instance("loader"), start_instance("waiting")
+    _wait_for_a_lease(broker, loader, waiting)
+    time.sleep(75)
+    loader.call(actions.publish, "model", 1)
+    source, checksum, _ = waiting.result(30.0)
+    assert (source, checksum) == ("peer", actions.expected(1))
 
 
 def test_the_runtime_directory_of_a_killed_broker_can_be_used_again(
