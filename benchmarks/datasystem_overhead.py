@@ -54,7 +54,7 @@ def run(options: Options) -> list[Row]:
     """See the module."""
     size_bytes = -(-options.size_bytes // acl.CHUNK) * acl.CHUNK
     with contextlib.ExitStack() as stack:
-        worker = DatasystemWorker()
+        worker = DatasystemWorker(client_dead_timeout_s=120)
         stack.callback(worker.close)
         worker.start()
         host = stack.enter_context(CannHost(card_bytes=4 * size_bytes + (1 << 30)))
@@ -117,7 +117,10 @@ async def _whole_transfers(
     ratio = seconds["broker"].ratio_to(seconds["plain"])
     moved = sum(length for _, length in spans)
     what = f"{size(moved)} as {len(spans)} {'tensor' if len(spans) == 1 else 'tensors'}"
-    conditions = "reserve, fetch and withdraw; the source registered, the destination mapped and unmapped each time"
+    conditions = (
+        "reserve, fetch and withdraw; the source registered, the destination mapped and unmapped each time; "
+        "the worker, which has a busy loop for each client, kept on one processor"
+    )
     return [
         Row(
             f"transfer through the card processes, {what}",

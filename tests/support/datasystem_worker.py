@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -56,9 +56,18 @@ class DatasystemWorker:
     """One worker. Its files are in a short directory of its own, because it has sockets there."""
 
     def __init__(
-        self, *, shared_memory_mb: int = 512, client_dead_timeout_s: int = 5, etcd: str = "", **flags: str
+        self,
+        *,
+        shared_memory_mb: int = 512,
+        client_dead_timeout_s: int = 5,
+        etcd: str = "",
+        is_confined: bool = True,
+        **flags: str,
     ) -> None:
-        """`etcd`: the address of one that makes a cluster of its workers; otherwise the worker is its own metastore."""
+        """`etcd`: the address of one that makes a cluster of its workers; otherwise the worker is its own metastore.
+        `is_confined`: to one processor, because it has a busy loop for each device client: on two processors nobody
+        else would get on, and clients would be taken for dead."""
+        self._is_confined = is_confined
         self.directory = Path(tempfile.mkdtemp(prefix="ds-"))
         self.port, self.metastore_port = free_ports(2)
         own_metastore = {
@@ -96,6 +105,11 @@ class DatasystemWorker:
         found = re.search(r"success, PID: (\d+)", started.stdout)
         assert found, f"dscli start ended with {started.returncode}:\n{started.stdout}\n{self._logs()}"
         self.pid = int(found[1])
+        if self._is_confined:
+            last = {max(os.sched_getaffinity(0))}
+            for thread in Path(f"/proc/{self.pid}/task").iterdir():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(thread.name), last)
         return self
 
     def kill(self) -> None:

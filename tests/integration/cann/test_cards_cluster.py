@@ -27,7 +27,7 @@ def workers() -> Iterator[list[DatasystemWorker]]:
         etcd.wait()
         found = []
         for _ in range(2):
-            found.append(DatasystemWorker(etcd=etcd.address))
+            found.append(DatasystemWorker(etcd=etcd.address, is_confined=False))
             stack.callback(found[-1].close)
             found[-1].start()
         yield found
