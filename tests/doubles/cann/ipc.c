@@ -3,7 +3,12 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23   /* Linux 5.14 */
+#endif
 
 int segment_allow(struct segment *segment, const int32_t *pids, size_t number)
 {
@@ -110,6 +115,7 @@ static int import_segment(struct segment *segment, int card, void **address)
         close(descriptor);
         return code;
     }
+    madvise(range->alias, segment->bytes, MADV_POPULATE_WRITE);   /* all at once, as a driver does; only faster than later */
     *address = range->base;
     count(COUNT_IMPORTS, 1);
     return ACL_SUCCESS;
