@@ -101,7 +101,7 @@ class _Child:
         try:
             answer = work.do(message)  # type: ignore[arg-type]  # what is no request is refused there
         except (DriverError, EngineError, NotPossible) as error:
-            answer = messages.Refusal(str(error))
+            answer = messages.Refusal(str(error), by_engine=isinstance(error, EngineError))
         except BaseException as error:  # noqa: BLE001 - a defect: the daemon is to hear of it rather than to wait
             answer = messages.Refusal(f"a defect in the card process: {error!r}", started=True)
         self._connection.answer(number, answer)

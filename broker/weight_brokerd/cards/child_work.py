@@ -14,6 +14,7 @@ from weight_brokerd.cards.child_copying import Clock, CopyingWork
 from weight_brokerd.cards.child_engine import Engine, EngineError
 from weight_brokerd.cards.child_memory import CardMemory, NotPossible, Staging
 from weight_brokerd.cards.messages import Role
+from weight_brokerd.cards.presence import Presence
 
 FORGET_AFTER_SECONDS = 0.5
 """A reader becomes a replica by an acknowledgement that arrives after its fetch has returned. Deleting sooner would
@@ -40,6 +41,7 @@ class Work(CopyingWork):
         self._fetched: list[tuple[float, str]] = []
         self._peers: set[str] = set()
         self._wake = threading.Condition()
+        self._presence = Presence()
         if role is Role.RECEIVER:
             threading.Thread(target=self._forget_fetched, name="forget", daemon=True).start()
 
@@ -56,7 +58,9 @@ class Work(CopyingWork):
                 return self._fetch(request)
             case messages.CopyWithinCard() if self._role is Role.RECEIVER:
                 return super().do(request)
-            case messages.ImportRegion() | messages.CloseRegion() | messages.Ping() | messages.AskFigures():
+            case messages.Ping():
+                self._check_presence()
+            case messages.ImportRegion() | messages.CloseRegion() | messages.AskFigures():
                 return super().do(request)
             case _:
                 raise NotPossible(f"a {self._role} does not do {type(request).__name__}")
@@ -74,6 +78,7 @@ class Work(CopyingWork):
     def _offer(self, request: messages.Offer) -> messages.Done:
         if request.key in self._offers:
             raise NotPossible(f"key {request.key!r} was used before")
+        self._check_presence()
         clock = Clock()
         spans = self._memory.resolve(request.blobs)
         with self._memory.staging_undone_on_error() as staging:
@@ -85,6 +90,12 @@ class Work(CopyingWork):
         self._peers.add(request.peer)
         clock.stop("dev_mset")
         return messages.Done(clock.seconds)
+
+    def _check_presence(self) -> None:
+        if self._presence.away:
+            raise EngineError(
+                f"this process did not run for {self._presence.away:.1f} s: the worker may have taken it for dead"
+            )
 
     def _withdraw(self, key: str, wait_ms: int) -> messages.Done:
         clock = Clock()

@@ -19,6 +19,11 @@ class CardRefused(CardError):
     """The driver or the engine refused; the card goes on serving."""
 
 
+class EngineRefused(CardRefused):
+    """The engine refused, for example because the worker had taken its client for dead. A fresh process may fare
+    better."""
+
+
 class ImportRefused(CardRefused):
     """The driver does not let the card's process import a region. Its owner may copy it through a bucket instead."""
 

@@ -116,7 +116,7 @@ class CopyWithinCard:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Answer: Done."""
+    """Answer: Done; refused by the engine if the process had better be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +168,8 @@ class Refusal:
     words: str
     started: bool = False
     """The engine has begun: bytes may have been written, and may go on being written."""
+    by_engine: bool = False
+    """It is the engine that refused, not the driver and not this process."""
 
 
 Request = (

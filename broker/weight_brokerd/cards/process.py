@@ -10,7 +10,7 @@ import structlog
 
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.configuration import CardsConfiguration
-from weight_brokerd.cards.errors import CardLost, CardRefused, CardUnavailable
+from weight_brokerd.cards.errors import CardLost, CardRefused, CardUnavailable, EngineRefused
 from weight_brokerd.cards.messages import Role
 from weight_brokerd.cards.tasks import uninterrupted
 from weight_brokerd.children.process import ChildProcess, spawn
@@ -84,7 +84,9 @@ class CardProcess(ChildProcess[messages.Message]):
         answered.close()
         received = answered.message
         if isinstance(received, messages.Refusal):
-            raise (EngineFailed if received.started else CardRefused)(received.words)
+            if received.started:
+                raise EngineFailed(received.words)
+            raise (EngineRefused if received.by_engine else CardRefused)(received.words)
         if not isinstance(received, answer):
             raise CardLost(f"{self.name} answers {received!r}")
         return received

@@ -30,6 +30,8 @@ T = TypeVar("T")
 Reserve = Callable[[], Coroutine[Any, Any, object]]
 """Has the key of a fetch offered at its source. It is cancelled if the memory cannot be mapped."""
 
+PING_SECONDS = 2.0
+"""For a receiver that waited to say that it can go on."""
 _HELD = "the driver does not let go of the memory"
 
 
@@ -129,9 +131,21 @@ class ReceiverSide:
         while self._idle:
             child, timer = self._idle.popitem()  # the one that was used last
             timer.cancel()
-            if not (child.is_killed or child.has_ended):
+            if not (child.is_killed or child.has_ended) and await self._is_well(child):
                 return child
         return await self._start()
+
+    async def _is_well(self, child: CardProcess) -> bool:
+        """Whether a receiver that waited for long can go on; ends it if not."""
+        try:
+            await child.ask(messages.Ping(), PING_SECONDS)
+        except BaseException as error:
+            self._background.spawn(child.kill())
+            if not isinstance(error, (TimeoutError, CardRefused, CardLost)):
+                raise
+            log.info("receiver_replaced", device=self._device.identity, pid=child.pid, error=str(error))
+            return False
+        return True
 
     async def _start(self) -> CardProcess:
         try:

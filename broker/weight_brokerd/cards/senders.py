@@ -15,7 +15,14 @@ import structlog
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.blobs import BlobList
 from weight_brokerd.cards.configuration import CardsConfiguration
-from weight_brokerd.cards.errors import CardError, CardLost, CardRefused, CardTimeout, CardUnavailable
+from weight_brokerd.cards.errors import (
+    CardError,
+    CardLost,
+    CardRefused,
+    CardTimeout,
+    CardUnavailable,
+    EngineRefused,
+)
 from weight_brokerd.cards.hooks import Hooks
 from weight_brokerd.cards.messages import ImportRegion, Role
 from weight_brokerd.cards.probe import Device
@@ -163,6 +170,13 @@ class SenderSide:
 
     async def offer(self, key: str, blobs: BlobList, peer: str) -> messages.Done:
         """Lets one reader have the blobs. Raises CardRefused, CardUnavailable, CardLost, CardTimeout."""
+        try:
+            return await self._offer(key, blobs, peer)
+        except EngineRefused as error:  # nobody has asked for the key yet
+            log.warning("offer_refused_by_engine", device=self._device.identity, key=key, error=str(error))
+            return await self._offer(key, blobs, peer)
+
+    async def _offer(self, key: str, blobs: BlobList, peer: str) -> messages.Done:
         if not self._worker.is_there:
             raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
         sender = next((one for one in self._all() if one.buckets.intersection(blobs.region_ids)), None)
@@ -178,6 +192,10 @@ class SenderSide:
             self._forget(sender, key)
             self._retire(sender)
             raise CardTimeout(f"the sender of card {self._device.identity} does not answer; it is replaced") from None
+        except EngineRefused:
+            self._forget(sender, key)
+            self._retire(sender)
+            raise
         except (CardRefused, CardLost):
             self._forget(sender, key)
             raise

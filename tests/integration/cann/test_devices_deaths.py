@@ -165,6 +165,21 @@ def test_a_killed_broker_leaves_nobody_sure_of_the_memory_and_a_new_one_has_the_
     assert other.call(instance.digest, "model") == first.call(instance.digest, "model")
 
 
+@pytest.mark.parametrize("role", ["sender", "receiver"])
+def test_a_card_process_that_the_worker_took_for_dead_is_replaced(scene: Scene, role: str) -> None:
+    """As after a host has slept or swapped: the engine's client looks as before, but the other end has forgotten it."""
+    first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
+    scene.warm_up(receiver)
+    found = cards(scene.broker)
+    pid = found["npu:0"].sender_pid if role == "sender" else found["npu:1"].receiver_pids[0]
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(9)  # the worker waits for 5 s
+    os.kill(pid, signal.SIGCONT)
+    outcome = receiver.call(instance.acquire, "model")
+    assert (outcome.error, outcome.source) == ("", "first")
+    assert receiver.call(instance.digest, "model") == first.call(instance.digest, "model")
+
+
 def test_a_retraction_waits_for_its_reader_and_then_the_memory_can_be_freed(scene: Scene) -> None:
     """H3: the engine does not count readers. The double's driver refuses to free what is mapped elsewhere."""
     first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
