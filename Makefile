@@ -85,7 +85,7 @@ $(VLLM_STAMP): pyproject.toml
 	@$(VLLM_VENV)/bin/pip install --quiet --editable '.[broker,cli]' pytest pytest-timeout hypothesis
 	@touch $@
 
-test-vllm: $(VLLM_STAMP)  ## run the tests on real vLLM (an hour or more on two cores)
+test-vllm: $(VLLM_STAMP)  ## run the tests on real vLLM (15 minutes to an hour on two cores)
 	$(VLLM_VENV)/bin/pytest tests/e2e/vllm $(PYTEST_ARGUMENTS)
 
 # SGLang's loaders on a processor, without its kernels (with the torch it needs, 8 GB), in an environment of its own.
