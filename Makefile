@@ -103,7 +103,7 @@ $(SGLANG_STAMP): pyproject.toml tests/e2e/sglang/requirements.txt
 	@$(SGLANG_VENV)/bin/pip install --quiet --editable '.[broker,cli]' pytest pytest-timeout hypothesis
 	@touch $@
 
-test-sglang: $(SGLANG_STAMP)  ## run the tests on SGLang's real loaders (10 minutes on two cores)
+test-sglang: $(SGLANG_STAMP)  ## run the tests on SGLang's real loaders (5 minutes on two cores)
 	$(SGLANG_VENV)/bin/pytest tests/e2e/sglang $(PYTEST_ARGUMENTS)
 
 lint: $(STAMP)  ## ruff, buf lint and the breaking-change check
