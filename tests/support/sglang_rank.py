@@ -64,17 +64,16 @@ def _do(action: str, model: Any) -> None:
     import torch
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 
-    # The engine's own methods, entered and left before they touch what a scheduler would have.
+    module: Any = torch
+    module.get_device_module = lambda *_device: torch.cpu  # a build for CUDA would look for a GPU
     manager: Any = SchedulerWeightUpdaterManager
     request = types.SimpleNamespace(tags=["weights"])
     match action:
         case "release":
-            _until_it_needs_a_scheduler(lambda: manager.release_memory_occupation(None, request))
+            manager.release_memory_occupation(_scheduler_of(model), request)
         case "resume":
-            from weight_broker.integrations.sglang import republish
-
-            republish()
-        case "update":
+            manager.resume_memory_occupation(_scheduler_of(model), request)
+        case "update":  # left before it touches what a scheduler would have
             _until_it_needs_a_scheduler(lambda: manager.update_weights_from_disk(None, request))
         case "load_weights":
             model.load_weights([])
@@ -83,6 +82,24 @@ def _do(action: str, model: Any) -> None:
                 next(model.parameters()).view(-1)[0] += 1
         case _:
             raise ValueError(action)
+
+
+def _scheduler_of(model: Any) -> Any:
+    """What the engine's own methods for releasing memory ask of a scheduler whose memory saver is off."""
+    if model not in _schedulers:
+        _schedulers[model] = types.SimpleNamespace(
+            scheduler=None,
+            is_fully_idle=lambda **_options: True,
+            offload_tags=set(),
+            memory_saver_adapter=types.SimpleNamespace(pause=lambda _tag: None, resume=lambda _tag: None),
+            tp_worker=types.SimpleNamespace(model_runner=types.SimpleNamespace(model=model)),
+            tp_cpu_group=None,
+            _assert_weight_cache_inactive=lambda _operation: None,
+        )
+    return _schedulers[model]
+
+
+_schedulers: dict[Any, Any] = {}
 
 
 def _until_it_needs_a_scheduler(call: Any) -> None:

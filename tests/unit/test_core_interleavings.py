@@ -384,7 +384,10 @@ class Core(RuleBasedStateMachine):
                 publication.device_kind in {one.device_kind for one in loads}
                 and (
                     publication.state is PublicationState.REGISTERING
-                    or len(publication.readers) == publication.reader_limit
+                    or (
+                        publication.state is PublicationState.RESIDENT
+                        and len(publication.readers) == publication.reader_limit
+                    )
                 )
                 for publication in self.coordinator.registry.of_weight_set(record.key.id)
             )

@@ -20,8 +20,8 @@ class CardRefused(CardError):
 
 
 class EngineRefused(CardRefused):
-    """The engine refused, for example because the worker had taken its client for dead. A fresh process may fare
-    better."""
+    """The engine refused, or cannot be relied on because the worker may have taken its client for dead. A fresh process
+    may fare better."""
 
 
 class ImportRefused(CardRefused):

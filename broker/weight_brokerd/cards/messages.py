@@ -116,7 +116,7 @@ class CopyWithinCard:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Answer: Done; refused by the engine if the process had better be replaced."""
+    """Answer: Done, or Refusal `by_engine` if the process had better be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class Refusal:
     started: bool = False
     """The engine has begun: bytes may have been written, and may go on being written."""
     by_engine: bool = False
-    """It is the engine that refused, not the driver and not this process."""
+    """The engine refused, or cannot be relied on any more: a fresh process may fare better."""
 
 
 Request = (
