@@ -29,7 +29,7 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml hatch_build.py client/native/streaming_copy.c
 	@echo "== creating $(VENV) (about 1 GB, once)"
 	@$(FIND_PYTHON); "$$found" -m venv $(VENV)
 	@$(RUN)pip install --quiet --upgrade pip

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -21,6 +22,8 @@ SOURCES = {"weight_broker": REPOSITORY / "client", "weight_brokerd": REPOSITORY 
 
 BASE_INSTALLATION = ("grpcio", "protobuf", "typing-extensions")
 """The two base dependencies, and what grpcio itself depends on."""
+
+COMPILED = "weight_broker/memory/streaming_copy.so.1"
 
 IMPORT_THE_CLIENT = """
 import importlib, pkgutil, sys
@@ -44,8 +47,8 @@ print(sorted({"grpc", "google.protobuf", "asyncio", "threading"} & sys.modules.k
 """
 
 
-def run(*command: str | Path, path: Path | None = None) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(*command: str | Path, path: Path | None = None, compiler: str = "cc") -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CC": compiler}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
     result = subprocess.run(
@@ -57,7 +60,11 @@ def run(*command: str | Path, path: Path | None = None) -> str:
 
 def packaged_files(package: str) -> set[str]:
     root = SOURCES[package]
-    files = (path for path in (root / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = (
+        path
+        for path in (root / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and ".so." not in path.name
+    )
     return {path.relative_to(root).as_posix() for path in files}
 
 
@@ -68,12 +75,24 @@ def source_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / f"{ARCHIVE_NAME}.tar.gz"
 
 
+def build_wheel(source_archive: Path, directory: Path, compiler: str = "cc") -> Path:
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", f"--wheel-dir={directory}")
+    run(sys.executable, "-m", "pip", "wheel", *options, source_archive, compiler=compiler)
+    (built,) = directory.glob(f"{ARCHIVE_NAME}-*.whl")
+    return built
+
+
 @pytest.fixture(scope="module")
 def wheel(source_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("wheel")
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", f"--wheel-dir={directory}")
-    run(sys.executable, "-m", "pip", "wheel", *options, source_archive)
-    return directory / f"{ARCHIVE_NAME}-py3-none-any.whl"
+    return build_wheel(source_archive, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module", params=["no-such-compiler", "false"])
+def wheel_without_compiler(
+    request: pytest.FixtureRequest, source_archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Where there is no compiler, and where it refuses."""
+    return build_wheel(source_archive, tmp_path_factory.mktemp("plain-wheel"), compiler=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +124,22 @@ def base_dependencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_the_two_packages_with_generated_code_and_type_markers_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     packages = {name for name in names if not name.startswith(f"{ARCHIVE_NAME}.dist-info/")}
-    assert packages == packaged_files("weight_broker") | packaged_files("weight_brokerd")
+    assert packages == packaged_files("weight_broker") | packaged_files("weight_brokerd") | {COMPILED}
     assert {"weight_broker/py.typed", "weight_brokerd/py.typed"} <= packages
     assert {"weight_broker/v1/weight_broker_service_pb2.py", "weight_broker/v1/weight_set_pb2.pyi"} <= packages
+
+
+def test_the_wheel_is_for_the_platform_that_its_library_was_compiled_for(wheel: Path) -> None:
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"{ARCHIVE_NAME}-py3-none-{platform}.whl"
+
+
+def test_without_a_compiler_the_wheel_lacks_the_library_only_and_is_for_every_platform(
+    wheel: Path, wheel_without_compiler: Path
+) -> None:
+    assert wheel_without_compiler.name == f"{ARCHIVE_NAME}-py3-none-any.whl"
+    plain = set(zipfile.ZipFile(wheel_without_compiler).namelist())
+    assert set(zipfile.ZipFile(wheel).namelist()) - plain == {COMPILED}
 
 
 def test_the_wheel_carries_its_licence_commands_and_dependencies(wheel: Path) -> None:
@@ -129,13 +161,15 @@ def test_the_source_archive_has_what_a_distributor_needs(source_archive: Path) -
     assert {
         "LICENSE",
         "README.md",
+        "client/native/streaming_copy.c",
+        "hatch_build.py",
         "pyproject.toml",
         "proto/weight_broker/v1/weight_set.proto",
         "deploy/systemd/weight-broker.service",
         "tests/e2e/test_packaging.py",
     } <= names
     assert packaged_files("weight_broker") <= {name.removeprefix("client/") for name in names}
-    assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
+    assert not [name for name in names if "__pycache__" in name or name.startswith(".venv") or ".so." in name]
 
 
 def test_the_client_imports_and_starts_with_grpcio_and_protobuf_only(

@@ -22,15 +22,22 @@ from weight_broker.digest import DigestAlgorithm, block_function, combine
 from weight_broker.memory import copying
 from weight_broker.memory.address_space import address_of
 from weight_broker.memory.copying import SMALL_BYTES, TASK_BYTES, DeadlinePassed
+from weight_broker.memory.streaming import streaming_copy
 
 GUARD = 64
 BLOCK = 512 << 10
 
 
-@pytest.fixture(autouse=True)
-def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several threads whatever the machine, and none of them left afterwards."""
+@pytest.fixture(autouse=True, params=["streaming", "plain"])
+def four_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several threads whatever the machine, and none of them left afterwards; with the compiled functions, whatever the
+    size, and without."""
     monkeypatch.setattr(copying, "thread_count", lambda: 4)
+    if request.param == "streaming":
+        assert streaming_copy() is not None
+        monkeypatch.setattr(copying, "STREAMING_BYTES", 0)
+    else:
+        monkeypatch.setattr(copying, "streaming_copy", lambda: None)
     yield
     assert copying_threads() == 0
 

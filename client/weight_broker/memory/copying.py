@@ -18,6 +18,7 @@ from itertools import islice
 
 from weight_broker.digest import DigestAlgorithm, block_function, combine, sampled_blocks
 from weight_broker.memory.address_space import advise_huge_pages, buffer_at
+from weight_broker.memory.streaming import DigestingCopy, streaming_copy
 
 MAX_THREADS = 16
 TASK_BYTES = 4 << 20
@@ -27,6 +28,9 @@ SMALL_BYTES = 32 << 10
 than the copy."""
 BATCH_PIECES = 256
 HUGE_PAGE_ADVICE_BYTES = 4 << 20
+STREAMING_BYTES = 16 << 20
+"""From this size on, all pieces together, copying goes past the caches: whoever reads what was copied would not find
+it there anyway."""
 _LOST_WAKE_SECONDS = 0.02
 
 Piece = tuple[int, int, int]
@@ -152,9 +156,9 @@ def copy_and_digest(
     own_tasks: Sequence[Task] = (),
     deadline: float | None = None,
 ) -> list[int]:
-    """Copy every piece and return the full digest of each destination.
+    """Copy every piece and return the full digest of each.
 
-    Each block is digested right after it was copied, while the processor's cache holds it.
+    The bytes are digested on the way, while the processor's cache holds them: it is no pass of its own.
     """
     blocks = [[0] * -(-size // block_bytes) for _, _, size in pieces]
     run(_copy_tasks(pieces, algorithm, block_bytes, blocks), own_tasks=own_tasks, deadline=deadline)
@@ -199,6 +203,7 @@ def _copy_tasks(
     small = (index for index, piece in enumerate(pieces) if 0 < piece[2] <= SMALL_BYTES)
     while batch := list(islice(small, BATCH_PIECES)):
         yield partial(_copy_batch, pieces, batch, algorithm, block_bytes, blocks)
+    copy, copy_and_digest = _functions(sum(size for _, _, size in pieces), algorithm)
     step = max(block_bytes, TASK_BYTES // block_bytes * block_bytes)
     for index, (destination, source, size) in enumerate(pieces):
         if size <= SMALL_BYTES:
@@ -207,36 +212,60 @@ def _copy_tasks(
             stop = min(size, start + step)
             advised = size if start == 0 and size >= HUGE_PAGE_ADVICE_BYTES else 0
             if algorithm is None:
-                yield partial(_copy_range, destination, source, start, stop, advised)
+                yield partial(_copy_range, copy, destination, source, start, stop, advised)
             else:
+                into = blocks[index]
                 yield partial(
-                    _copy_blocks, destination, source, start, stop, advised, algorithm, block_bytes, blocks[index]
+                    _copy_blocks, copy_and_digest, destination, source, start, stop, advised, block_bytes, into
                 )
 
 
-def _copy_range(destination: int, source: int, start: int, stop: int, advised: int) -> None:
+def _functions(size_bytes: int, algorithm: DigestAlgorithm | None) -> tuple[Callable[..., object], DigestingCopy]:
+    """How to copy a range, and how to copy and digest one, when this much is copied in all."""
+    streaming = streaming_copy() if size_bytes >= STREAMING_BYTES else None
+    if streaming is None:
+        return _copy, partial(_copy_then_digest, algorithm)
+    if algorithm is DigestAlgorithm.XXH3_64 and streaming.copy_and_digest is not None:
+        return streaming.copy, streaming.copy_and_digest
+    return streaming.copy, partial(_copy_then_digest, algorithm)
+
+
+def _copy_then_digest(
+    algorithm: DigestAlgorithm | None, destination: int, source: int, size_bytes: int, block_bytes: int
+) -> list[int]:
+    """Copies and returns the digest of each block, with functions that everybody has."""
+    function = block_function(algorithm or DigestAlgorithm.CRC32)
+    digests: list[int] = []
+    for offset in range(0, size_bytes, block_bytes):
+        size = min(block_bytes, size_bytes - offset)
+        _copy(destination + offset, source + offset, size)
+        digests.append(function(buffer_at(destination + offset, size)))
+    return digests
+
+
+def _copy_range(
+    copy: Callable[..., object], destination: int, source: int, start: int, stop: int, advised: int
+) -> None:
     if advised:
         advise_huge_pages(destination, advised)
-    _copy(destination + start, source + start, stop - start)
+    copy(destination + start, source + start, stop - start)
 
 
 def _copy_blocks(
+    copy_and_digest: DigestingCopy,
     destination: int,
     source: int,
     start: int,
     stop: int,
     advised: int,
-    algorithm: DigestAlgorithm,
     block_bytes: int,
     blocks: list[int],
 ) -> None:
     if advised:
         advise_huge_pages(destination, advised)
-    function = block_function(algorithm)
-    for offset in range(start, stop, block_bytes):
-        size = min(block_bytes, stop - offset)
-        _copy(destination + offset, source + offset, size)
-        blocks[offset // block_bytes] = function(buffer_at(destination + offset, size))
+    found = copy_and_digest(destination + start, source + start, stop - start, block_bytes)
+    first = start // block_bytes
+    blocks[first : first + len(found)] = found
 
 
 def _copy_batch(
