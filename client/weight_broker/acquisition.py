@@ -197,12 +197,13 @@ class Acquisition:
         layout = receiver.layout
         request = pb.AcquireRequest(
             key=key_to_wire(self.key),
-            layout=layout_to_wire(layout) if layout is not None else None,
             if_absent=self.if_absent,
             path=resources_pb2.TRANSFER_PATH_ZERO_COPY if receiver.zero_copy else resources_pb2.TRANSFER_PATH_COPY,
             device_kind=weight_set_pb2.DEVICE_KIND_CPU,
             request_id=str(uuid.uuid4()),
         )
+        if layout is not None:
+            layout_to_wire(layout, request.layout)
         if self.group is not None:
             request.load_group.CopyFrom(load_group_to_wire(self.group))
             request.assembly_timeout.FromNanoseconds(int(min(self.group.assembly_timeout, self._remaining()) * 1e9))

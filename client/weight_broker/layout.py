@@ -11,9 +11,8 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 from weight_broker.errors import InvalidArgument
 
@@ -59,8 +58,7 @@ class MemoryFormat(enum.StrEnum):
     FRACTAL_NZ = "fractal_nz"
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of a layout."""
 
     name: str
@@ -140,24 +138,21 @@ class Layout(Sequence[TensorSpec]):
     def fingerprint(self) -> str:
         """Hex SHA-256 of the canonical form: everything but `storage_offset`, in the order of names."""
         rows = [
-            (
-                spec.name,
-                spec.dtype,
-                spec.shape,
-                spec.stride,
-                spec.storage_bytes,
-                spec.memory_format,
-                spec.alias_of,
-            )
-            for spec in self.tensors
+            (name, dtype, shape, stride, storage_bytes, memory_format, alias_of)
+            for name, dtype, shape, stride, storage_bytes, _, memory_format, alias_of in self.tensors
         ]
         form = json.dumps([_FORM, rows], separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(form.encode("utf-8")).hexdigest()
 
     @cached_property
+    def content_sizes(self) -> tuple[int, ...]:
+        """`TensorSpec.content_bytes` of each tensor."""
+        return tuple([spec.content_bytes for spec in self.tensors])
+
+    @cached_property
     def content_bytes(self) -> int:
         """Bytes of content, aliases counted once."""
-        return sum(spec.content_bytes for spec in self.tensors)
+        return sum(self.content_sizes)
 
 
 def differences(resident: Layout, wanted: Layout, limit: int = 8) -> list[str]:
@@ -190,58 +185,56 @@ def _validate(tensors: Sequence[TensorSpec]) -> None:
     by_name: dict[str, TensorSpec] = {}
     total_bytes = 0
     for spec in tensors:
-        total_bytes += spec.storage_bytes
-        if spec.name in by_name:
-            raise InvalidArgument("layout.tensors.name", spec.name, "a name that no other tensor has")
+        name = spec.name
+        if name in by_name:
+            raise InvalidArgument("layout.tensors.name", name, "a name that no other tensor has")
         _validate_spec(spec)
+        total_bytes += spec.storage_bytes
         if spec.alias_of:
             _validate_alias(spec, by_name.get(spec.alias_of))
-        by_name[spec.name] = spec
+        by_name[name] = spec
     if total_bytes > MAX_LAYOUT_BYTES:
         raise InvalidArgument("layout.tensors", f"{total_bytes} bytes", f"at most {MAX_LAYOUT_BYTES} bytes in total")
 
 
 def _validate_spec(spec: TensorSpec) -> None:
-    name = spec.name
+    # On the way of every acquire, once for each tensor.
+    name, dtype, shape, stride, storage_bytes, storage_offset, memory_format, _ = spec
     if not name or len(name) > MAX_NAME_CHARACTERS:
         raise InvalidArgument("layout.tensors.name", name, f"a text of 1 to {MAX_NAME_CHARACTERS} characters")
     if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         raise InvalidArgument("layout.tensors.name", name, "text that UTF-8 can carry, without lone surrogates")
-    item_size = ITEM_SIZES.get(spec.dtype)
+    item_size = ITEM_SIZES.get(dtype)
     if item_size is None:
-        raise InvalidArgument(f"layout.tensors[{name}].dtype", spec.dtype, "one of " + ", ".join(ITEM_SIZES))
-    if len(spec.shape) > MAX_DIMENSIONS:
-        raise InvalidArgument(f"layout.tensors[{name}].shape", spec.shape, f"at most {MAX_DIMENSIONS} dimensions")
-    if len(spec.stride) != len(spec.shape):
-        raise InvalidArgument(
-            f"layout.tensors[{name}].stride", spec.stride, f"{len(spec.shape)} numbers, as many as shape has"
-        )
+        raise InvalidArgument(f"layout.tensors[{name}].dtype", dtype, "one of " + ", ".join(ITEM_SIZES))
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidArgument(f"layout.tensors[{name}].shape", shape, f"at most {MAX_DIMENSIONS} dimensions")
+    if len(stride) != len(shape):
+        raise InvalidArgument(f"layout.tensors[{name}].stride", stride, f"{len(shape)} numbers, as many as shape has")
     span, count = 1, 1
-    for size, step in zip(spec.shape, spec.stride, strict=True):
+    for size, step in zip(shape, stride):  # noqa: B905  # as many of either, as was seen above
         if size < 0:
-            raise InvalidArgument(f"layout.tensors[{name}].shape", spec.shape, "sizes of 0 or more")
+            raise InvalidArgument(f"layout.tensors[{name}].shape", shape, "sizes of 0 or more")
         if step < 0:
-            raise InvalidArgument(f"layout.tensors[{name}].stride", spec.stride, "strides of 0 or more")
+            raise InvalidArgument(f"layout.tensors[{name}].stride", stride, "strides of 0 or more")
         count *= size
         span += (size - 1) * step
-    if spec.storage_offset < 0:
-        raise InvalidArgument(f"layout.tensors[{name}].storage_offset", spec.storage_offset, "0 or more")
+    if storage_offset < 0:
+        raise InvalidArgument(f"layout.tensors[{name}].storage_offset", storage_offset, "0 or more")
     least = span * item_size if count else 0
-    if spec.storage_bytes > MAX_TENSOR_BYTES or least > MAX_TENSOR_BYTES:
-        raise InvalidArgument(f"layout.tensors[{name}].storage_bytes", spec.storage_bytes, "at most 64 TiB")
-    if spec.memory_format is MemoryFormat.STRIDED:
-        if spec.storage_bytes != least:
+    if storage_bytes > MAX_TENSOR_BYTES or least > MAX_TENSOR_BYTES:
+        raise InvalidArgument(f"layout.tensors[{name}].storage_bytes", storage_bytes, "at most 64 TiB")
+    if memory_format is MemoryFormat.STRIDED:
+        if storage_bytes != least:
             raise InvalidArgument(
-                f"layout.tensors[{name}].storage_bytes", spec.storage_bytes, f"{least}, from shape, stride and dtype"
+                f"layout.tensors[{name}].storage_bytes", storage_bytes, f"{least}, from shape, stride and dtype"
             )
         if count * item_size > least:
             raise InvalidArgument(
-                f"layout.tensors[{name}].stride", spec.stride, "elements that do not overlap", hint="Use .contiguous()."
+                f"layout.tensors[{name}].stride", stride, "elements that do not overlap", hint="Use .contiguous()."
             )
-    elif spec.storage_bytes < count * item_size:
-        raise InvalidArgument(
-            f"layout.tensors[{name}].storage_bytes", spec.storage_bytes, f"at least {count * item_size}"
-        )
+    elif storage_bytes < count * item_size:
+        raise InvalidArgument(f"layout.tensors[{name}].storage_bytes", storage_bytes, f"at least {count * item_size}")
 
 
 def _validate_alias(spec: TensorSpec, target: TensorSpec | None) -> None:

@@ -93,23 +93,25 @@ def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
     )
 
 
-def layout_to_wire(layout: Layout) -> pb.Layout:
-    """The layout as a message."""
-    message = pb.Layout(fingerprint=layout.fingerprint)
+def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layout:
+    """The layout as a message, in an empty one if that is given."""
+    if message is None:
+        message = pb.Layout()
+    message.fingerprint = layout.fingerprint
     add = message.tensors.add
-    for spec in layout.tensors:
+    for name, dtype, shape, stride, storage_bytes, storage_offset, memory_format, alias_of in layout.tensors:
         # Field by field takes less time than a call with keywords, and this is on the way of every acquire.
         tensor = add()
-        tensor.name = spec.name
-        tensor.dtype = spec.dtype
-        tensor.shape.extend(spec.shape)
-        tensor.stride.extend(spec.stride)
-        tensor.storage_bytes = spec.storage_bytes
-        tensor.memory_format = _FORMAT_VALUES[spec.memory_format]
-        if spec.storage_offset:
-            tensor.storage_offset = spec.storage_offset
-        if spec.alias_of:
-            tensor.alias_of = spec.alias_of
+        tensor.name = name
+        tensor.dtype = dtype
+        tensor.shape.extend(shape)
+        tensor.stride.extend(stride)
+        tensor.storage_bytes = storage_bytes
+        tensor.memory_format = _FORMAT_VALUES[memory_format]
+        if storage_offset:
+            tensor.storage_offset = storage_offset
+        if alias_of:
+            tensor.alias_of = alias_of
     return message
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -51,18 +50,18 @@ def test_the_order_in_which_tensors_are_given_does_not_matter(specs: list[Tensor
 
 
 def test_where_an_instance_keeps_a_tensor_is_not_part_of_the_fingerprint() -> None:
-    assert Layout([replace(MATRIX, storage_offset=77)]).fingerprint == Layout([MATRIX]).fingerprint
+    assert Layout([MATRIX._replace(storage_offset=77)]).fingerprint == Layout([MATRIX]).fingerprint
 
 
 @pytest.mark.parametrize(
     ("changed", "difference"),
     [
-        (replace(MATRIX, dtype="int32"), "w.dtype: resident float32, wanted int32"),
+        (MATRIX._replace(dtype="int32"), "w.dtype: resident float32, wanted int32"),
         (TensorSpec("w", "float32", (3, 2), (2, 1), 24), "w.shape: resident 2x3, wanted 3x2"),
-        (replace(MATRIX, stride=(1, 2)), "w.stride: resident 3x1, wanted 1x2"),
-        (replace(MATRIX, stride=(4, 1), storage_bytes=28), "w.storage_bytes: resident 24, wanted 28"),
+        (MATRIX._replace(stride=(1, 2)), "w.stride: resident 3x1, wanted 1x2"),
+        (MATRIX._replace(stride=(4, 1), storage_bytes=28), "w.storage_bytes: resident 24, wanted 28"),
         (
-            replace(MATRIX, memory_format=MemoryFormat.FRACTAL_NZ),
+            MATRIX._replace(memory_format=MemoryFormat.FRACTAL_NZ),
             "w.memory_format: resident strided, wanted fractal_nz",
         ),
         (TensorSpec("w", "float32", (), (), 4), "w.shape: resident 2x3, wanted scalar"),
@@ -75,14 +74,14 @@ def test_every_other_field_changes_the_fingerprint_and_is_named(changed: TensorS
 
 
 def test_a_tied_tensor_differs_from_one_of_its_own() -> None:
-    other = replace(MATRIX, name="x")
-    tied = Layout([MATRIX, replace(other, alias_of="w")])
+    other = MATRIX._replace(name="x")
+    tied = Layout([MATRIX, other._replace(alias_of="w")])
     assert differences(tied, Layout([MATRIX, other])) == ["x.alias_of: resident w, wanted none"]
     assert tied.fingerprint != Layout([MATRIX, other]).fingerprint
 
 
 def test_missing_and_extra_tensors_are_named() -> None:
-    resident, wanted = Layout([MATRIX]), Layout([replace(MATRIX, name="v")])
+    resident, wanted = Layout([MATRIX]), Layout([MATRIX._replace(name="v")])
     assert differences(resident, wanted) == [
         "w: missing from the receiver's tensors",
         "v: not in the resident weight set",
@@ -94,8 +93,8 @@ def test_equal_layouts_do_not_differ() -> None:
 
 
 def test_many_differences_are_cut_short_and_counted() -> None:
-    resident = Layout([replace(MATRIX, name=f"r{index}") for index in range(9)])
-    wanted = Layout([replace(MATRIX, name=f"w{index}") for index in range(9)])
+    resident = Layout([MATRIX._replace(name=f"r{index}") for index in range(9)])
+    wanted = Layout([MATRIX._replace(name=f"w{index}") for index in range(9)])
     found = differences(resident, wanted, limit=5)
     assert len(found) == 6
     assert found[-1] == "and 13 more"
@@ -105,12 +104,12 @@ def test_many_differences_are_cut_short_and_counted() -> None:
     ("spec", "dense", "content"),
     [
         (MATRIX, True, 24),
-        (replace(MATRIX, stride=(1, 2)), True, 24),
-        (replace(MATRIX, stride=(5, 1), storage_bytes=32), False, 24),
+        (MATRIX._replace(stride=(1, 2)), True, 24),
+        (MATRIX._replace(stride=(5, 1), storage_bytes=32), False, 24),
         (TensorSpec("w", "float32", (2, 0), (9, 9), 0), True, 0),
         (TensorSpec("w", "float32", (1, 3), (999, 1), 12), True, 12),
         (TensorSpec("w", "complex128", (), (), 16), True, 16),
-        (replace(MATRIX, memory_format=MemoryFormat.FRACTAL_NZ, storage_bytes=512), True, 512),
+        (MATRIX._replace(memory_format=MemoryFormat.FRACTAL_NZ, storage_bytes=512), True, 512),
     ],
 )
 def test_gaps_do_not_count_as_content(spec: TensorSpec, dense: bool, content: int) -> None:
@@ -119,7 +118,7 @@ def test_gaps_do_not_count_as_content(spec: TensorSpec, dense: bool, content: in
 
 
 def test_aliases_count_once() -> None:
-    assert Layout([MATRIX, replace(MATRIX, name="x", alias_of="w")]).content_bytes == 24
+    assert Layout([MATRIX, MATRIX._replace(name="x", alias_of="w")]).content_bytes == 24
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEM_SIZES))
@@ -133,37 +132,37 @@ def test_every_type_has_its_item_size(dtype: str) -> None:
     [
         ("layout.tensors", []),
         ("layout.tensors.name", [MATRIX, MATRIX]),
-        ("layout.tensors.name", [replace(MATRIX, name="")]),
-        ("layout.tensors.name", [replace(MATRIX, name="n" * (MAX_NAME_CHARACTERS + 1))]),
-        ("layout.tensors.name", [replace(MATRIX, name="undecodable \udc80")]),
-        ("layout.tensors[w].dtype", [replace(MATRIX, dtype="quint8")]),
-        ("layout.tensors[w].dtype", [replace(MATRIX, dtype="")]),
+        ("layout.tensors.name", [MATRIX._replace(name="")]),
+        ("layout.tensors.name", [MATRIX._replace(name="n" * (MAX_NAME_CHARACTERS + 1))]),
+        ("layout.tensors.name", [MATRIX._replace(name="undecodable \udc80")]),
+        ("layout.tensors[w].dtype", [MATRIX._replace(dtype="quint8")]),
+        ("layout.tensors[w].dtype", [MATRIX._replace(dtype="")]),
         (
             "layout.tensors[w].shape",
             [TensorSpec("w", "int8", (1,) * (MAX_DIMENSIONS + 1), (1,) * (MAX_DIMENSIONS + 1), 1)],
         ),
-        ("layout.tensors[w].shape", [replace(MATRIX, shape=(2, -3))]),
-        ("layout.tensors[w].stride", [replace(MATRIX, stride=(1,))]),
-        ("layout.tensors[w].stride", [replace(MATRIX, stride=(3, -1))]),
-        ("layout.tensors[w].stride", [replace(MATRIX, stride=(0, 1), storage_bytes=12)]),
-        ("layout.tensors[w].storage_offset", [replace(MATRIX, storage_offset=-1)]),
-        ("layout.tensors[w].storage_bytes", [replace(MATRIX, storage_bytes=23)]),
-        ("layout.tensors[w].storage_bytes", [replace(MATRIX, storage_bytes=MAX_TENSOR_BYTES + 1)]),
+        ("layout.tensors[w].shape", [MATRIX._replace(shape=(2, -3))]),
+        ("layout.tensors[w].stride", [MATRIX._replace(stride=(1,))]),
+        ("layout.tensors[w].stride", [MATRIX._replace(stride=(3, -1))]),
+        ("layout.tensors[w].stride", [MATRIX._replace(stride=(0, 1), storage_bytes=12)]),
+        ("layout.tensors[w].storage_offset", [MATRIX._replace(storage_offset=-1)]),
+        ("layout.tensors[w].storage_bytes", [MATRIX._replace(storage_bytes=23)]),
+        ("layout.tensors[w].storage_bytes", [MATRIX._replace(storage_bytes=MAX_TENSOR_BYTES + 1)]),
         (
             "layout.tensors[w].storage_bytes",
             [TensorSpec("w", "int8", (MAX_TENSOR_BYTES + 1,), (1,), MAX_TENSOR_BYTES + 1)],
         ),
         (
             "layout.tensors[w].storage_bytes",
-            [replace(MATRIX, memory_format=MemoryFormat.FRACTAL_NZ, storage_bytes=23)],
+            [MATRIX._replace(memory_format=MemoryFormat.FRACTAL_NZ, storage_bytes=23)],
         ),
-        ("layout.tensors[w].alias_of", [replace(MATRIX, alias_of="absent")]),
-        ("layout.tensors[w].alias_of", [replace(MATRIX, alias_of="w")]),
-        ("layout.tensors[w].alias_of", [replace(MATRIX, alias_of="x"), replace(MATRIX, name="x")]),
-        ("layout.tensors[x].alias_of", [MATRIX, replace(MATRIX, name="x", dtype="int32", alias_of="w")]),
+        ("layout.tensors[w].alias_of", [MATRIX._replace(alias_of="absent")]),
+        ("layout.tensors[w].alias_of", [MATRIX._replace(alias_of="w")]),
+        ("layout.tensors[w].alias_of", [MATRIX._replace(alias_of="x"), MATRIX._replace(name="x")]),
+        ("layout.tensors[x].alias_of", [MATRIX, MATRIX._replace(name="x", dtype="int32", alias_of="w")]),
         (
             "layout.tensors[y].alias_of",
-            [MATRIX, replace(MATRIX, name="x", alias_of="w"), replace(MATRIX, name="y", alias_of="x")],
+            [MATRIX, MATRIX._replace(name="x", alias_of="w"), MATRIX._replace(name="y", alias_of="x")],
         ),
     ],
 )

@@ -65,7 +65,7 @@ def copy_in(
         mapped = time.monotonic()
         if deadline is not None and mapped >= deadline:
             raise AcquireTimeout("the deadline passed before the first byte was copied")
-        transferred, verified = _transfer(described.tensors, sources, expected, deadline)
+        transferred, verified = _transfer(described, sources, expected, deadline)
     return CopyResult(
         described.layout.content_bytes,
         expected.coverage,
@@ -78,12 +78,12 @@ def check_regions(layout: Layout, fds: Sequence[int], placements: Sequence[tuple
     sizes = [_sealed_bytes(index, fd) for index, fd in enumerate(fds)]
     if len(placements) != len(layout):
         raise TransferFailed(f"the source has {len(placements)} placements for {len(layout)} tensors")
-    for spec, (region, offset) in zip(layout.tensors, placements, strict=True):
+    for spec, content_bytes, (region, offset) in zip(layout.tensors, layout.content_sizes, placements, strict=True):
         if not 0 <= region < len(sizes):
             raise TransferFailed(f"tensor {spec.name!r} is placed in region {region} of {len(sizes)}")
-        if not 0 <= offset <= sizes[region] - spec.content_bytes:
+        if not 0 <= offset <= sizes[region] - content_bytes:
             raise TransferFailed(
-                f"tensor {spec.name!r} ({spec.content_bytes} bytes at {offset}) reaches beyond its region of "
+                f"tensor {spec.name!r} ({content_bytes} bytes at {offset}) reaches beyond its region of "
                 f"{sizes[region]} bytes"
             )
 
@@ -120,16 +120,17 @@ def _map_all(mappings: ExitStack, fds: Sequence[int]) -> list[int]:
 
 
 def _transfer(
-    tensors: Sequence[DescribedTensor], sources: Sequence[int], expected: ContentDigests, deadline: float | None
+    described: DescribedTensors, sources: Sequence[int], expected: ContentDigests, deadline: float | None
 ) -> tuple[float, float]:
     """Copy and verify; returns the times at which either was done. Whatever it raises, the tensors may be touched."""
+    tensors = described.tensors
     # Where tensors share memory in part, the order of writing decides what is left; where they have gaps, memmove will
     # not do. These are written one after the other, digested where they come from and compared when all is written.
     careful = _overlapping(tensors)
     careful += [index for index, one in enumerate(tensors) if not one.spec.is_dense and not one.spec.alias_of]
     careful = sorted(set(careful))
     try:
-        transferred = _copy_and_verify(tensors, sources, careful, expected, deadline)
+        transferred = _copy_and_verify(described, sources, careful, expected, deadline)
         _compare(tensors, sources, careful, deadline)
     except copying.DeadlinePassed as error:
         raise AcquireTimeout("the deadline passed while the tensors were being filled", touched=True) from error
@@ -141,14 +142,15 @@ def _transfer(
 
 
 def _copy_and_verify(
-    tensors: Sequence[DescribedTensor],
+    described: DescribedTensors,
     sources: Sequence[int],
     careful: Sequence[int],
     expected: ContentDigests,
     deadline: float | None,
 ) -> float:
     """Copy everything and compare digests; returns the time at which the last byte was copied."""
-    pieces = [(one.address, source, one.spec.content_bytes) for one, source in zip(tensors, sources, strict=True)]
+    tensors, sizes = described.tensors, described.layout.content_sizes
+    pieces = [(one.address, source, size) for one, source, size in zip(tensors, sources, sizes, strict=True)]
     for index in careful:
         pieces[index] = (0, 0, 0)
     own_tasks = [partial(_write, tensors[index], sources[index]) for index in careful]
@@ -156,7 +158,7 @@ def _copy_and_verify(
     if expected.coverage is DigestCoverage.FULL:
         found = copying.copy_and_digest(pieces, algorithm, block_bytes, own_tasks=own_tasks, deadline=deadline)
         for index in careful:
-            content = (sources[index], tensors[index].spec.content_bytes)
+            content = (sources[index], sizes[index])
             found[index] = copying.digest_full(*content, algorithm, block_bytes)
         transferred = time.monotonic()
     else:
@@ -164,7 +166,7 @@ def _copy_and_verify(
         transferred = time.monotonic()
         contents = [(destination, size) for destination, _, size in pieces]
         for index in careful:
-            contents[index] = (sources[index], tensors[index].spec.content_bytes)
+            contents[index] = (sources[index], sizes[index])
         found = copying.digest_samples(contents, algorithm, block_bytes, deadline=deadline)
     wrong = [one.spec.name for one, mine, theirs in zip(tensors, found, expected.values, strict=True) if mine != theirs]
     if wrong:

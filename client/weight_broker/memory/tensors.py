@@ -106,7 +106,7 @@ def _describe_on_host(tensors: Mapping[str, object]) -> DescribedTensors:
 
 def _describe_torch(name: str, tensor: torch.Tensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
     torch_strided, dtype_names = _torch_names()
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         if tensor.device.type in DEVICE_KINDS:
             raise _OnDevice
         _refuse_torch_device(name, tensor)
