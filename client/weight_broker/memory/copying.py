@@ -203,7 +203,7 @@ def _copy_tasks(
     small = (index for index, piece in enumerate(pieces) if 0 < piece[2] <= SMALL_BYTES)
     while batch := list(islice(small, BATCH_PIECES)):
         yield partial(_copy_batch, pieces, batch, algorithm, block_bytes, blocks)
-    copy, copy_and_digest = _functions(sum(size for _, _, size in pieces), algorithm)
+    copy, copy_and_digest = functions_for(sum(size for _, _, size in pieces), algorithm)
     step = max(block_bytes, TASK_BYTES // block_bytes * block_bytes)
     for index, (destination, source, size) in enumerate(pieces):
         if size <= SMALL_BYTES:
@@ -220,7 +220,7 @@ def _copy_tasks(
                 )
 
 
-def _functions(size_bytes: int, algorithm: DigestAlgorithm | None) -> tuple[Callable[..., object], DigestingCopy]:
+def functions_for(size_bytes: int, algorithm: DigestAlgorithm | None) -> tuple[Callable[..., object], DigestingCopy]:
     """How to copy a range, and how to copy and digest one, when this much is copied in all."""
     streaming = streaming_copy() if size_bytes >= STREAMING_BYTES else None
     if streaming is None:

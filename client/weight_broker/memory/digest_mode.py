@@ -12,7 +12,7 @@ class DigestMode(enum.StrEnum):
     """What the caller wants."""
 
     AUTO = "auto"
-    """Everything where that costs less than a third of the copy (XXH3), else a sample."""
+    """Everything where that costs less than a third of the copy (XXH3; see digest_cost.py), else a sample."""
     FULL = "full"
     """Everything, whatever it costs."""
     SAMPLED = "sampled"
@@ -37,3 +37,9 @@ class DigestMode(enum.StrEnum):
             DigestMode.SAMPLED: [*sampled, *full],
         }[self]
         return order[0] if order else None
+
+    def less_than(self, expected: ContentDigests, offered: Sequence[ContentDigests]) -> ContentDigests | None:
+        """The sample to verify instead of everything if everything costs too much; None if it is not to be."""
+        if self is not DigestMode.AUTO or expected.coverage is not DigestCoverage.FULL:
+            return None
+        return DigestMode.SAMPLED.choose([one for one in offered if one.coverage is DigestCoverage.SAMPLED])

@@ -14,7 +14,7 @@ from functools import partial
 from weight_broker.digest import ContentDigests, DigestCoverage
 from weight_broker.errors import AcquireTimeout, BrokerError, IntegrityError, TransferFailed
 from weight_broker.layout import Layout
-from weight_broker.memory import copying, strided
+from weight_broker.memory import copying, digest_cost, strided
 from weight_broker.memory.address_space import Mapping, address_of, equal_bytes
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.tensors import DescribedTensor, DescribedTensors
@@ -56,7 +56,9 @@ def copy_in(
     """
     begin = time.monotonic()
     described.require_writable()
-    expected = _choose_digests(digests, DigestMode(digest_mode), len(described.tensors))
+    mode = DigestMode(digest_mode)
+    expected = _choose_digests(digests, mode, len(described.tensors))
+    less = mode.less_than(expected, digests)
     described.require_host_memory()
     check_regions(described.layout, fds, placements)
     with ExitStack() as mappings:
@@ -65,10 +67,10 @@ def copy_in(
         mapped = time.monotonic()
         if deadline is not None and mapped >= deadline:
             raise AcquireTimeout("the deadline passed before the first byte was copied")
-        transferred, verified = _transfer(described, sources, expected, deadline)
+        coverage, transferred, verified = _transfer(described, sources, expected, less, deadline)
     return CopyResult(
         described.layout.content_bytes,
-        expected.coverage,
+        coverage,
         {"map": mapped - begin, "transfer": transferred - mapped, "verify": verified - transferred},
     )
 
@@ -120,9 +122,14 @@ def _map_all(mappings: ExitStack, fds: Sequence[int]) -> list[int]:
 
 
 def _transfer(
-    described: DescribedTensors, sources: Sequence[int], expected: ContentDigests, deadline: float | None
-) -> tuple[float, float]:
-    """Copy and verify; returns the times at which either was done. Whatever it raises, the tensors may be touched."""
+    described: DescribedTensors,
+    sources: Sequence[int],
+    expected: ContentDigests,
+    less: ContentDigests | None,
+    deadline: float | None,
+) -> tuple[DigestCoverage, float, float]:
+    """Copy and verify, by `less` if `expected` costs too much here; returns how much was verified and the times at
+    which either was done. Whatever it raises, the tensors may be touched."""
     tensors = described.tensors
     # Where tensors share memory in part, the order of writing decides what is left; where they have gaps, memmove will
     # not do. These are written one after the other, digested where they come from and compared when all is written.
@@ -130,7 +137,7 @@ def _transfer(
     careful += [index for index, one in enumerate(tensors) if not one.spec.is_dense and not one.spec.alias_of]
     careful = sorted(set(careful))
     try:
-        transferred = _copy_and_verify(described, sources, careful, expected, deadline)
+        coverage, transferred = _copy_and_verify(described, sources, careful, expected, less, deadline)
         _compare(tensors, sources, careful, deadline)
     except copying.DeadlinePassed as error:
         raise AcquireTimeout("the deadline passed while the tensors were being filled", touched=True) from error
@@ -138,7 +145,7 @@ def _transfer(
         raise
     except Exception as error:  # whatever it is, the caller has to learn that the tensors are touched
         raise TransferFailed(f"copying failed: {type(error).__name__}: {error}", touched=True) from error
-    return transferred, time.monotonic()
+    return coverage, transferred, time.monotonic()
 
 
 def _copy_and_verify(
@@ -146,14 +153,19 @@ def _copy_and_verify(
     sources: Sequence[int],
     careful: Sequence[int],
     expected: ContentDigests,
+    less: ContentDigests | None,
     deadline: float | None,
-) -> float:
-    """Copy everything and compare digests; returns the time at which the last byte was copied."""
+) -> tuple[DigestCoverage, float]:
+    """Copy everything and compare digests; returns which ones and the time at which the last byte was copied."""
     tensors, sizes = described.tensors, described.layout.content_sizes
     pieces = [(one.address, source, size) for one, source, size in zip(tensors, sources, sizes, strict=True)]
     for index in careful:
         pieces[index] = (0, 0, 0)
     own_tasks = [partial(_write, tensors[index], sources[index]) for index in careful]
+    if less is not None and not digest_cost.is_affordable(
+        pieces, expected.algorithm, expected.block_bytes, deadline=deadline
+    ):
+        expected = less
     algorithm, block_bytes = expected.algorithm, expected.block_bytes
     if expected.coverage is DigestCoverage.FULL:
         found = copying.copy_and_digest(pieces, algorithm, block_bytes, own_tasks=own_tasks, deadline=deadline)
@@ -175,7 +187,7 @@ def _copy_and_verify(
             touched=True,
             metadata={"tensors": _list(wrong), "count": str(len(wrong))},
         )
-    return transferred
+    return expected.coverage, transferred
 
 
 def _write(tensor: DescribedTensor, source: int) -> None:
