@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -175,35 +175,43 @@ def flip_before_sealing(state: State, /) -> None:
 
 
 def slow_copies(state: State, /, seconds: float) -> None:
-    """From now on every block that this instance copies takes `seconds`."""
-    from weight_broker.memory import copying
-
-    memmove = copying._copy
-
-    def slow_memmove(destination: int, source: int, count: int) -> int:
-        time.sleep(seconds)
-        return memmove(destination, source, count)
-
-    vars(copying)["_copy"] = slow_memmove
+    """From now on every 512 KiB that this instance copies take `seconds`."""
+    _before_copying(lambda size: time.sleep(seconds * -(-size // (512 << 10))))
 
 
-def fail_copies_after(state: State, /, blocks: int) -> None:
-    """From now on copying fails after this many blocks."""
-    from weight_broker.memory import copying
-
-    memmove = copying._copy
+def fail_copies_after(state: State, /, ranges: int) -> None:
+    """From now on copying fails after this many ranges."""
     lock = threading.Lock()
-    left = blocks
+    left = ranges
 
-    def failing_memmove(destination: int, source: int, count: int) -> int:
+    def fail_in_time(size: int) -> None:
         nonlocal left
         with lock:
             left -= 1
             if left < 0:
                 raise OSError("copy failed")
-        return memmove(destination, source, count)
 
-    vars(copying)["_copy"] = failing_memmove
+    _before_copying(fail_in_time)
+
+
+def _before_copying(act: Callable[[int], None]) -> None:
+    """Has `act` called with the size of each range before it is copied, whichever way that is done."""
+    from weight_broker.memory import copying
+
+    functions_for = copying.functions_for
+
+    def acting(size_bytes: int, algorithm: Any) -> tuple[Any, Any]:
+        def before(function: Callable[..., Any]) -> Callable[..., Any]:
+            def acting_function(destination: int, source: int, size: int, *more: int) -> Any:
+                act(size)
+                return function(destination, source, size, *more)
+
+            return acting_function
+
+        copy, copy_and_digest = functions_for(size_bytes, algorithm)
+        return before(copy), before(copy_and_digest)
+
+    vars(copying)["functions_for"] = acting
 
 
 def resources(state: State, /) -> dict[str, int]:

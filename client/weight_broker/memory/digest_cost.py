@@ -1,9 +1,9 @@
 """What does it cost on this host to digest everything that is copied, relative to the copy alone?
 
 It depends on the processor, on how many of them share the memory's bandwidth and on what is installed, so it is
-measured: once in a process, on its first large transfer, with a few MiB of that transfer's own memory and on as many
-threads. Some pieces are copied, others are copied and digested. The transfer itself comes after that and does all of
-it.
+measured: once in a process, in the course of its first large transfer. Some of its tasks copy and digest on the way,
+others copy first and digest after that; both are timed as far as the comparison goes, and none does what the transfer
+would not have done anyway.
 """
 
 from __future__ import annotations
@@ -11,68 +11,73 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
 
-from weight_broker.digest import DigestAlgorithm
+from weight_broker.digest import DigestAlgorithm, block_function
 from weight_broker.memory import copying
-from weight_broker.memory.address_space import advise_huge_pages
-from weight_broker.memory.copying import Piece
+from weight_broker.memory.address_space import buffer_at
 
 MOST_SHARE = 1 / 3
 """Of the time that the copy alone takes."""
 LEAST_BYTES = 256 << 20
-"""Smaller transfers are over soon in any case."""
-_CHUNK_BYTES = 1 << 20
-_CHUNKS = 16
+"""Smaller transfers are over soon in any case, and are digested."""
+_LEAST_TASK_BYTES = 1 << 20
+_SAMPLES = 12
+"""Of either kind."""
 
 _logger = logging.getLogger("weight_broker")
 _shares: dict[DigestAlgorithm, float] = {}
 
 
-def is_affordable(
-    pieces: Sequence[Piece], algorithm: DigestAlgorithm, block_bytes: int, *, deadline: float | None = None
-) -> bool:
-    """Whether digesting everything takes less than a third of the time that copying takes. The first large transfer
-    decides for as long as the process lives; it writes to some of the destinations. Raises `DeadlinePassed`."""
-    share = _shares.get(algorithm)
-    if share is None:
-        size_bytes = sum(size for _, _, size in pieces)
-        chunks = list(_chunks(pieces))
-        if size_bytes < LEAST_BYTES or len(chunks) < _CHUNKS:
-            return True
-        share = _shares[algorithm] = _measure(chunks, size_bytes, algorithm, block_bytes, deadline)
-        if share >= MOST_SHARE:
-            _logger.info("digesting everything takes %.2f of the time of copying it here: samples are verified", share)
-    return share < MOST_SHARE
+class AffordableDigests:
+    """Copies and digests (a `DigestingCopy`) for as long as digesting everything takes less than a third of the time
+    that copying takes. The first large transfer of a process decides for all that follow; if it finds that digests cost
+    too much, it and they copy without."""
 
+    def __init__(self, size_bytes: int, algorithm: DigestAlgorithm) -> None:
+        """`size_bytes` are copied in all."""
+        self._algorithm = algorithm
+        self._copy, self._copy_and_digest = copying.functions_for(size_bytes, algorithm)
+        self._measures = size_bytes >= LEAST_BYTES
+        self._samples = 0
+        self._copied: list[float] = []
+        self._digested: list[float] = []
 
-def _chunks(pieces: Sequence[Piece]) -> Iterator[Piece]:
-    """Of large pieces, so many in all, none from where another one is."""
-    large = [piece for piece in pieces if piece[2] >= _CHUNK_BYTES][:_CHUNKS]
-    of_each = -(-_CHUNKS // max(len(large), 1))
-    for destination, source, size in large:
-        advise_huge_pages(destination, size)  # before any of its pages is there
-        count = min(of_each, size // _CHUNK_BYTES)
-        for offset in range(0, count * (size // count), size // count):
-            yield destination + offset, source + offset, _CHUNK_BYTES
+    @property
+    def are_too_expensive(self) -> bool:
+        """True if some of what was copied was not digested, or would not be."""
+        share = _shares.get(self._algorithm)
+        return self._measures and share is not None and share >= MOST_SHARE
 
+    def __call__(self, destination: int, source: int, size_bytes: int, block_bytes: int) -> list[int]:
+        """The digest of each block, or zeros once digests are too expensive."""
+        if self.are_too_expensive:
+            self._copy(destination, source, size_bytes)
+            return [0] * -(-size_bytes // block_bytes)
+        if not self._measures or self._algorithm in _shares or size_bytes < _LEAST_TASK_BYTES:
+            return self._copy_and_digest(destination, source, size_bytes, block_bytes)
+        self._samples += 1
+        return self._sample(destination, source, size_bytes, block_bytes, on_the_way=self._samples % 2 == 0)
 
-def _measure(
-    chunks: Sequence[Piece], size_bytes: int, algorithm: DigestAlgorithm, block_bytes: int, deadline: float | None
-) -> float:
-    copy, copy_and_digest = copying.functions_for(size_bytes, algorithm)
-    copied: list[float] = []
-    digested: list[float] = []
-
-    def timed(chunk: Piece, with_digest: bool) -> None:
+    def _sample(
+        self, destination: int, source: int, size_bytes: int, block_bytes: int, *, on_the_way: bool
+    ) -> list[int]:
         begun = time.perf_counter()
-        if with_digest:
-            copy_and_digest(*chunk, block_bytes)
+        if on_the_way:
+            digests = self._copy_and_digest(destination, source, size_bytes, block_bytes)
+            self._digested.append((time.perf_counter() - begun) / size_bytes)
         else:
-            copy(*chunk)
-        (digested if with_digest else copied).append(time.perf_counter() - begun)
+            self._copy(destination, source, size_bytes)
+            self._copied.append((time.perf_counter() - begun) / size_bytes)
+            function = block_function(self._algorithm)
+            digests = [
+                function(buffer_at(destination + offset, min(block_bytes, size_bytes - offset)))
+                for offset in range(0, size_bytes, block_bytes)
+            ]
+        if min(len(self._copied), len(self._digested)) >= _SAMPLES:
+            self._decide()
+        return digests
 
-    tasks = [partial(timed, chunk, index % 2 == 1) for index, chunk in enumerate(chunks)]
-    copying.run(tasks, deadline=deadline)
-    return max(0.0, statistics.median(digested) / statistics.median(copied) - 1.0)
+    def _decide(self) -> None:
+        share = max(0.0, statistics.median(self._digested) / statistics.median(self._copied) - 1.0)
+        if _shares.setdefault(self._algorithm, share) is share and share >= MOST_SHARE:
+            _logger.info("digesting everything takes %.2f of the time of copying it here: samples are verified", share)

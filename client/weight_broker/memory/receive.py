@@ -14,8 +14,9 @@ from functools import partial
 from weight_broker.digest import ContentDigests, DigestCoverage
 from weight_broker.errors import AcquireTimeout, BrokerError, IntegrityError, TransferFailed
 from weight_broker.layout import Layout
-from weight_broker.memory import copying, digest_cost, strided
+from weight_broker.memory import copying, strided
 from weight_broker.memory.address_space import Mapping, address_of, equal_bytes
+from weight_broker.memory.digest_cost import AffordableDigests
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.tensors import DescribedTensor, DescribedTensors
 
@@ -162,24 +163,24 @@ def _copy_and_verify(
     for index in careful:
         pieces[index] = (0, 0, 0)
     own_tasks = [partial(_write, tensors[index], sources[index]) for index in careful]
-    if less is not None and not digest_cost.is_affordable(
-        pieces, expected.algorithm, expected.block_bytes, deadline=deadline
-    ):
-        expected = less
-    algorithm, block_bytes = expected.algorithm, expected.block_bytes
+    found: list[int] = []
     if expected.coverage is DigestCoverage.FULL:
-        found = copying.copy_and_digest(pieces, algorithm, block_bytes, own_tasks=own_tasks, deadline=deadline)
-        for index in careful:
-            content = (sources[index], sizes[index])
-            found[index] = copying.digest_full(*content, algorithm, block_bytes)
-        transferred = time.monotonic()
+        algorithm, block_bytes = expected.algorithm, expected.block_bytes
+        way = AffordableDigests(sum(sizes), algorithm) if less is not None else None
+        found = copying.copy_and_digest(pieces, algorithm, block_bytes, way, own_tasks=own_tasks, deadline=deadline)
+        if less is not None and way is not None and way.are_too_expensive:
+            expected = less
+        else:
+            for index in careful:
+                found[index] = copying.digest_full(sources[index], sizes[index], algorithm, block_bytes)
     else:
         copying.copy(pieces, own_tasks=own_tasks, deadline=deadline)
-        transferred = time.monotonic()
+    transferred = time.monotonic()
+    if expected.coverage is DigestCoverage.SAMPLED:
         contents = [(destination, size) for destination, _, size in pieces]
         for index in careful:
             contents[index] = (sources[index], sizes[index])
-        found = copying.digest_samples(contents, algorithm, block_bytes, deadline=deadline)
+        found = copying.digest_samples(contents, expected.algorithm, expected.block_bytes, deadline=deadline)
     wrong = [one.spec.name for one, mine, theirs in zip(tensors, found, expected.values, strict=True) if mine != theirs]
     if wrong:
         raise IntegrityError(
