@@ -168,6 +168,7 @@ def start(instance: Instance, kind: str, model: str, file: Path, begin_at: float
             outcome = instance.client._attach_and_share(key)
             from_disk = isinstance(outcome, ColdLoadLease)
             if isinstance(outcome, ColdLoadLease):
+                outcome.prepare_memory(sum(tensor.nbytes for tensor in tensors.values()))
                 load(file, tensors)
                 loaded = time.monotonic()
                 instance.kept["publications"].append(instance.client.publish(key, tensors, lease=outcome))

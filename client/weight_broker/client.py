@@ -176,7 +176,8 @@ class BrokerClient:
         if is_on_device(described):
             shared_device = share(described, deadline, self._device_path)
             return self._publish_shared(key, shared_device, timeout=_left(deadline), lease=lease, group=group)
-        region = export(described, digest_mode=self._digest_mode, deadline=deadline)
+        prepared = lease.prepared if lease is not None else None
+        region = export(described, digest_mode=self._digest_mode, deadline=deadline, prepared=prepared)
         shared = SharedWeights(
             described.layout,
             [(region.fd, region.size_bytes)],

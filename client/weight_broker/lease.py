@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from weight_broker.errors import BrokerError, LeaseLost, NotAttached
+from weight_broker.errors import BrokerError, InvalidArgument, LeaseLost, NotAttached
 from weight_broker.session import Attachment, Session
+
+if TYPE_CHECKING:
+    from weight_broker.memory.prepared import PreparedMemory
 
 
 class ColdLoadLease:
@@ -36,6 +40,25 @@ class ColdLoadLease:
         """Seconds since the epoch."""
         self.touched = touched
         self._settled = False
+        self._prepared: PreparedMemory | None = None
+
+    def prepare_memory(self, size_bytes: int) -> bool:
+        """Has the kernel give out memory for publishing about `size_bytes` of host memory with this lease, in the
+        background, while they are being loaded: whoever waits for the weights gets them sooner. `acquire_or_load` does
+        so by itself. False if there is not plenty of memory: publishing asks for it in its own time then."""
+        from weight_broker.memory.prepared import prepare
+
+        if size_bytes <= 0:
+            raise InvalidArgument("size_bytes", size_bytes, "more than 0")
+        self._discard_prepared()
+        if not self._settled:
+            self._prepared = prepare(size_bytes)
+        return self._prepared is not None
+
+    @property
+    def prepared(self) -> PreparedMemory | None:
+        """What `prepare_memory` asked for. For `BrokerClient.publish`."""
+        return self._prepared
 
     def give_up(self, reason: str = "", *, unpublishable: bool = False) -> None:
         """Ends the lease so that the next waiter is told to load. If nobody can publish the weights (`unpublishable`,
@@ -43,6 +66,7 @@ class ColdLoadLease:
         already."""
         from weight_broker import calls
 
+        self._discard_prepared()
         self._check_session()
         try:
             calls.give_up_lease(
@@ -65,6 +89,7 @@ class ColdLoadLease:
     def fulfilled(self) -> None:
         """Notes that a publication with this lease has ended it. Called by `BrokerClient.publish`."""
         self._settled = True
+        self._discard_prepared()
 
     def __enter__(self) -> ColdLoadLease:
         return self
@@ -72,6 +97,7 @@ class ColdLoadLease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._discard_prepared()
         if self._settled:
             return
         with contextlib.suppress(BrokerError):  # it has ended, or does so with the broker or in its own time
@@ -79,6 +105,11 @@ class ColdLoadLease:
 
     def __repr__(self) -> str:
         return f"ColdLoadLease(weight_set_id={self.weight_set_id!r}, fencing_token={self.fencing_token})"
+
+    def _discard_prepared(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            prepared.close()
 
     def _check_session(self) -> None:
         if not self._attachment.is_current(self._session):

@@ -49,6 +49,7 @@ def acquire_or_load(
                     raise AssertionError("what was received was to be kept")
                 return _from_peer(client, key, outcome.report, outcome.shared, begun)
             lease = outcome
+            prepare_memory(lease, wanted)
         else:  # who does not publish must not hold the lease that others wait for
             report = client.acquire(key, wanted, timeout=timeout)
             seconds = time.monotonic() - begun
@@ -104,6 +105,16 @@ def _from_peer(
         publication=publication,
         publish_error=publish_error,
     )
+
+
+def prepare_memory(lease: ColdLoadLease, tensors: Mapping[str, object]) -> None:
+    """Has the kernel give out memory for publishing `tensors` while they are loaded, if they are in host memory."""
+    from weight_broker.memory.host import region_bytes
+    from weight_broker.memory.tensors import describe
+
+    described = describe(tensors)
+    if described.device_kind == "cpu":
+        lease.prepare_memory(region_bytes(described.layout))
 
 
 def _load(load: Callable[[], None], lease: ColdLoadLease | None) -> None:

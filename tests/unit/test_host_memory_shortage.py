@@ -15,7 +15,7 @@ import torch
 
 from support.held_memory import held
 from weight_broker.errors import PublishRefused
-from weight_broker.memory import host
+from weight_broker.memory import host, memfd
 from weight_broker.memory.address_space import Mapping
 from weight_broker.memory.host import export
 from weight_broker.memory.tensors import describe
@@ -60,13 +60,13 @@ def test_all_memory_is_there_before_the_first_byte_is_copied(monkeypatch: pytest
     monkeypatch.setattr(Mapping, "populate", lambda *_: None)
     if not huge_pages:
         monkeypatch.setattr(Mapping, "back_with_huge_pages", lambda *_: False)
-    allocate, allocated = host._allocate, []
+    allocate, allocated = memfd.allocate, []
 
     def allocate_and_look(fd: int, *arguments: Any) -> None:
         allocate(fd, *arguments)
         allocated.append(os.fstat(fd).st_blocks * 512)
 
-    monkeypatch.setattr(host, "_allocate", allocate_and_look)
+    monkeypatch.setattr(host, "allocate", allocate_and_look)
     shared = export(describe({"w": torch.zeros((35 << 20) + 1, dtype=torch.uint8)}))
     assert allocated == [shared.size_bytes]
     shared.close()

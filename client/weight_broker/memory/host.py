@@ -23,9 +23,11 @@ from weight_broker.digest import (
 from weight_broker.errors import PublishRefused
 from weight_broker.layout import Layout
 from weight_broker.memory import copying, strided
-from weight_broker.memory.address_space import HUGE_PAGE_BYTES, PAGE_BYTES, Mapping
+from weight_broker.memory.address_space import PAGE_BYTES, Mapping
 from weight_broker.memory.capacity import available_bytes
 from weight_broker.memory.digest_mode import DigestMode
+from weight_broker.memory.memfd import allocate, being_filled, create
+from weight_broker.memory.prepared import PreparedMemory
 from weight_broker.memory.receive import CopyResult, copy_in
 from weight_broker.memory.tensors import DescribedTensors
 from weight_broker.memory.views import map_tensors
@@ -36,9 +38,6 @@ SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SE
 ALIGNMENT_BYTES = 64
 LARGE_TENSOR_BYTES = 64 << 10
 """From this size on a tensor begins at a page."""
-
-_MFD_NOEXEC_SEAL = 0x8
-_ALLOCATION_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
@@ -62,40 +61,57 @@ class HostRegion:
 
 
 def export(
-    described: DescribedTensors, *, digest_mode: DigestMode = DigestMode.AUTO, deadline: float | None = None
+    described: DescribedTensors,
+    *,
+    digest_mode: DigestMode = DigestMode.AUTO,
+    deadline: float | None = None,
+    prepared: PreparedMemory | None = None,
 ) -> HostRegion:
-    """Copy the tensors into a new sealed memfd and digest them. The tensors must not change meanwhile.
+    """Copy the tensors into a new sealed memfd and digest them. The tensors must not change meanwhile. `prepared` is
+    memory that was asked for before, of whatever size.
 
     `deadline` is a time of `time.monotonic`. Raises `PublishRefused` if there is not enough memory, a limit of this
     process is reached or the deadline passes; nothing is left behind then.
     """
     described.require_host_memory()
     placements, size_bytes = _place(described.layout)
-    _require_memory(size_bytes)
+    fd = prepared.take() if prepared is not None else None
     try:
-        fd = _create(size_bytes)
-    except OSError as error:
-        raise _shortage(size_bytes, error) from error
-    _being_filled.add(fd)
-    try:
+        if fd is None:
+            _require_memory(size_bytes)
+            fd = create(size_bytes)
+        else:
+            _resize(fd, size_bytes)
         with Mapping(fd, size_bytes, shared=True, writable=True) as region:
-            _allocate(fd, region, deadline)
+            allocate(fd, region, deadline)
             digests = _fill(described, region.address, placements, DigestMode(digest_mode), deadline)
         seal(fd)
-    except OSError as error:
-        os.close(fd)
-        raise _shortage(size_bytes, error) from error
-    except copying.DeadlinePassed as error:
-        os.close(fd)
-        raise PublishRefused(
-            f"the deadline passed while {size_bytes} bytes were copied; allow more time for publishing"
-        ) from error
-    except BaseException:
-        os.close(fd)
+    except BaseException as error:
+        if fd is not None:
+            being_filled.discard(fd)
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise _shortage(size_bytes, error) from error
+        if isinstance(error, copying.DeadlinePassed):
+            raise PublishRefused(
+                f"the deadline passed while {size_bytes} bytes were copied; allow more time for publishing"
+            ) from error
         raise
-    finally:
-        _being_filled.discard(fd)
+    being_filled.discard(fd)
     return HostRegion(fd, size_bytes, tuple((0, offset) for offset in placements), digests)
+
+
+def region_bytes(layout: Layout) -> int:
+    """Size of the memfd that holds tensors of this layout."""
+    return _place(layout)[1]
+
+
+def _resize(fd: int, size_bytes: int) -> None:
+    """Makes prepared memory as large as it has to be."""
+    missing = size_bytes - os.fstat(fd).st_size
+    if missing > 0:
+        _require_memory(missing)
+    os.ftruncate(fd, size_bytes)
 
 
 def seal(fd: int) -> None:
@@ -121,41 +137,6 @@ def _place(layout: Layout) -> tuple[list[int], int]:
         offsets.append(offset)
         by_name[spec.name] = offset
     return offsets, max(PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES)
-
-
-def _create(size_bytes: int) -> int:
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        fd = os.memfd_create("weight-broker", flags | _MFD_NOEXEC_SEAL)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # Linux before 6.3 does not know the flag
-            raise
-        fd = os.memfd_create("weight-broker", flags)
-    try:
-        os.ftruncate(fd, size_bytes)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _allocate(fd: int, region: Mapping, deadline: float | None) -> None:
-    """Give the memfd all its memory, as huge pages where the kernel has them: the copy cannot run out of it half way
-    (which would be SIGBUS), and neither the copy nor the readers spend their time on page faults."""
-    starts = range(0, region.size_bytes, _ALLOCATION_BYTES)
-    copying.run((partial(_allocate_range, fd, region, start) for start in starts), deadline=deadline)
-
-
-def _allocate_range(fd: int, region: Mapping, start: int) -> None:
-    stop = min(region.size_bytes, start + _ALLOCATION_BYTES)
-    whole = stop // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    for offset in range(start, whole, HUGE_PAGE_BYTES):
-        os.posix_fallocate(fd, offset, PAGE_BYTES)
-    if whole > start:
-        # One page in each huge page is enough for the kernel to fill in the others. If it does not, they follow below.
-        region.back_with_huge_pages(start, whole - start)
-    os.posix_fallocate(fd, start, stop - start)
-    region.populate(start, stop - start)
 
 
 def _fill(
@@ -220,15 +201,3 @@ def _shortage(size_bytes: int, error: OSError) -> PublishRefused:
         "publishing",
         metadata={"needed_bytes": str(size_bytes), "error": errno.errorcode.get(error.errno or 0, "unknown")},
     )
-
-
-_being_filled: set[int] = set()
-
-
-def _close_inherited() -> None:
-    """For a child that is forked while another thread publishes: it would keep the memory for as long as it lives."""
-    while _being_filled:
-        os.close(_being_filled.pop())
-
-
-os.register_at_fork(after_in_child=_close_inherited)

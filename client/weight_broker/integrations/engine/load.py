@@ -21,6 +21,7 @@ from weight_broker.integrations.engine.report import EngineLoad
 from weight_broker.integrations.engine.tensors import other_state, weight_tensors, without_memory
 from weight_broker.lease import ColdLoadLease
 from weight_broker.load_group import LoadGroup
+from weight_broker.loading import prepare_memory
 
 if TYPE_CHECKING:
     from weight_broker.key import WeightSetKey
@@ -196,6 +197,8 @@ class Load:
             self._lease = outcome
             if outcome.touched:
                 self._reinitialise("a source failed half way")
+            if self._options.publish:
+                prepare_memory(outcome, tensors)
             return False
         report, self._shared = outcome
         self.report.source = "peer"

@@ -1,0 +1,143 @@
+"""Memory that is asked for while weights are being loaded: used or given back, and never in the way."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from support.held_memory import held
+from support.waiting import eventually
+from weight_broker import PublishRefused
+from weight_broker.memory import host, prepared
+from weight_broker.memory.host import copy_in, export, region_bytes
+from weight_broker.memory.prepared import PreparedMemory, prepare
+from weight_broker.memory.tensors import describe
+
+SIZE_BYTES = 80 << 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    gc.collect()
+    before = held()
+    yield
+    gc.collect()
+    eventually(lambda: "weight-broker-memory" not in {thread.name for thread in threading.enumerate()}, within=10)
+    assert held() == before
+
+
+def weights(size_bytes: int = SIZE_BYTES) -> dict[str, torch.Tensor]:
+    return {"w": torch.randint(0, 255, (size_bytes,), dtype=torch.uint8)}
+
+
+def pages_of(memory: PreparedMemory) -> int:
+    assert memory._fd is not None
+    return os.fstat(memory._fd).st_blocks * 512
+
+
+def until_it_is_there(memory: PreparedMemory) -> None:
+    assert memory._ended.wait(30)
+
+
+@pytest.mark.parametrize("prepared_bytes", [SIZE_BYTES, SIZE_BYTES // 2, 2 * SIZE_BYTES], ids=["same", "less", "more"])
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_is_published_is_right_whatever_was_prepared_and_however_far_that_is(
+    prepared_bytes: int, waits: bool
+) -> None:
+    memory, tensors = PreparedMemory(prepared_bytes), weights()
+    if waits:
+        until_it_is_there(memory)
+        assert pages_of(memory) == prepared_bytes
+    described = describe(tensors)
+    region = export(described, prepared=memory)
+    assert region.size_bytes == os.fstat(region.fd).st_size == region_bytes(described.layout)
+    assert os.fstat(region.fd).st_blocks * 512 == region.size_bytes
+    target = {"w": torch.zeros_like(tensors["w"])}
+    copy_in(describe(target), [region.fd], region.placements, region.digests)
+    assert torch.equal(target["w"], tensors["w"])
+    region.close()
+
+
+def test_memory_that_nobody_takes_is_given_back() -> None:
+    memory = PreparedMemory(SIZE_BYTES)
+    memory.close()
+    memory.close()
+    assert memory.take() is None
+    dropped = PreparedMemory(1 << 40)
+    del dropped
+
+
+def test_it_can_be_used_once_and_publishing_again_asks_for_new_memory() -> None:
+    memory, described = PreparedMemory(SIZE_BYTES), describe(weights())
+    one, other = export(described, prepared=memory), export(described, prepared=memory)
+    assert one.fd != other.fd
+    one.close()
+    other.close()
+
+
+def test_publishing_that_is_refused_gives_it_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, described = PreparedMemory(SIZE_BYTES // 2), describe(weights())
+    monkeypatch.setattr(host, "available_bytes", lambda: 0)
+    with pytest.raises(PublishRefused, match=str(region_bytes(described.layout) - SIZE_BYTES // 2)):
+        export(described, prepared=memory)
+
+
+def test_nothing_is_prepared_where_memory_is_not_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "available_bytes", lambda: 3 * SIZE_BYTES - 1)
+    assert prepare(SIZE_BYTES) is None
+    monkeypatch.setattr(prepared, "available_bytes", lambda: 3 * SIZE_BYTES)
+    memory = prepare(SIZE_BYTES)
+    assert memory is not None
+    memory.close()
+
+
+def test_little_memory_is_not_prepared_and_a_limit_of_the_process_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prepare(1 << 20) is None
+
+    def refuse(size_bytes: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(prepared, "create", refuse)
+    assert prepare(SIZE_BYTES) is None
+
+
+def test_memory_that_runs_out_on_the_way_is_left_to_publishing_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepared, "allocate_range", refuse)
+    memory, described = PreparedMemory(SIZE_BYTES), describe(weights())
+    until_it_is_there(memory)
+    export(described, prepared=memory).close()
+
+
+def test_a_forked_child_has_neither_the_memory_nor_any_use_for_it() -> None:
+    memory = PreparedMemory(SIZE_BYTES)
+    fd = memory._fd
+    assert fd is not None
+    child = os.fork()
+    if child == 0:
+        status = 0
+        try:
+            os.fstat(fd)
+            status = 1
+        except OSError:
+            pass
+        status |= 2 * (memory.take() is not None)
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    memory.close()
+
+
+def test_taking_it_does_not_wait_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "allocate_range", lambda *_: time.sleep(0.05))
+    memory = PreparedMemory(1 << 40)
+    begun = time.monotonic()
+    memory.close()
+    assert time.monotonic() - begun < 10
