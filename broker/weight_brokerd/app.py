@@ -33,6 +33,9 @@ from weight_brokerd.telemetry.metrics import Metrics
 MAXIMUM_MESSAGE_BYTES = 64 << 20
 STOP_SECONDS = 1.0
 """What calls get to end in once no transfer runs any more."""
+LAST_WORD_SECONDS = 0.1
+"""What callers get to read the end of a Watch in before their connection closes: gRPC gives up a connection at the first
+write that fails, whatever it has yet to read from it."""
 STATUS_SECONDS = 15.0
 """How often the service manager hears how the broker is, if it does not ask for more."""
 
@@ -205,6 +208,7 @@ class Application:
         # A Watch that nobody ends keeps the server from stopping for as long as it is allowed to.
         self._driver.watch.close()
         self._health.end_watches()
+        await asyncio.sleep(LAST_WORD_SECONDS)
 
     async def _end(self, server: grpc.aio.Server) -> None:
         await server.stop(STOP_SECONDS)

@@ -114,6 +114,14 @@ def test_huge_pages_that_the_kernel_refuses_are_a_warning(
     assert (found["huge pages, shared"][0], found["huge pages, private"][0]) == verdicts
 
 
+@pytest.mark.parametrize(("library", "verdict"), [(None, "warning"), (object(), "ok")])
+def test_an_installation_without_the_compiled_copy_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, library: object, verdict: str
+) -> None:
+    monkeypatch.setattr(doctor_host, "streaming_copy", lambda: library)
+    assert by_check(doctor_host.findings(None))["compiled copy"][0] == verdict
+
+
 @pytest.mark.parametrize(
     ("version", "verdict"), [("24.1.rc3", "problem"), ("25.0.rc1", "warning"), ("25.3.rc1", "ok"), (None, "warning")]
 )

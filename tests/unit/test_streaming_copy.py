@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.compiled_copy import compiled_copy
 from weight_broker.digest import DigestAlgorithm, block_function
 from weight_broker.memory import copying, streaming
 from weight_broker.memory.address_space import address_of
-from weight_broker.memory.streaming import StreamingCopy, streaming_copy
+from weight_broker.memory.streaming import streaming_copy
 
 GUARD = 200
 UNIT = 16 << 10
@@ -22,13 +23,6 @@ UNIT = 16 << 10
 SIZES = st.one_of(st.integers(0, 300), st.integers(UNIT - 70, UNIT + 70), st.integers(0, 5 * UNIT))
 OFFSETS = st.integers(0, 130)
 """From an address that is a multiple of 16."""
-
-
-@pytest.fixture
-def compiled() -> StreamingCopy:
-    found = streaming_copy()
-    assert found is not None, "this installation was built without a C compiler"
-    return found
 
 
 @pytest.fixture
@@ -59,30 +53,25 @@ class Memory:
 @settings(max_examples=300, deadline=None)
 @given(SIZES, OFFSETS, OFFSETS)
 def test_it_copies_every_byte_and_writes_no_other_at_any_alignment(size: int, source: int, destination: int) -> None:
-    found = streaming_copy()
-    assert found is not None
     memory = Memory(size, source, destination)
-    found.copy(memory.destination, memory.source, size)
+    compiled_copy().copy(memory.destination, memory.source, size)
     assert memory.is_copied_exactly()
 
 
 @settings(max_examples=300, deadline=None)
 @given(SIZES.filter(bool), OFFSETS, OFFSETS, st.sampled_from([512, 1000, UNIT, UNIT + 64, 3 * UNIT + 1, 1 << 20]))
 def test_its_digests_are_those_of_xxhash(size: int, source: int, destination: int, block_bytes: int) -> None:
-    found = streaming_copy()
-    assert found is not None
-    assert found.copy_and_digest is not None
+    copy_and_digest = compiled_copy().copy_and_digest
+    assert copy_and_digest is not None
     memory = Memory(size, source, destination)
-    digests = found.copy_and_digest(memory.destination, memory.source, size, block_bytes)
+    digests = copy_and_digest(memory.destination, memory.source, size, block_bytes)
     assert memory.is_copied_exactly()
     function = block_function(DigestAlgorithm.XXH3_64)
     assert digests == [function(memory.content[at : at + block_bytes]) for at in range(0, size, block_bytes)]
 
 
-def test_large_transfers_use_it_and_small_ones_stay_in_the_cache(
-    compiled: StreamingCopy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[int] = []
+def test_large_transfers_use_it_and_small_ones_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, used = compiled_copy(), list[int]()
 
     def copy(destination: int, source: int, size: int) -> None:
         used.append(size)
@@ -118,6 +107,8 @@ def test_a_file_that_is_no_library_is_passed_over(monkeypatch: pytest.MonkeyPatc
 def test_a_library_of_another_version_is_not_used_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    compiled_copy()
+    streaming_copy.cache_clear()
     monkeypatch.setattr(streaming, "_INTERFACE", 999)
     with caplog.at_level(logging.WARNING):
         assert streaming_copy() is None
@@ -127,6 +118,4 @@ def test_a_library_of_another_version_is_not_used_and_that_is_said(
 @pytest.mark.usefixtures("fresh")
 def test_functions_of_libxxhash_that_compute_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "block_function", lambda _algorithm: lambda _content: 1)
-    found = streaming_copy()
-    assert found is not None
-    assert found.copy_and_digest is None
+    assert compiled_copy().copy_and_digest is None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from weight_broker.cli.doctor import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
+from weight_broker.memory.streaming import streaming_copy
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 _ENOUGH_FILES = 4096
@@ -19,7 +20,7 @@ _ADD_SEALS, _GET_SEALS, _ALL_SEALS = 1033, 1034, 0xF
 
 def findings(state: State | None, huge_pages: Path = _HUGE_PAGES) -> list[Finding]:
     """`huge_pages`: where the kernel tells about them."""
-    found = [_memfd(), *_huge(huge_pages), _open_files(), _xxhash(), *_protobuf()]
+    found = [_memfd(), *_huge(huge_pages), _open_files(), _xxhash(), _compiled_copy(), *_protobuf()]
     if state is not None:
         found += _broker_files(state)
     return found
@@ -98,6 +99,16 @@ def _xxhash() -> Finding:
             "xxhash", "not installed here: only a sample of host memory is verified", "pip install xxhash, here too"
         )
     return ok("xxhash", "every byte of host memory can be verified")
+
+
+def _compiled_copy() -> Finding:
+    if streaming_copy() is None:
+        return warning(
+            "compiled copy",
+            "not in this installation: copying host memory and verifying it takes half as long again",
+            "install the client where there is a C compiler (gcc and libc6-dev)",
+        )
+    return ok("compiled copy", "host memory is copied past the caches")
 
 
 def _protobuf() -> list[Finding]:
