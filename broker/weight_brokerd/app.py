@@ -34,8 +34,8 @@ MAXIMUM_MESSAGE_BYTES = 64 << 20
 STOP_SECONDS = 1.0
 """What calls get to end in once no transfer runs any more."""
 LAST_WORD_SECONDS = 0.1
-"""What callers get to read the end of a Watch in before their connection closes: gRPC gives up a connection at the first
-write that fails, whatever it has yet to read from it."""
+"""What callers get to read the end of a Watch in before their connection closes: gRPC gives up a connection at the
+first write that fails, whatever it has yet to read from it."""
 STATUS_SECONDS = 15.0
 """How often the service manager hears how the broker is, if it does not ask for more."""
 
