@@ -6,6 +6,7 @@ that does not fit raises `InvalidArgument` naming the field.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -46,6 +47,10 @@ _STAGE_VALUES = {stage: value for value, stage in _STAGES.items()}
 _FORMAT_VALUES = {format_: value for value, format_ in _FORMATS.items()}
 _ALGORITHM_VALUES = {algorithm: value for value, algorithm in _ALGORITHMS.items()}
 _COVERAGE_VALUES = {coverage: value for value, coverage in _COVERAGES.items()}
+
+_KEPT_TENSORS = 20_000
+_last_layout: tuple[weakref.ref[Layout], bytes] | None = None
+"""The layout that was translated last, and its message: the same one is asked for many times in a row."""
 
 
 def load_group_to_wire(group: LoadGroup) -> pb.LoadGroup:
@@ -95,8 +100,13 @@ def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
 
 def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layout:
     """The layout as a message, in an empty one if that is given."""
+    global _last_layout
     if message is None:
         message = pb.Layout()
+    last = _last_layout
+    if last is not None and last[0]() is layout:
+        message.MergeFromString(last[1])
+        return message
     message.fingerprint = layout.fingerprint
     add = message.tensors.add
     for name, dtype, shape, stride, storage_bytes, storage_offset, memory_format, alias_of in layout.tensors:
@@ -112,6 +122,8 @@ def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layou
             tensor.storage_offset = storage_offset
         if alias_of:
             tensor.alias_of = alias_of
+    if len(layout) <= _KEPT_TENSORS:
+        _last_layout = (weakref.ref(layout), message.SerializeToString())
     return message
 
 

@@ -209,3 +209,19 @@ def test_numpy_arrays_are_described_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["24", "False"]
+
+
+def test_the_same_tensors_have_the_same_layout_object_and_others_another() -> None:
+    tensors = {"a": torch.zeros(3, 4), "b": torch.zeros(5)}
+    first = describe(tensors).layout
+    assert describe({name: torch.ones_like(tensor) for name, tensor in tensors.items()}).layout is first
+    for name, other in (("a", torch.zeros(4, 3)), ("b", torch.zeros(5, dtype=torch.int32)), ("c", torch.zeros(1))):
+        assert describe({**tensors, name: other}).layout != first
+    assert describe({"a": tensors["a"]}).layout != first
+    assert describe(tensors).layout == first
+
+
+def test_a_very_large_layout_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weight_broker.memory.tensors._KEPT_TENSORS", 1)
+    tensors = {"only here": torch.zeros(3), "and here": torch.zeros(3)}
+    assert describe(tensors).layout is not describe(tensors).layout

@@ -218,3 +218,20 @@ def test_a_reader_passes_over_digests_that_only_a_newer_version_knows() -> None:
     assert digests_from_wire([newer, digests_to_wire(known)], 2, pass_over_unknown=True) == (known,)
     with pytest.raises(InvalidArgument, match="known kind"):
         digests_from_wire([newer], 2, pass_over_unknown=True)
+
+
+def test_a_layout_is_translated_the_same_way_each_time_whatever_came_between() -> None:
+    one = Layout([TensorSpec("w", "float32", (2, 3), (3, 1), 24, 7)])
+    other = Layout([TensorSpec("w", "float32", (3, 2), (2, 1), 24), TensorSpec("x", "int8", (), (), 1)])
+    expected = layout_to_wire(one).SerializeToString(deterministic=True)
+    assert layout_from_wire(layout_to_wire(one)) == one
+    assert layout_from_wire(layout_to_wire(other)) == other
+    assert layout_from_wire(layout_to_wire(other, pb.Layout())) == other
+    assert layout_to_wire(one).SerializeToString(deterministic=True) == expected
+
+
+def test_a_layout_that_is_gone_is_not_taken_for_the_next_one_at_its_address() -> None:
+    for size in range(1, 200):
+        layout = Layout([TensorSpec("w", "uint8", (size,), (1,), size)])
+        assert layout_to_wire(layout).tensors[0].shape == [size]
+        del layout

@@ -9,9 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 from weight_broker.errors import InvalidArgument
-from weight_broker.layout import ITEM_SIZES, Layout, MemoryFormat, TensorSpec
+from weight_broker.layout import ITEM_SIZES, MemoryFormat, TensorSpec
 from weight_broker.memory.device_tensor import DeviceTensor, Segment, SegmentProvider
-from weight_broker.memory.tensors import DescribedTensor, DescribedTensors
+from weight_broker.memory.tensors import DescribedTensor, DescribedTensors, layout_of
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
             named[tensor.segment.base] = tensor.segment
         described.append(_describe(name, tensor, targets))
     return DescribedDeviceTensors(
-        Layout([one.spec for one in described]),
+        layout_of([one.spec for one in described]),
         tuple(described),
         kind,
         device_index,

@@ -6,7 +6,7 @@ PyTorch and NumPy are used only if the caller passes their tensors; nothing here
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,10 @@ from weight_broker.memory.device_tensor import DeviceTensor
 if TYPE_CHECKING:
     import numpy
     import torch
+
+_KEPT_TENSORS = 20_000
+"""A layout with more tensors is not kept: a few megabytes at most."""
+_last_layout: Layout | None = None
 
 DEVICE_KINDS = ("cpu", "npu", "cuda")
 """Kinds of devices whose memory can be shared."""
@@ -101,12 +105,26 @@ def _describe_on_host(tensors: Mapping[str, object]) -> DescribedTensors:
         else:
             raise _refusal(name, "type", type(value).__name__, "a torch.Tensor or a numpy.ndarray")
         described.append(one)
-    return DescribedTensors(Layout([one.spec for one in described]), tuple(described), "cpu")
+    return DescribedTensors(layout_of([one.spec for one in described]), tuple(described), "cpu")
+
+
+def layout_of(specs: Sequence[TensorSpec]) -> Layout:
+    """The layout of tensors, in the order of their names. Loaders describe the same tensors again and again (to acquire
+    them, to publish them, for the next weights of a training): an equal layout is the same object as the last time, and
+    what was made from it is not made again."""
+    global _last_layout
+    last = _last_layout
+    if last is not None and len(last) == len(specs) and last.tensors == tuple(specs):
+        return last
+    layout = Layout(specs)
+    if len(layout) <= _KEPT_TENSORS:
+        _last_layout = layout
+    return layout
 
 
 def _describe_torch(name: str, tensor: torch.Tensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
     torch_strided, dtype_names = _torch_names()
-    if not tensor.is_cpu:
+    if tensor.device.type != "cpu":
         if tensor.device.type in DEVICE_KINDS:
             raise _OnDevice
         _refuse_torch_device(name, tensor)
