@@ -212,7 +212,7 @@ def _validate_spec(spec: TensorSpec) -> None:
     if len(stride) != len(shape):
         raise InvalidArgument(f"layout.tensors[{name}].stride", stride, f"{len(shape)} numbers, as many as shape has")
     span, count = 1, 1
-    for size, step in zip(shape, stride):  # noqa: B905  # as many of either, as was seen above
+    for size, step in zip(shape, stride, strict=True):
         if size < 0:
             raise InvalidArgument(f"layout.tensors[{name}].shape", shape, "sizes of 0 or more")
         if step < 0:

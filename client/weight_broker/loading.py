@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -112,9 +113,10 @@ def prepare_memory(lease: ColdLoadLease, tensors: Mapping[str, object]) -> None:
     from weight_broker.memory.host import region_bytes
     from weight_broker.memory.tensors import describe
 
-    described = describe(tensors)
-    if described.device_kind == "cpu":
-        lease.prepare_memory(region_bytes(described.layout))
+    with contextlib.suppress(BrokerError):  # what cannot be shared: publishing says so
+        described = describe(tensors)
+        if described.device_kind == "cpu":
+            lease.prepare_memory(region_bytes(described.layout))
 
 
 def _load(load: Callable[[], None], lease: ColdLoadLease | None) -> None:

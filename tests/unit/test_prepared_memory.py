@@ -7,13 +7,15 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
 
 from support.held_memory import held
 from support.waiting import eventually
-from weight_broker import PublishRefused
+from weight_broker import ColdLoadLease, PublishRefused
+from weight_broker.loading import prepare_memory
 from weight_broker.memory import host, prepared
 from weight_broker.memory.host import copy_in, export, region_bytes
 from weight_broker.memory.prepared import PreparedMemory, prepare
@@ -83,9 +85,27 @@ def test_it_can_be_used_once_and_publishing_again_asks_for_new_memory() -> None:
 
 def test_publishing_that_is_refused_gives_it_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     memory, described = PreparedMemory(SIZE_BYTES // 2), describe(weights())
+    until_it_is_there(memory)
     monkeypatch.setattr(host, "available_bytes", lambda: 0)
     with pytest.raises(PublishRefused, match=str(region_bytes(described.layout) - SIZE_BYTES // 2)):
         export(described, prepared=memory)
+
+
+def test_memory_that_was_asked_for_but_is_not_there_yet_is_checked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "allocate_range", lambda *_: None)
+    memory, described = PreparedMemory(SIZE_BYTES), describe(weights())
+    monkeypatch.setattr(host, "available_bytes", lambda: SIZE_BYTES - 1)
+    with pytest.raises(PublishRefused, match=str(region_bytes(described.layout))):
+        export(described, prepared=memory)
+
+
+def test_what_cannot_be_shared_is_not_prepared_for_and_stops_no_loader() -> None:
+    class Lease:
+        def prepare_memory(self, size_bytes: int) -> None:
+            raise AssertionError(size_bytes)
+
+    prepare_memory(cast(ColdLoadLease, Lease()), {"w": torch.zeros(1, device="meta")})
+    prepare_memory(cast(ColdLoadLease, Lease()), {"w": object()})
 
 
 def test_nothing_is_prepared_where_memory_is_not_plenty(monkeypatch: pytest.MonkeyPatch) -> None:

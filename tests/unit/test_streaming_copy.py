@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -77,12 +78,7 @@ def test_large_transfers_use_it_and_small_ones_stay_in_the_cache(monkeypatch: py
         used.append(size)
         compiled.copy(destination, source, size)
 
-    class Counted:
-        copy_and_digest = None
-
-    counted = Counted()
-    counted.copy = copy  # type: ignore[attr-defined]
-    monkeypatch.setattr(copying, "streaming_copy", lambda: counted)
+    monkeypatch.setattr(copying, "streaming_copy", lambda: SimpleNamespace(copy=copy, copy_and_digest=None))
     for size in (copying.STREAMING_BYTES - 1, copying.STREAMING_BYTES):
         source, destination = bytearray(b"x" * size), bytearray(size)
         copying.copy([(address_of(destination), address_of(source), size)])

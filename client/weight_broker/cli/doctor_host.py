@@ -105,7 +105,7 @@ def _compiled_copy() -> Finding:
     if streaming_copy() is None:
         return warning(
             "compiled copy",
-            "not in this installation: copying host memory and verifying it takes half as long again",
+            "not in this installation: copying host memory and verifying it takes up to twice as long",
             "install the client where there is a C compiler (gcc and libc6-dev)",
         )
     return ok("compiled copy", "host memory is copied past the caches")

@@ -258,7 +258,8 @@ def _load_and_publish(
     client: BrokerClient, source: _Source, key: WeightSetKey, lease: ColdLoadLease
 ) -> tuple[PreTrainedModel, LoadReport]:
     try:
-        lease.prepare_memory(sum(file.stat().st_size for file in checkpoint_files(source.directory)))
+        with suppress(CheckpointError, OSError):  # not one whose size is known before it is read
+            lease.prepare_memory(sum(file.stat().st_size for file in checkpoint_files(source.directory)))
         model, report = _from_disk(source)
     except BaseException as error:
         with suppress(BrokerError):

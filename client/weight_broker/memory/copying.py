@@ -168,12 +168,17 @@ def copy_and_digest(
 
 def digest_full(address: int, size_bytes: int, algorithm: DigestAlgorithm, block_bytes: int) -> int:
     """The full digest of a tensor's content; 0 if there is none."""
+    blocks = digest_blocks(address, size_bytes, algorithm, block_bytes)
+    return combine(algorithm, blocks) if blocks else 0
+
+
+def digest_blocks(address: int, size_bytes: int, algorithm: DigestAlgorithm, block_bytes: int) -> list[int]:
+    """The digest of each block of a content."""
     function = block_function(algorithm)
-    blocks = [
+    return [
         function(buffer_at(address + offset, min(block_bytes, size_bytes - offset)))
         for offset in range(0, size_bytes, block_bytes)
     ]
-    return combine(algorithm, blocks) if blocks else 0
 
 
 def digest_samples(

@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import time
 
-from weight_broker.digest import DigestAlgorithm, block_function
+from weight_broker.digest import DigestAlgorithm
 from weight_broker.memory import copying
-from weight_broker.memory.address_space import buffer_at
 
 MOST_SHARE = 1 / 3
 """Of the time that the copy alone takes."""
@@ -71,11 +70,7 @@ class AffordableDigests:
         else:
             self._copy(destination, source, size_bytes)
             self._copied.append((time.perf_counter() - begun) / size_bytes)
-            function = block_function(self._algorithm)
-            digests = [
-                function(buffer_at(destination + offset, min(block_bytes, size_bytes - offset)))
-                for offset in range(0, size_bytes, block_bytes)
-            ]
+            digests = copying.digest_blocks(destination, size_bytes, self._algorithm, block_bytes)
         if min(len(self._copied), len(self._digested)) >= _SAMPLES:
             self._decide()
         return digests

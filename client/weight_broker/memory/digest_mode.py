@@ -38,7 +38,7 @@ class DigestMode(enum.StrEnum):
         }[self]
         return order[0] if order else None
 
-    def less_than(self, expected: ContentDigests, offered: Sequence[ContentDigests]) -> ContentDigests | None:
+    def sample_instead(self, expected: ContentDigests, offered: Sequence[ContentDigests]) -> ContentDigests | None:
         """The sample to verify instead of everything if everything costs too much; None if it is not to be."""
         if self is not DigestMode.AUTO or expected.coverage is not DigestCoverage.FULL:
             return None

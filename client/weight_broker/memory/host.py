@@ -108,10 +108,10 @@ def region_bytes(layout: Layout) -> int:
 
 def _resize(fd: int, size_bytes: int) -> None:
     """Makes prepared memory as large as it has to be."""
-    missing = size_bytes - os.fstat(fd).st_size
+    os.ftruncate(fd, size_bytes)
+    missing = size_bytes - os.fstat(fd).st_blocks * 512  # the unit of st_blocks, whatever the file system's is
     if missing > 0:
         _require_memory(missing)
-    os.ftruncate(fd, size_bytes)
 
 
 def seal(fd: int) -> None:

@@ -59,7 +59,7 @@ def copy_in(
     described.require_writable()
     mode = DigestMode(digest_mode)
     expected = _choose_digests(digests, mode, len(described.tensors))
-    less = mode.less_than(expected, digests)
+    sample = mode.sample_instead(expected, digests)
     described.require_host_memory()
     check_regions(described.layout, fds, placements)
     with ExitStack() as mappings:
@@ -68,7 +68,7 @@ def copy_in(
         mapped = time.monotonic()
         if deadline is not None and mapped >= deadline:
             raise AcquireTimeout("the deadline passed before the first byte was copied")
-        coverage, transferred, verified = _transfer(described, sources, expected, less, deadline)
+        coverage, transferred, verified = _transfer(described, sources, expected, sample, deadline)
     return CopyResult(
         described.layout.content_bytes,
         coverage,
@@ -126,10 +126,10 @@ def _transfer(
     described: DescribedTensors,
     sources: Sequence[int],
     expected: ContentDigests,
-    less: ContentDigests | None,
+    sample: ContentDigests | None,
     deadline: float | None,
 ) -> tuple[DigestCoverage, float, float]:
-    """Copy and verify, by `less` if `expected` costs too much here; returns how much was verified and the times at
+    """Copy and verify, by `sample` if `expected` costs too much here; returns how much was verified and the times at
     which either was done. Whatever it raises, the tensors may be touched."""
     tensors = described.tensors
     # Where tensors share memory in part, the order of writing decides what is left; where they have gaps, memmove will
@@ -138,7 +138,7 @@ def _transfer(
     careful += [index for index, one in enumerate(tensors) if not one.spec.is_dense and not one.spec.alias_of]
     careful = sorted(set(careful))
     try:
-        coverage, transferred = _copy_and_verify(described, sources, careful, expected, less, deadline)
+        coverage, transferred = _copy_and_verify(described, sources, careful, expected, sample, deadline)
         _compare(tensors, sources, careful, deadline)
     except copying.DeadlinePassed as error:
         raise AcquireTimeout("the deadline passed while the tensors were being filled", touched=True) from error
@@ -154,7 +154,7 @@ def _copy_and_verify(
     sources: Sequence[int],
     careful: Sequence[int],
     expected: ContentDigests,
-    less: ContentDigests | None,
+    sample: ContentDigests | None,
     deadline: float | None,
 ) -> tuple[DigestCoverage, float]:
     """Copy everything and compare digests; returns which ones and the time at which the last byte was copied."""
@@ -166,10 +166,10 @@ def _copy_and_verify(
     found: list[int] = []
     if expected.coverage is DigestCoverage.FULL:
         algorithm, block_bytes = expected.algorithm, expected.block_bytes
-        way = AffordableDigests(sum(sizes), algorithm) if less is not None else None
+        way = AffordableDigests(sum(sizes), algorithm) if sample is not None else None
         found = copying.copy_and_digest(pieces, algorithm, block_bytes, way, own_tasks=own_tasks, deadline=deadline)
-        if less is not None and way is not None and way.are_too_expensive:
-            expected = less
+        if sample is not None and way is not None and way.are_too_expensive:
+            expected = sample
         else:
             for index in careful:
                 found[index] = copying.digest_full(sources[index], sizes[index], algorithm, block_bytes)

@@ -1,7 +1,7 @@
 """The client's one piece of C: copying past the processor's caches, digesting on the way.
 
 It is compiled while the package is built where there is a C compiler. Without it, or on a processor of another kind
-than it was built for, `copying` does with memmove and xxhash's own functions, which takes about half as long again
+than it was built for, `copying` does with memmove and xxhash's own functions, which takes up to twice as long
 (benchmarks/ has the ratios). The source, client/native/streaming_copy.c, says why it is faster.
 """
 
@@ -25,7 +25,7 @@ _logger = logging.getLogger("weight_broker")
 
 
 class DigestingCopy(Protocol):
-    """Copies and returns the XXH3_64 digest of each block, the last of which may be shorter."""
+    """Copies and returns the digest of each block, the last of which may be shorter."""
 
     def __call__(self, destination: int, source: int, size_bytes: int, block_bytes: int) -> list[int]:
         """Addresses, sizes. The ranges must not overlap."""
@@ -80,8 +80,8 @@ def _xxh3_functions() -> ctypes.Array[ctypes.c_void_p] | None:
     """libxxhash's functions in the order of the C source's `struct xxh3`, out of the xxhash package's extension."""
     if not is_available(DigestAlgorithm.XXH3_64):
         return None
-    specification = find_spec("xxhash._xxhash")
     try:
+        specification = find_spec("xxhash._xxhash")
         library = ctypes.CDLL(specification.origin if specification is not None else "libxxhash.so.0")
         # The first one takes the instructions that this processor has; builds for other processors lack it.
         update = getattr(library, "XXH3_64bits_update_dispatch", None) or library.XXH3_64bits_update
@@ -92,7 +92,7 @@ def _xxh3_functions() -> ctypes.Array[ctypes.c_void_p] | None:
             update,
             library.XXH3_64bits_digest,
         ]
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, ImportError):
         return None
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in functions]
     return (ctypes.c_void_p * len(addresses))(*addresses)
