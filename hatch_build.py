@@ -17,7 +17,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = Path("client/native/streaming_copy.c")
-LIBRARY = Path("client/weight_broker/memory/streaming_copy.so.1")
+LIBRARY = Path("client/weight_broker/memory/host/streaming_copy.so.1")
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-shared")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.harness import Options, machine_facts
 from benchmarks.report import Row, print_rows, print_summary, size, write_json
 
-from weight_broker.cli.demo_checkpoint import parse_size
+from weight_broker.demo.checkpoint import parse_size
 
 BENCHMARKS = (
     "copy_bandwidth",

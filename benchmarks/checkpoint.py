@@ -12,8 +12,8 @@ import torch
 from benchmarks.weights import Tensors
 from safetensors.torch import load_file
 
-from weight_broker.cli.demo_checkpoint import ensure_checkpoint
-from weight_broker.cli.page_cache import evict, resident_share
+from weight_broker.demo.checkpoint import ensure_checkpoint
+from weight_broker.demo.page_cache import evict, resident_share
 
 COLD_SHARE = 0.001
 """Up to this share of its pages in the page cache a file counts as cold."""

@@ -14,7 +14,7 @@ from benchmarks.report import Budget, Row, number, size
 from benchmarks.weights import Tensors, model_shapes, plain_copy, publish_random, size_of, touched, untouched
 
 from weight_broker import BrokerClient, WeightSetKey
-from weight_broker.memory.copying import thread_count
+from weight_broker.memory.host.copying import thread_count
 
 LEAST_SHARE = 0.9
 

@@ -25,8 +25,8 @@ from support import datasystem_actions as engine
 from support.card_process import CardProcess
 from support.cards import Owned, configuration, own, supervised
 from support.datasystem_worker import DatasystemWorker
-from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.cards.offers import OfferEnd, fresh_key
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 MOST_RATIO = 1.05
 MOST_FIRST_BYTE_MILLISECONDS = 15.0

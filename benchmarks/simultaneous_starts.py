@@ -20,7 +20,7 @@ from benchmarks.report import Budget, Row, number, size
 from benchmarks.weights import model_shapes, touched
 
 from weight_broker import ColdLoadLease, WeightSetKey
-from weight_broker.cli.demo_checkpoint import model_shape
+from weight_broker.demo.checkpoint import model_shape
 
 INSTANCES = 16
 MOST_ACQUIRES = 3.0

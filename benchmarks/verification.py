@@ -8,7 +8,7 @@ from benchmarks.report import Budget, Row, number, size
 from benchmarks.weights import model_shapes, random_content, size_of, touched
 
 from weight_broker.digest import FULL_BLOCK_BYTES, SAMPLE_BLOCK_BYTES, DigestAlgorithm, is_available
-from weight_broker.memory import copying
+from weight_broker.memory.host import copying
 
 MOST_SHARE = 1 / 3
 

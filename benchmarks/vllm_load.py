@@ -21,7 +21,7 @@ from benchmarks.harness import machine_facts, running_broker
 
 from support.vllm_models import write_qwen2
 from support.vllm_process import EngineProcess
-from weight_broker.cli.page_cache import evict, resident_share
+from weight_broker.demo.page_cache import evict, resident_share
 
 Way = Callable[[], EngineProcess]
 COLUMNS = ("load_seconds", "engine_seconds", "first_token_seconds")

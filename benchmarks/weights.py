@@ -12,8 +12,8 @@ import torch
 from benchmarks.harness import Instance
 
 from weight_broker import BrokerClient, WeightSetKey
-from weight_broker.cli.demo_checkpoint import model_shape
-from weight_broker.memory.copying import thread_count
+from weight_broker.demo.checkpoint import model_shape
+from weight_broker.memory.host.copying import thread_count
 
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ if [ -z "${ASCEND_HOME_PATH:-}" ]; then
 fi
 for python in "${PYTHON:-}" /opt/weight-broker/bin/python "$checkout/.venv/bin/python" python3; do
   if [ -n "$python" ] && "$python" -c 'import weight_broker, weight_brokerd, yr.datasystem' 2>/dev/null; then
-    exec "$python" -m weight_broker.cli.ascend_check "$@"
+    exec "$python" -m weight_brokerd.ascend_check.__main__ "$@"
   fi
 done
 echo "No Python with weight-broker[broker] and openyuanrong-datasystem; name it: PYTHON=/path/to/python $0" >&2

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weight_broker.errors import BrokerError
-from weight_brokerd import __version__, config
-from weight_brokerd.lock import AlreadyRunningError, RuntimeLock
-from weight_brokerd.runtime import RuntimeDirectory, StartError, allow_many_files
+from weight_brokerd import __version__
+from weight_brokerd.config import loading as config
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.daemon.lock import AlreadyRunningError, RuntimeLock
+from weight_brokerd.daemon.runtime_directory import RuntimeDirectory, allow_many_files
 
 try:
     from weight_brokerd.telemetry import log
@@ -78,7 +80,7 @@ def _lock(directory: RuntimeDirectory) -> RuntimeLock:
 async def _serve(settings: config.Config, path: Path | None, directory: RuntimeDirectory, lock: RuntimeLock) -> None:
     # gRPC's core writes its own lines to stderr, into the middle of the log, unless told otherwise before the import.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from weight_brokerd.app import Application
+    from weight_brokerd.daemon.application import Application
 
     await Application(settings, directory, lock, reload=lambda: _reload_log_level(path)).run()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from weight_broker._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from weight_broker.client import BrokerClient
     from weight_broker.digest import DigestCoverage
@@ -33,12 +35,11 @@ if TYPE_CHECKING:
     )
     from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
     from weight_broker.layout import Layout, MemoryFormat, TensorSpec
-    from weight_broker.lease import ColdLoadLease
     from weight_broker.load_group import LoadGroup
-    from weight_broker.publication import Publication
-    from weight_broker.report import AcquireReport, AttachedTensors, LoadReport
+    from weight_broker.transfers.lease import ColdLoadLease
+    from weight_broker.transfers.publication import Publication
+    from weight_broker.transfers.report import AcquireReport, AttachedTensors, LoadReport
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "client": ("BrokerClient",),
@@ -64,10 +65,10 @@ _HOMES = {
     ),
     "key": ("ParallelRank", "Role", "Stage", "WeightSetKey"),
     "layout": ("Layout", "MemoryFormat", "TensorSpec"),
-    "lease": ("ColdLoadLease",),
+    "transfers.lease": ("ColdLoadLease",),
     "load_group": ("LoadGroup",),
-    "publication": ("Publication",),
-    "report": ("AcquireReport", "AttachedTensors", "LoadReport"),
+    "transfers.publication": ("Publication",),
+    "transfers.report": ("AcquireReport", "AttachedTensors", "LoadReport"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -10,25 +10,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from weight_broker import loading
+from weight_broker.connection.session import Attachment
 from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
 from weight_broker.key import WeightSetKey
-from weight_broker.lease import ColdLoadLease
-from weight_broker.memory.device_path import DevicePath, may_stage
-from weight_broker.memory.device_path import device_path as device_path_of
+from weight_broker.memory.device.path import DevicePath, may_stage
+from weight_broker.memory.device.path import device_path as device_path_of
 from weight_broker.memory.digest_mode import DigestMode
-from weight_broker.publication import Publication, publications_of
-from weight_broker.report import AcquireReport, AttachedTensors, LoadReport
-from weight_broker.session import Attachment
-from weight_broker.shared import Shared, SharedWeights
+from weight_broker.memory.shared import Shared, SharedWeights
+from weight_broker.transfers import load as loading
+from weight_broker.transfers.lease import ColdLoadLease
+from weight_broker.transfers.publication import Publication, publications_of
+from weight_broker.transfers.report import AcquireReport, AttachedTensors, LoadReport
 
 if TYPE_CHECKING:
-    from weight_broker.acquisition import Acquired
+    from weight_broker.connection.session import Session
     from weight_broker.load_group import LoadGroup
-    from weight_broker.memory.device import DeviceDestination
+    from weight_broker.memory.device.destination import DeviceDestination
+    from weight_broker.memory.host.destination import Receiver
     from weight_broker.memory.tensors import DescribedTensors
-    from weight_broker.receiving import Receiver
-    from weight_broker.session import Session
+    from weight_broker.transfers.acquisition import Acquired
 
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 _PUBLISH_TIMEOUT_SECONDS = 60.0
@@ -165,8 +165,8 @@ class BrokerClient:
         `lease` is the cold-load lease that this fulfils; `group` the engine that this process is a rank of: what its
         ranks publish is read together. `PublishRefused`: the message says why and what to do.
         """
-        from weight_broker.memory.device import is_on_device, share
-        from weight_broker.memory.host import export
+        from weight_broker.memory.device.destination import is_on_device, share
+        from weight_broker.memory.host.export import export
         from weight_broker.memory.tensors import describe
 
         deadline = time.monotonic() + _checked_seconds("timeout", timeout)
@@ -197,8 +197,8 @@ class BrokerClient:
     ) -> Publication:
         """Offers memory that is shared already, and takes it over (closes it if the publication fails). For the
         package's own loaders, like the other two that share memory."""
-        from weight_broker.memory.device import DeviceShared
-        from weight_broker.memory.staged import StagedShared
+        from weight_broker.memory.device.destination import DeviceShared
+        from weight_broker.memory.device.staged import StagedShared
 
         deadline = time.monotonic() + timeout
         fencing_token = lease.fencing_token if lease is not None else 0
@@ -263,7 +263,7 @@ class BrokerClient:
             raise InvalidArgument("framework", framework, "'torch' or 'numpy'")
 
         def mapper() -> Receiver:
-            from weight_broker.receiving import TensorMapper
+            from weight_broker.memory.host.destination import TensorMapper
 
             return TensorMapper(framework, self._digest_mode)
 
@@ -285,7 +285,7 @@ class BrokerClient:
         keep_shared: bool,
         group: LoadGroup | None = None,
     ) -> Acquired | ColdLoadLease:
-        from weight_broker.memory.device import is_on_device
+        from weight_broker.memory.device.destination import is_on_device
         from weight_broker.memory.tensors import describe
 
         begun = time.monotonic()
@@ -315,7 +315,7 @@ class BrokerClient:
             return self._fill_device(described, fill)
 
         def filler() -> Receiver:
-            from weight_broker.receiving import TensorFiller
+            from weight_broker.memory.host.destination import TensorFiller
 
             return TensorFiller(described, self._digest_mode)
 
@@ -325,8 +325,8 @@ class BrokerClient:
         self, described: DescribedTensors, fill: Callable[[DeviceDestination], Acquired | ColdLoadLease]
     ) -> Acquired | ColdLoadLease:
         """Fills the tensors where they are, or through a bucket."""
-        from weight_broker.memory.device import DeviceDestination
-        from weight_broker.memory.staged import StagedDestination
+        from weight_broker.memory.device.destination import DeviceDestination
+        from weight_broker.memory.device.staged import StagedDestination
 
         touched = False
         if self._device_path is not DevicePath.STAGED:
@@ -365,7 +365,7 @@ class BrokerClient:
         deadline = begun + _checked_seconds("timeout", timeout)
 
         def acquire(session: Session) -> Acquired | ColdLoadLease:
-            from weight_broker.acquisition import IF_ABSENT, Acquisition, ColdLoadTold
+            from weight_broker.transfers.acquisition import IF_ABSENT, Acquisition, ColdLoadTold
 
             phases["attach"] = time.monotonic() - begun - phases.get("describe", 0.0)
             outcome = Acquisition(

@@ -72,7 +72,7 @@ class WeightSetKey:
     """Revision of the model."""
     checkpoint_digest: str = ""
     """Digest of the checkpoint's structure and content; tells a fine-tune of the same shape apart
-    (`weight_broker.checkpoint.checkpoint_digest`)."""
+    (`weight_broker.integrations.checkpoint.checkpoint_digest`)."""
     dtype: str = "bfloat16"
     """The engine's weight data type."""
     quantization: str = ""

@@ -17,6 +17,7 @@ from weight_broker.layout import Layout, MemoryFormat, TensorSpec
 from weight_broker.load_group import LoadGroup
 from weight_broker.v1 import weight_set_pb2 as pb
 
+TOKEN_METADATA_KEY = "weight-broker-session-bin"
 MAX_REASON_CHARACTERS = 1024
 """Longest reason or detail that a report carries."""
 

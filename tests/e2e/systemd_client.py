@@ -8,8 +8,8 @@ import sys
 import grpc
 import numpy as np
 
-from weight_broker.attach import AttachConnection
 from weight_broker.client import BrokerClient
+from weight_broker.connection.attach import AttachConnection
 from weight_broker.errors import BrokerError
 from weight_broker.key import WeightSetKey
 from weight_broker.runtime_directory import runtime_directory

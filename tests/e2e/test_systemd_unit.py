@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_brokerd.config import Config
+from weight_brokerd.config.loading import Config
 
 SYSTEMD_DIRECTORY = Path(__file__).parents[2] / "deploy" / "systemd"
 SYSTEM_UNITS = Path("/usr/lib/systemd/system")

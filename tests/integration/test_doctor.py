@@ -14,10 +14,12 @@ import pytest
 
 from support.broker_process import BrokerProcess
 from weight_broker import BrokerClient, WeightSetKey
-from weight_broker.cli import doctor_ascend, doctor_broker, doctor_host
-from weight_broker.cli.doctor import Finding, Verdict
+from weight_broker.cli.doctor import ascend as doctor_ascend
+from weight_broker.cli.doctor import broker as doctor_broker
+from weight_broker.cli.doctor import host as doctor_host
+from weight_broker.cli.doctor.run import Finding, Verdict
 from weight_broker.cli.main import main
-from weight_broker.memory import npu_driver
+from weight_broker.memory.npu import driver as npu_driver
 
 Doctor = Callable[..., tuple[int, dict[str, tuple[str, str, str]]]]
 

@@ -19,11 +19,11 @@ from safetensors.numpy import save_file
 from support.broker_process import BrokerProcess
 from support.documents import REPOSITORY, Command, Document, Reader, commands_in, matches
 from weight_broker.cli import failure
-from weight_broker.cli.demo_checkpoint import ensure_checkpoint
+from weight_broker.demo.checkpoint import ensure_checkpoint
 from weight_broker.errors import TABLE
 from weight_brokerd import __main__ as daemon
-from weight_brokerd import config
-from weight_brokerd.core.registry import TRANSITIONS
+from weight_brokerd.config import loading as config
+from weight_brokerd.core.publications import TRANSITIONS
 
 NAMES = ("README.md", *sorted(f"docs/{path.name}" for path in REPOSITORY.glob("docs/*.md")))
 DOCUMENTS = {name: Document(name) for name in NAMES}

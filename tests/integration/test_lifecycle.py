@@ -128,7 +128,11 @@ def test_the_log_is_one_json_object_a_line_from_beginning_to_end(broker: BrokerP
         publisher.publish()
     assert broker.terminate() == 0
     events = log_events(broker)
-    assert [one["event"] for one in events if one["logger"] == "weight_brokerd.app"] == ["ready", "draining", "stopped"]
+    assert [one["event"] for one in events if one["logger"] == "weight_brokerd.daemon.application"] == [
+        "ready",
+        "draining",
+        "stopped",
+    ]
     audited = [one["event"] for one in events if one["logger"] == "weight_brokerd.audit"]
     assert audited[:3] == ["attach", "offer_region", "publish"]
     assert {"defect", "attendance_failed"}.isdisjoint(one["event"] for one in events)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weight_broker import AcquireReport, BrokerClient, ColdLoadLease, WeightSetKey
-from weight_broker.publication import Publication
+from weight_broker.transfers.publication import Publication
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -161,7 +161,7 @@ def sleep(state: State, /, seconds: float) -> None:
 
 def flip_before_sealing(state: State, /) -> None:
     """From now on this instance publishes memory in which one byte differs from what was digested."""
-    from weight_broker.memory import host
+    from weight_broker.memory.host import export as host
 
     seal = host.seal
 
@@ -196,7 +196,7 @@ def fail_copies_after(state: State, /, ranges: int) -> None:
 
 def _before_copying(act: Callable[[int], None]) -> None:
     """Has `act` called with the size of each range before it is copied, whichever way that is done."""
-    from weight_broker.memory import copying
+    from weight_broker.memory.host import copying
 
     functions_for = copying.functions_for
 

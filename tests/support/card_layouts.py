@@ -7,8 +7,8 @@ import random
 from support import acl
 from support.cards import Owned
 from weight_broker.layout import Layout, TensorSpec
-from weight_brokerd.cards import plan
-from weight_brokerd.cards.blobs import BlobList
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.cards.plan.blobs import BlobList
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -16,13 +16,13 @@ from doubles.cann.control import CannHost
 from support import acl, card_actions, datasystem_actions
 from support.card_process import CardProcess
 from support.datasystem_worker import DatasystemWorker
-from weight_brokerd.cards.blobs import Blob, BlobList, Part
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardError
-from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.messages import ImportRegion
-from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.cards.offers import OfferEnd, fresh_key
+from weight_brokerd.cards.plan.blobs import Blob, BlobList, Part
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 _numbers = itertools.count()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from weight_broker.acl import Acl, MemcpyKind, load
+from weight_broker.drivers.acl import Acl, MemcpyKind, load
 
 
 def call(method: str, *arguments: Any) -> Any:

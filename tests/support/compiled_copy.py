@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from weight_broker.memory.streaming import StreamingCopy, streaming_copy
+from weight_broker.memory.host.streaming import StreamingCopy, streaming_copy
 
 
 def skip_without_compiler() -> None:

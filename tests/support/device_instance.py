@@ -13,10 +13,10 @@ from typing import NamedTuple
 from support import acl, card_actions, datasystem_actions
 from weight_broker import BrokerClient, BrokerError, WeightSetKey
 from weight_broker.layout import ITEM_SIZES, MemoryFormat
-from weight_broker.lease import ColdLoadLease
-from weight_broker.memory.device_tensor import DeviceTensor, Segment, SegmentKind
-from weight_broker.memory.npu_registry import EXPORTS
-from weight_broker.publication import Publication
+from weight_broker.memory.device.tensor import DeviceTensor, Segment, SegmentKind
+from weight_broker.memory.npu.registry import EXPORTS
+from weight_broker.transfers.lease import ColdLoadLease
+from weight_broker.transfers.publication import Publication
 
 ALIGNMENT = 512
 

@@ -11,11 +11,12 @@ import numpy
 
 from support import device_instance
 from support.device_instance import ALIGNMENT, Model, Outcome, Tensor
-from weight_broker import BrokerError, cuda
-from weight_broker.memory import cuda as cuda_kind
+from weight_broker import BrokerError
+from weight_broker.drivers import cuda
 from weight_broker.memory import describe
-from weight_broker.memory.device_describe import DescribedDeviceTensors
-from weight_broker.memory.device_tensor import DeviceTensor
+from weight_broker.memory.cuda import kind as cuda_kind
+from weight_broker.memory.device.describe import DescribedDeviceTensors
+from weight_broker.memory.device.tensor import DeviceTensor
 
 SEGMENT_BYTES = 2 << 20
 _segments: dict[str, list[tuple[int, int]]] = {}

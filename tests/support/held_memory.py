@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from weight_broker.memory import copying
+from weight_broker.memory.host import copying
 
 
 def mapped_regions() -> int:

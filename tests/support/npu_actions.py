@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from support import acl as calls
-from weight_broker.acl import MemcpyKind, load
+from weight_broker.drivers.acl import MemcpyKind, load
 from weight_broker.layout import ITEM_SIZES, MemoryFormat
-from weight_broker.memory import npu
-from weight_broker.memory.device_digest import TorchEngine
-from weight_broker.memory.npu_registry import EXPORTS
+from weight_broker.memory.device.digest import TorchEngine
+from weight_broker.memory.npu import kind as npu
+from weight_broker.memory.npu.registry import EXPORTS
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from support.actions import State, current
 from weight_broker.key import ParallelRank, WeightSetKey
-from weight_broker.lease import ColdLoadLease
 from weight_broker.load_group import LoadGroup
+from weight_broker.transfers.lease import ColdLoadLease
 
 MODEL = "ranks"
 

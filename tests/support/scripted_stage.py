@@ -14,7 +14,8 @@ import pytest
 
 from support.scripted_broker import Context, ScriptedBroker, fail, granted
 from weight_broker import BrokerClient, Reason, WeightSetKey
-from weight_broker.memory import HostRegion, describe, export, host
+from weight_broker.memory import HostRegion, describe, export
+from weight_broker.memory.host import export as host
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 
 KEY = WeightSetKey("model")

@@ -8,12 +8,13 @@ import os
 import torch
 
 from support.device_instance import Outcome
-from weight_broker import BrokerClient, BrokerError, WeightSetKey, cuda
-from weight_broker.memory import cuda as cuda_kind
+from weight_broker import BrokerClient, BrokerError, WeightSetKey
+from weight_broker.drivers import cuda
 from weight_broker.memory import describe
-from weight_broker.memory.device_describe import DescribedDeviceTensors
-from weight_broker.memory.device_digest import HostEngine, tensor_digests
-from weight_broker.publication import Publication
+from weight_broker.memory.cuda import kind as cuda_kind
+from weight_broker.memory.device.describe import DescribedDeviceTensors
+from weight_broker.memory.device.digest import HostEngine, tensor_digests
+from weight_broker.transfers.publication import Publication
 
 _tensors: dict[str, dict[str, torch.Tensor]] = {}
 _publications: dict[str, Publication] = {}

@@ -42,7 +42,7 @@ def break_transfers() -> None:
     import torch
 
     from weight_broker.errors import TransferFailed
-    from weight_broker.receiving import TensorFiller
+    from weight_broker.memory.host.destination import TensorFiller
 
     def receive(self: Any, source: Any, deadline: float) -> Any:
         for one in self._described.tensors:
@@ -59,7 +59,7 @@ def hold_transfers(directory: str) -> None:
     import time
     from pathlib import Path
 
-    from weight_broker.receiving import TensorFiller
+    from weight_broker.memory.host.destination import TensorFiller
 
     moving, go = Path(directory, "moving"), Path(directory, "go")
     filler: Any = TensorFiller

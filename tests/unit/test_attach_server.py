@@ -22,7 +22,7 @@ from support.waiting import eventually
 from weight_broker.errors import BrokerUnavailable, NotAttached, Reason
 from weight_broker.v1 import attach_pb2 as pb
 from weight_brokerd.attach import peer, server
-from weight_brokerd.attach.packets import MAXIMUM_PACKET_BYTES
+from weight_brokerd.processes.packets import MAXIMUM_PACKET_BYTES
 
 OFFER = pb.AttachRequest(offer_region=pb.OfferRegion(region_id="region", size_bytes=7))
 CLAIM = pb.AttachRequest(claim_region=pb.ClaimRegion(transfer_id="transfer-1", region_index=3))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_broker.memory.capacity import available_bytes
+from weight_broker.drivers.available_memory import available_bytes
 
 MEMINFO = "MemTotal:       2000 kB\nMemFree:         500 kB\nMemAvailable:   1000 kB\n"
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weight_brokerd.cards import messages
-from weight_brokerd.cards.blobs import Blob, BlobList, Part
-from weight_brokerd.children import packets
+from weight_brokerd.cards.plan.blobs import Blob, BlobList, Part
+from weight_brokerd.processes import packets
 
 BLOBS = BlobList(("a", "b"), (Blob(10, (Part(0, 0, 10),)), Blob(4096, (Part(1, 7, 3), Part(0, 100, 4)))))
 ALL: list[messages.Message] = [

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weight_broker.layout import ITEM_SIZES, Layout, TensorSpec
-from weight_brokerd.cards import plan
-from weight_brokerd.cards.blobs import Blob
-from weight_brokerd.cards.extents import MAXIMUM_EXTENTS, TooScattered, extents
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.cards.plan.blobs import Blob
+from weight_brokerd.cards.plan.extents import MAXIMUM_EXTENTS, TooScattered, extents
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from weight_broker.acl import LIBRARY
-from weight_brokerd.cards import settings
+from weight_broker.drivers.acl import LIBRARY
 from weight_brokerd.cards.configuration import CardsConfiguration
-from weight_brokerd.cards.settings import cards_configuration, find_runtime, why_no_cards
-from weight_brokerd.config import Config, load
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.loading import Config, load
 from weight_brokerd.datasystem.credentials import credentials
-from weight_brokerd.datasystem.settings import objects_configuration
-from weight_brokerd.runtime import StartError
+from weight_brokerd.kinds.npu import settings
+from weight_brokerd.kinds.npu.settings import cards_configuration, find_runtime, why_no_cards
 
 STATE = Path("/var/lib/weight-broker")
 
@@ -74,15 +73,6 @@ def test_every_setting_of_cards_reaches_them() -> None:
         configured(**{f"cards_{name}": value for name, value in given.items()}), "host", 1, STATE
     )
     assert {name: getattr(mapped, name) for name in given} == {**given, "log_directory": Path("/var/log/clients")}
-
-
-def test_host_objects_have_the_same_worker_secrets_and_logs(tmp_path: Path) -> None:
-    config = configured(datasystem_token_file=secret(tmp_path, "token", "the token"), cards_log_directory="/var/log/x")
-    mapped = objects_configuration(config, "host", 7, STATE)
-    assert (mapped.worker_host, mapped.worker_port) == ("host", 7)
-    assert (mapped.credentials, mapped.log_directory) == ({"token": "the token"}, Path("/var/log/x"))
-    assert "the token" not in repr(mapped)
-    assert objects_configuration(Config(), "host", 7, STATE).log_directory == STATE / "datasystem-clients"
 
 
 def test_secrets_are_handed_over_under_the_names_of_the_clients_arguments(tmp_path: Path) -> None:

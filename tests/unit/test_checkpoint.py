@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from weight_broker import checkpoint, checkpoint_cache
-from weight_broker.checkpoint import CheckpointError, checkpoint_digest
+from weight_broker.integrations import checkpoint, checkpoint_cache
+from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_digest
 
 BLOCK = checkpoint.SAMPLE_BYTES
 TENSORS = {"large": bytes(range(256)) * 256, "small": b"abcd" * 8, "empty": b""}

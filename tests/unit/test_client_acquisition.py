@@ -21,7 +21,7 @@ from weight_broker import (
     Reason,
     TransferFailed,
 )
-from weight_broker.memory import copying
+from weight_broker.memory.host import copying
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 
 
@@ -120,7 +120,7 @@ def test_a_failure_nobody_foresaw_is_still_a_broker_error_that_says_touched(
     def explode(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("unforeseen")
 
-    monkeypatch.setattr("weight_broker.receiving.copy_in", explode)
+    monkeypatch.setattr("weight_broker.memory.host.destination.copy_in", explode)
     stage.script(stage.grant("transfer-1", stage.sound), Reason.TRANSFER_FAILED)
     with pytest.raises(BrokerError, match="unforeseen") as caught:
         stage.client.acquire(KEY, arrays(0))

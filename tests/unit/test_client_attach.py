@@ -15,10 +15,10 @@ from types import FrameType
 import pytest
 
 from support.scripted_broker import TOKEN, ScriptedBroker, refused
-from weight_broker import attach
-from weight_broker.attach import AttachConnection
+from weight_broker.connection import attach
+from weight_broker.connection.attach import AttachConnection
+from weight_broker.connection.session import Attachment
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, PublishRefused, Reason
-from weight_broker.session import Attachment
 from weight_broker.v1 import attach_pb2
 
 

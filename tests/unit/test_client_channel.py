@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 
-from weight_broker.channel import decode_error, open_channel
+from weight_broker.connection.channel import decode_error, open_channel
 from weight_broker.errors import TABLE, AcquireTimeout, BrokerError, BrokerUnavailable, NotAttached, Reason
 
 

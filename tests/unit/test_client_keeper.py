@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from weight_broker.connection.keeper import Keeper, _restore
 from weight_broker.errors import BrokerUnavailable
-from weight_broker.keeper import Keeper, _restore
 
 
 class Lamp:

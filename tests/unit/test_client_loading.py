@@ -185,7 +185,7 @@ def test_who_is_filled_becomes_a_source_of_the_same_memory_without_a_copy(
     broker.on_acquire = play
     if publish_fails:
         broker.refusals["Publish"] = [Reason.LIMIT_EXCEEDED]
-    monkeypatch.setattr("weight_broker.memory.host.export", None)  # a copy would fail
+    monkeypatch.setattr("weight_broker.memory.host.export.export", None)  # a copy would fail
     model = Model()
     report = client.acquire_or_load(KEY, model.weights, model.load)
     region.close()

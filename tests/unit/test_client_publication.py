@@ -187,7 +187,7 @@ def test_while_there_is_no_broker_it_is_looked_for_a_few_times_a_second(
         attempts.append(time.monotonic())
         raise BrokerUnavailable("gone")
 
-    monkeypatch.setattr("weight_broker.attach._connect", connect)
+    monkeypatch.setattr("weight_broker.connection.attach._connect", connect)
     broker.drop_attachments()
     time.sleep(1)
     assert 2 <= len(attempts) <= 5

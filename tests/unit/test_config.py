@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weight_brokerd import config
-from weight_brokerd.config import Config, ConfigError, environment_variable, load
-from weight_brokerd.config_rules import split_address
-from weight_brokerd.settings import CREDENTIAL_FILES_TOGETHER
+from weight_brokerd.config import loading as config
+from weight_brokerd.config.loading import Config, ConfigError, environment_variable, load
+from weight_brokerd.config.rules import split_address
+from weight_brokerd.config.settings import CREDENTIAL_FILES_TOGETHER
 
 SECTIONS = ("broker", "limits", "metrics", "log", "cards", "cuda", "datasystem")
 SETTINGS = [(section, one.name) for section in SECTIONS for one in fields(getattr(Config(), section))]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_brokerd.config import Config, ConfigError, Problem, load
+from weight_brokerd.config.loading import Config, ConfigError, Problem, load
 
 
 def problems_of(file: Path | None, environment: dict[str, str] | None = None) -> list[Problem]:

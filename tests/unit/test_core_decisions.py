@@ -21,7 +21,6 @@ from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.explain import Outcome, explain
-from weight_brokerd.core.leases import LeaseTable
 from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
@@ -35,6 +34,7 @@ from weight_brokerd.core.model import (
     TransferPath,
     WaitReason,
 )
+from weight_brokerd.directory.lease_table import LeaseTable
 
 Kind = TypeVar("Kind")
 KEY = WeightSetKey("model", revision="1")

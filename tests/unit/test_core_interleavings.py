@@ -21,7 +21,6 @@ from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator, Decisions
-from weight_brokerd.core.leases import LeaseTable
 from weight_brokerd.core.model import (
     HOST_MEMORY,
     Acquisition,
@@ -38,6 +37,7 @@ from weight_brokerd.core.model import (
     Transfer,
     TransferPath,
 )
+from weight_brokerd.directory.lease_table import LeaseTable
 
 KEYS = [WeightSetKey("model-a"), WeightSetKey("model-b")]
 LAYOUTS = [

@@ -14,7 +14,6 @@ from weight_broker.key import ParallelRank, WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
-from weight_brokerd.core.leases import LeaseTable
 from weight_brokerd.core.load_groups import ENDED_GROUPS_REMEMBERED
 from weight_brokerd.core.model import (
     Acquisition,
@@ -29,6 +28,7 @@ from weight_brokerd.core.model import (
     TransferPath,
     WaitReason,
 )
+from weight_brokerd.directory.lease_table import LeaseTable
 
 LAYOUT = Layout([TensorSpec("weight", "bfloat16", (4,), (1,), 8)])
 OTHER_LAYOUT = Layout([TensorSpec("weight", "float16", (4,), (1,), 8)])

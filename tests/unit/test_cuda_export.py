@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from weight_broker.cuda import HANDLE_BYTES, Cuda, CudaError
+from weight_broker.drivers.cuda import HANDLE_BYTES, Cuda, CudaError
 from weight_broker.errors import InvalidArgument, PublishRefused
 from weight_broker.memory import describe
-from weight_broker.memory.cuda_export import ExportedAllocations, export_allocations
-from weight_broker.memory.device import is_on_device
-from weight_broker.memory.device_describe import DescribedDeviceTensors
-from weight_broker.memory.device_tensor import DeviceTensor
+from weight_broker.memory.cuda.export import ExportedAllocations, export_allocations
+from weight_broker.memory.device.describe import DescribedDeviceTensors
+from weight_broker.memory.device.destination import is_on_device
+from weight_broker.memory.device.tensor import DeviceTensor
 from weight_broker.v1 import weight_set_pb2 as pb
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_broker import cuda
+from weight_broker.drivers import cuda
 
 WHEEL = "nvidia-cuda-runtime-cu12==12.9.79"
 MEMBER = "nvidia/cuda_runtime/include/cuda.h"

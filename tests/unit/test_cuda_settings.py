@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from weight_broker.cuda import ARGUMENTS, LIBRARY
+from weight_broker.drivers.cuda import ARGUMENTS, LIBRARY
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
-from weight_brokerd.cards import cuda_settings
-from weight_brokerd.cards.cuda_settings import cuda_configuration, why_no_gpus
-from weight_brokerd.config import Config, load
+from weight_brokerd.config.loading import Config, load
 from weight_brokerd.core.model import Acquisition, DataPlane, IfAbsent, Offer, TransferPath
-from weight_brokerd.core.registry import Registry
+from weight_brokerd.core.publications import Registry
 from weight_brokerd.core.transfers import data_plane_between
-from weight_brokerd.device_setup import make_devices
+from weight_brokerd.kinds.cuda import settings as cuda_settings
+from weight_brokerd.kinds.cuda.settings import cuda_configuration, why_no_gpus
+from weight_brokerd.kinds.setup import make_devices
 
 
 def configured(**values: Any) -> Config:

@@ -10,7 +10,7 @@ from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import weight_broker_service_pb2, weight_set_pb2
 from weight_broker.wire import digests_to_wire, key_to_wire, layout_to_wire
-from weight_brokerd.api import validation
+from weight_brokerd.api import fields as validation
 from weight_brokerd.cards.messages import ImportRegion
 
 GPU = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"

@@ -14,12 +14,12 @@ import pytest
 
 from support.asynchronous import on_a_loop
 from support.waiting import eventually
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.settings import DatasystemSettings
 from weight_brokerd.datasystem import launch, ports, worker_command
 from weight_brokerd.datasystem.leftover import WorkerDirectory
 from weight_brokerd.datasystem.worker_command import NoWheelError, WorkerFiles, command, environment
-from weight_brokerd.processes import start_time
-from weight_brokerd.runtime import StartError
-from weight_brokerd.settings import DatasystemSettings
+from weight_brokerd.processes.start_time import start_time
 
 SECONDS = 10
 

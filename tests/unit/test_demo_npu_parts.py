@@ -9,12 +9,12 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from weight_broker.checkpoint import CheckpointError
-from weight_broker.cli import npu_memory
-from weight_broker.cli.ascend_steps import Row, StepFailedError, Steps
-from weight_broker.cli.demo_npu_report import CardReport, bytes_per_second
-from weight_broker.cli.npu_instance import Result
+from weight_broker.demo.npu import memory as npu_memory
+from weight_broker.demo.npu.instance import Result
+from weight_broker.demo.npu.report import CardReport, bytes_per_second
+from weight_broker.integrations.checkpoint import CheckpointError
 from weight_broker.layout import ITEM_SIZES
+from weight_brokerd.ascend_check.steps import Row, StepFailedError, Steps
 
 DISK = Result("instance 1", "npu:0", "disk", "", "read", 1000, 2, 0.1, 0.1, 2.0, 1.0, {}, 0.5, 1000, "")
 PHASES = {"attach": 0.01, "reserve": 0.01, "map": 0.2, "transfer": 0.1, "verify": 0.05, "confirm": 0.01}

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from weight_broker.checkpoint import checkpoint_digest, checkpoint_tensors
-from weight_broker.cli import demo_checkpoint, page_cache, text
-from weight_broker.cli.demo_checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
-from weight_broker.cli.demo_instance import Result
-from weight_broker.cli.demo_memory import PROCESS_BYTES, Plan, fitting_size
-from weight_broker.cli.demo_report import DemoReport
+from weight_broker.cli import text
+from weight_broker.demo import checkpoint as demo_checkpoint
+from weight_broker.demo import page_cache
+from weight_broker.demo.available_memory import PROCESS_BYTES, Plan, fitting_size
+from weight_broker.demo.checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
+from weight_broker.demo.instance import Result
+from weight_broker.demo.report import DemoReport
+from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_tensors
 
 SIZE = 2 << 20
 

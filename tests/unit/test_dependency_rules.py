@@ -28,9 +28,9 @@ CORE_MAY_NOT_IMPORT = {"asyncio", "google", "grpc", "numpy", "os", "socket", "st
 FRAMEWORKS = {"numpy", "safetensors", "torch", "transformers"}
 RPC = {"google", "grpc", "weight_broker.v1"}
 MODULES_WITH_RPC = {
-    "weight_broker.acquisition",
-    "weight_broker.calls",
-    "weight_broker.channel",
+    "weight_broker.transfers.acquisition",
+    "weight_broker.transfers.calls",
+    "weight_broker.connection.channel",
     "weight_broker.wire",
 }
 """Client modules that import gRPC or protobuf at module level. All others import these only when they need them."""
@@ -114,7 +114,7 @@ def test_only_the_application_imports_the_api() -> None:
     others = [
         module
         for module in modules_in("weight_broker", "weight_brokerd")
-        if module.name != "weight_brokerd.app" and not is_within(module.name, ["weight_brokerd.api"])
+        if module.name != "weight_brokerd.daemon.application" and not is_within(module.name, ["weight_brokerd.api"])
     ]
     assert forbidden_imports(others, ["weight_brokerd.api"], ever=True) == []
 

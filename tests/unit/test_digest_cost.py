@@ -11,10 +11,10 @@ import torch
 
 from weight_broker import IntegrityError
 from weight_broker.digest import DigestAlgorithm, DigestCoverage
-from weight_broker.memory import copying, digest_cost
 from weight_broker.memory.digest_mode import DigestMode
-from weight_broker.memory.host import HostRegion, copy_in, export
-from weight_broker.memory.streaming import DigestingCopy
+from weight_broker.memory.host import copying, digest_cost
+from weight_broker.memory.host.export import HostRegion, copy_in, export
+from weight_broker.memory.host.streaming import DigestingCopy
 from weight_broker.memory.tensors import describe
 
 TENSORS, TENSOR_BYTES = 30, 1 << 20

@@ -12,15 +12,14 @@ from weight_broker.errors import BrokerError, Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.attach.peer import PeerCredentials
+from weight_brokerd.control.broker import Driver
+from weight_brokerd.control.mailboxes import Granted
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
-from weight_brokerd.core.leases import LeaseClaim
-from weight_brokerd.core.model import Acquisition, IfAbsent, Limits, Offer, PublicationState, TransferPath
+from weight_brokerd.core.model import Acquisition, IfAbsent, LeaseClaim, Limits, Offer, PublicationState, TransferPath
 from weight_brokerd.directory.memory import MemoryDirectory
-from weight_brokerd.driver import Driver
-from weight_brokerd.mailboxes import Granted
-from weight_brokerd.memory.host import RegionTable
-from weight_brokerd.published import PublishedMemory, PublishedRegion
+from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.kinds.published import PublishedMemory, PublishedRegion
 
 KEY = WeightSetKey("model")
 

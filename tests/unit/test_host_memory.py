@@ -19,8 +19,8 @@ from weight_broker import digest
 from weight_broker.digest import DigestAlgorithm, DigestCoverage
 from weight_broker.errors import TransferFailed
 from weight_broker.layout import ITEM_SIZES
-from weight_broker.memory.address_space import Mapping
-from weight_broker.memory.host import DigestMode, HostRegion, copy_in, export, map_tensors
+from weight_broker.memory.host.address_space import Mapping
+from weight_broker.memory.host.export import DigestMode, HostRegion, copy_in, export, map_tensors
 from weight_broker.memory.tensors import DescribedTensors, describe
 
 GAP_FILL = 0xA5

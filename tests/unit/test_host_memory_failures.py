@@ -27,8 +27,9 @@ from weight_broker.errors import (
     InvalidArgument,
     TransferFailed,
 )
-from weight_broker.memory import copying, host
-from weight_broker.memory.host import DigestMode, HostRegion, copy_in, export, map_tensors
+from weight_broker.memory.host import copying
+from weight_broker.memory.host import export as host
+from weight_broker.memory.host.export import DigestMode, HostRegion, copy_in, export, map_tensors
 from weight_broker.memory.tensors import DescribedTensors, describe
 
 ELEMENTS = 20_000

@@ -15,9 +15,10 @@ import torch
 
 from support.held_memory import held
 from weight_broker.errors import PublishRefused
-from weight_broker.memory import host, memfd
-from weight_broker.memory.address_space import Mapping
-from weight_broker.memory.host import export
+from weight_broker.memory.host import export as host
+from weight_broker.memory.host import memfd
+from weight_broker.memory.host.address_space import Mapping
+from weight_broker.memory.host.export import export
 from weight_broker.memory.tensors import describe
 
 TENSORS = {f"w{index}": torch.full((20_000,), index, dtype=torch.int32) for index in range(4)}

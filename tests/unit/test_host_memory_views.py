@@ -11,7 +11,7 @@ import torch
 
 from support.held_memory import mapped_regions
 from weight_broker.errors import InvalidArgument, TransferFailed
-from weight_broker.memory.host import copy_in, export, map_tensors
+from weight_broker.memory.host.export import copy_in, export, map_tensors
 from weight_broker.memory.tensors import describe
 
 

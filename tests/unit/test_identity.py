@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weight_brokerd.identity import GENERATIONS_PER_RUN, generation_range, host_id
+from weight_brokerd.daemon.identity import GENERATIONS_PER_RUN, generation_range, host_id
 
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 

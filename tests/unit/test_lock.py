@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from weight_brokerd.lock import AlreadyRunningError, RuntimeLock
+from weight_brokerd.daemon.lock import AlreadyRunningError, RuntimeLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from weight_brokerd.lock import RuntimeLock
+from weight_brokerd.daemon.lock import RuntimeLock
 RuntimeLock.take(Path(sys.argv[1])).write(int(sys.argv[2]))
 print("held", flush=True)
 time.sleep(60)

@@ -10,9 +10,9 @@ import pytest
 
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
+from weight_brokerd.control.movements import Movements
 from weight_brokerd.core.model import DataPlane, FailureCause, Publication, Transfer, TransferPath
 from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
-from weight_brokerd.movements import Movements
 
 LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
 PLACE = Place("npu:0", (), ((0, 0),))

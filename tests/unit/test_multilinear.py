@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from weight_broker import multilinear
 from weight_broker.digest import FULL_BLOCK_BYTES, DigestAlgorithm, combine
-from weight_broker.memory.copying import DeadlinePassed
-from weight_broker.memory.device_digest import SCRATCH_BYTES, TorchEngine
+from weight_broker.memory.device.digest import SCRATCH_BYTES, TorchEngine
+from weight_broker.memory.host.copying import DeadlinePassed
 
 LENGTHS = st.one_of(st.integers(1, 40), st.integers(4090, 4100), st.sampled_from([65535, 65536, FULL_BLOCK_BYTES]))
 WORDS = FULL_BLOCK_BYTES // 4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_brokerd.notify import Notifier
+from weight_brokerd.daemon.notify import Notifier
 
 
 class Sink:

@@ -14,7 +14,7 @@ from support.torch_npu_double import TorchNpu, on_npu
 from weight_broker.errors import InvalidArgument
 from weight_broker.layout import MemoryFormat
 from weight_broker.memory import describe, export
-from weight_broker.memory.npu import DescribedDeviceTensors, DeviceTensor, Segment, SegmentKind, describe_device
+from weight_broker.memory.npu.kind import DescribedDeviceTensors, DeviceTensor, Segment, SegmentKind, describe_device
 
 TENSOR = DeviceTensor(0x1000, "bfloat16", (4, 6), (6, 1), 48, device_index=1)
 

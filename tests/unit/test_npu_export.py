@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.torch_npu_double import TorchNpu, on_npu
-from weight_broker.acl import Acl, AclError, MemcpyKind
+from weight_broker.drivers.acl import Acl, AclError, MemcpyKind
 from weight_broker.errors import PublishRefused, RetractTimeout
-from weight_broker.memory.npu import (
+from weight_broker.memory.npu.kind import (
     DeviceTensor,
     ExportedSegments,
     Segment,
@@ -24,7 +24,7 @@ from weight_broker.memory.npu import (
     describe_device,
     export_segments,
 )
-from weight_broker.memory.npu_registry import EXPORTS
+from weight_broker.memory.npu.registry import EXPORTS
 
 CHUNK = 2 << 20
 PAGE = 4096
@@ -282,6 +282,6 @@ def test_what_torch_npu_has_in_its_queue_is_done_first_and_its_segments_are_foun
 
 
 def test_without_a_library_publishing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weight_broker.acl.LIBRARY", "libnosuch.so")
+    monkeypatch.setattr("weight_broker.drivers.acl.LIBRARY", "libnosuch.so")
     with pytest.raises(PublishRefused, match="device memory cannot be shared: libascendcl"):
         export_segments(describe_device(TENSORS), [PLAIN, CHUNKED])

@@ -15,11 +15,12 @@ import torch
 from support.held_memory import held
 from support.waiting import eventually
 from weight_broker import ColdLoadLease, PublishRefused
-from weight_broker.loading import prepare_memory
-from weight_broker.memory import host, prepared
-from weight_broker.memory.host import copy_in, export, region_bytes
-from weight_broker.memory.prepared import PreparedMemory, prepare
+from weight_broker.memory.host import export as host
+from weight_broker.memory.host import prepared
+from weight_broker.memory.host.export import copy_in, export, region_bytes
+from weight_broker.memory.host.prepared import PreparedMemory, prepare
 from weight_broker.memory.tensors import describe
+from weight_broker.transfers.load import prepare_memory
 
 SIZE_BYTES = 80 << 20
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from support.sealed_memory import ALL_SEALS, memfd, open_descriptors
 from weight_broker.errors import BrokerError, InvalidArgument, Reason
-from weight_brokerd.memory.host import RegionTable
+from weight_brokerd.kinds.host.regions import RegionTable
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 
 from weight_broker import runtime_directory as rule
 from weight_broker.errors import BrokerUnavailable
-from weight_brokerd.runtime import RuntimeDirectory, StartError
-from weight_brokerd.settings import BrokerSettings
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.settings import BrokerSettings
+from weight_brokerd.daemon.runtime_directory import RuntimeDirectory
 
 
 @pytest.fixture(autouse=True)

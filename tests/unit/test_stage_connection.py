@@ -14,8 +14,8 @@ import pytest
 
 from support.attach_room import AttachRoom
 from support.waiting import eventually
+from weight_broker.connection.stage_server import StageServer
 from weight_broker.errors import NotAttached
-from weight_broker.stage import StageServer
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
 from weight_brokerd.attach.stage import StageGone, StageRefused, Stages, StageSilent

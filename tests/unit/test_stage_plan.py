@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weight_broker.layout import Layout, TensorSpec
-from weight_broker.memory import npu_stage
-from weight_broker.memory.device_describe import describe_device
-from weight_broker.memory.device_tensor import DeviceTensor
-from weight_broker.memory.npu_stage import NpuStagedTensors
-from weight_brokerd.cards import plan, stage_plan
-from weight_brokerd.cards.stage_plan import GRANULARITY_BYTES, Chunk, DirectContent
+from weight_broker.memory.device.describe import describe_device
+from weight_broker.memory.device.tensor import DeviceTensor
+from weight_broker.memory.npu import stage as npu_stage
+from weight_broker.memory.npu.stage import NpuStagedTensors
+from weight_brokerd.cards.plan import chunks as stage_plan
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.cards.plan.chunks import GRANULARITY_BYTES, Chunk, DirectContent
 
 SIZES = st.integers(1, 5 * GRANULARITY_BYTES)
 

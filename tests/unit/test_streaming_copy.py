@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from support.compiled_copy import compiled_copy
 from weight_broker.digest import DigestAlgorithm, block_function
-from weight_broker.memory import copying, streaming
-from weight_broker.memory.address_space import address_of
-from weight_broker.memory.streaming import streaming_copy
+from weight_broker.memory.host import copying, streaming
+from weight_broker.memory.host.address_space import address_of
+from weight_broker.memory.host.streaming import streaming_copy
 
 GUARD = 200
 UNIT = 16 << 10

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_broker.memory import npu_torch
+from weight_broker.memory.npu import torch as npu_torch
 
 VERSION = "2.13.0"
 LIBRARY = "torch_npu/lib/libtorch_npu.so"
@@ -119,7 +119,7 @@ def test_the_chunks_of_expandable_segments_have_their_sizes(read: Callable[[str]
 
 @pytest.mark.slow
 def test_the_functions_of_acl_are_those_of_its_header(read: Callable[[str], bytes]) -> None:
-    from weight_broker.acl import ARGUMENTS
+    from weight_broker.drivers.acl import ARGUMENTS
 
     header = read("torch_npu/include/acl/acl_rt.h").decode() + read("torch_npu/include/acl/acl_base_rt.h").decode()
     header += read("torch_npu/include/acl/acl.h").decode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from weight_brokerd.watch import MAXIMUM_CHANGES, Changes, Watcher, WatchHub
+from weight_brokerd.control.watch import MAXIMUM_CHANGES, Changes, Watcher, WatchHub
 
 
 def take(watcher: Watcher) -> Changes:

@@ -13,13 +13,13 @@ from weight_broker.v1 import resources_pb2
 from weight_brokerd.api.inspection import CHANGES_PER_MESSAGE, CHANGES_PER_STEP, InspectionServicer
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.attach.peer import PeerCredentials
+from weight_brokerd.control.broker import Driver
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits, Offer
 from weight_brokerd.core.weight_sets import WeightSetRecord
 from weight_brokerd.directory.memory import MemoryDirectory
-from weight_brokerd.driver import Driver
-from weight_brokerd.memory.host import RegionTable
-from weight_brokerd.published import PublishedMemory
+from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.kinds.published import PublishedMemory
 
 EMPTY = Layout([TensorSpec("empty", "int8", (0,), (1,), 0)])
 MANY = 10_000

@@ -10,11 +10,11 @@ from weight_broker.errors import DrainTimeout
 from weight_broker.v1 import administration_service_pb2 as pb
 from weight_broker.v1.administration_service_pb2_grpc import AdministrationServiceServicer
 from weight_broker.wire import MAX_REASON_CHARACTERS
-from weight_brokerd.api import validation
-from weight_brokerd.api.identity import identify, require_administrator
+from weight_brokerd.api import fields as validation
+from weight_brokerd.api.caller import identify, require_administrator
 from weight_brokerd.api.inspection import host_message
 from weight_brokerd.api.messages import Messages
-from weight_brokerd.driver import Driver
+from weight_brokerd.control.broker import Driver
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

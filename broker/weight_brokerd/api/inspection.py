@@ -17,13 +17,13 @@ from weight_broker.v1 import resources_pb2
 from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceServicer
 from weight_broker.wire import key_from_wire, layout_from_wire, layout_to_wire
 from weight_brokerd import __version__
-from weight_brokerd.api import validation
-from weight_brokerd.api.ending import on_end
+from weight_brokerd.api import fields as validation
+from weight_brokerd.api.caller import on_end
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.api.paging import Listing, page
+from weight_brokerd.control.broker import Driver
 from weight_brokerd.core.explain import explain
 from weight_brokerd.core.model import Transfer
-from weight_brokerd.driver import Driver
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

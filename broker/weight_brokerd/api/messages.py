@@ -14,6 +14,7 @@ from weight_broker.v1 import weight_broker_service_pb2 as service
 from weight_broker.v1.weight_set_pb2 import LoadGroup
 from weight_broker.wire import DEVICE_KINDS, coverage_to_wire, key_to_wire
 from weight_brokerd.cards.health import CardHealth, CardState
+from weight_brokerd.control.broker import Driver
 from weight_brokerd.core.explain import Explanation, Outcome
 from weight_brokerd.core.model import (
     Arrival,
@@ -30,7 +31,6 @@ from weight_brokerd.core.model import (
 )
 from weight_brokerd.core.selection import Candidate, Refusal
 from weight_brokerd.core.weight_sets import WeightSetRecord
-from weight_brokerd.driver import Driver
 
 DEVICE_KIND_NAMES = {value: name for name, value in DEVICE_KINDS.items()}
 PATHS = {

@@ -16,15 +16,15 @@ from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceServicer
 from weight_broker.wire import MAX_REASON_CHARACTERS, key_from_wire, layout_to_wire
-from weight_brokerd.api import staging, validation
-from weight_brokerd.api.ending import on_end
-from weight_brokerd.api.identity import identify
+from weight_brokerd.api import fields as validation
+from weight_brokerd.api import publish_request as staging
+from weight_brokerd.api.caller import identify, on_end
 from weight_brokerd.api.messages import DATA_PLANES, DEVICE_KIND_NAMES, PATHS, Messages
+from weight_brokerd.control.broker import Driver
+from weight_brokerd.control.mailboxes import Granted, Moved
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.model import HOST_MEMORY, Acquisition, TransferPath, WaitReason
 from weight_brokerd.dataplane.protocol import Place
-from weight_brokerd.driver import Driver
-from weight_brokerd.mailboxes import Granted, Moved
 
 log = structlog.get_logger()
 

@@ -12,8 +12,8 @@ from google.protobuf.message import DecodeError
 
 from weight_broker.errors import BrokerError, InvalidArgument, NotAttached, Reason
 from weight_broker.v1 import attach_pb2 as pb
-from weight_brokerd.attach.packets import MAXIMUM_PACKET_BYTES, Packet
 from weight_brokerd.attach.peer import PeerCredentials
+from weight_brokerd.processes.packets import MAXIMUM_PACKET_BYTES, Packet
 
 PROTOCOL_VERSION = 1
 MAXIMUM_NAME_LENGTH = 128

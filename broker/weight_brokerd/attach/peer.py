@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 
 from weight_broker.errors import BrokerError, NotAttached
-from weight_brokerd.processes import start_time
+from weight_brokerd.processes.start_time import start_time
 
 # Missing from the socket module of Python 3.11; the numbers are those of asm-generic/socket.h.
 SO_PEERGROUPS = 59

@@ -19,9 +19,9 @@ from pathlib import Path
 import structlog
 
 from weight_broker.errors import BrokerError
-from weight_brokerd.attach import packets
 from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Session, refusal
 from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd
+from weight_brokerd.processes import packets
 
 __all__ = ["AttachServer", "Attendance", "PeerCredentials", "Session"]
 

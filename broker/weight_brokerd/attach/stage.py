@@ -11,7 +11,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from weight_broker.v1 import attach_pb2 as pb
-from weight_brokerd.attach import packets
+from weight_brokerd.processes import packets
 
 log = structlog.get_logger("weight_brokerd.attach")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weight_brokerd.children.environment import inherited
+from weight_brokerd.processes.environment import inherited
 
 
 @dataclass(frozen=True, slots=True)

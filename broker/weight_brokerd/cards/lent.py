@@ -6,8 +6,8 @@ from weight_brokerd.cards import messages
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardRefused
 from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.plan.chunks import new_bucket_id
 from weight_brokerd.cards.process import AnswerT, CardProcess, EngineFailed
-from weight_brokerd.cards.stage_plan import new_bucket_id
 
 
 class Lent:

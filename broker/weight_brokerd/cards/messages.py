@@ -10,8 +10,8 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from weight_brokerd.cards.blobs import BlobList
-from weight_brokerd.children.codec import Codec
+from weight_brokerd.cards.plan.blobs import BlobList
+from weight_brokerd.processes.codec import Codec
 
 
 class Role(enum.StrEnum):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from weight_broker.driver_error import DriverError
+from weight_broker.drivers.error import DriverError
 from weight_brokerd.cards.configuration import CardsConfiguration
 
 
@@ -70,8 +70,8 @@ def main() -> None:
 
 
 def _npus() -> Iterator[Device]:
-    from weight_broker import acl
-    from weight_broker.memory.npu import device_id
+    from weight_broker.drivers import acl
+    from weight_broker.drivers.acl import device_id
 
     runtime = acl.load()
     for index in range(runtime.device_count()):
@@ -87,7 +87,7 @@ def _npus() -> Iterator[Device]:
 
 def _gpus() -> Iterator[Device]:
     """Without opening them: a context takes hundreds of megabytes of the GPU and half a second."""
-    from weight_broker import cuda
+    from weight_broker.drivers import cuda
 
     driver = cuda.load()
     for index in range(driver.device_count()):

@@ -12,8 +12,8 @@ from weight_brokerd.cards import messages
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardLost, CardRefused, CardUnavailable, EngineRefused
 from weight_brokerd.cards.messages import Role
-from weight_brokerd.cards.tasks import uninterrupted
-from weight_brokerd.children.process import ChildProcess, spawn
+from weight_brokerd.processes.child import ChildProcess, spawn
+from weight_brokerd.processes.tasks import uninterrupted
 
 log = structlog.get_logger()
 AnswerT = TypeVar("AnswerT", bound=messages.Answer)
@@ -51,7 +51,7 @@ class CardProcess(ChildProcess[messages.Message]):
     async def start(cls, role: Role, device: int, configuration: CardsConfiguration) -> CardProcess:
         """A process that serves. Raises CardUnavailable with the driver's or the engine's words."""
         process, ours = await spawn(
-            "weight_brokerd.cards.child",
+            "weight_brokerd.cards.child.main",
             f"--kind={configuration.kind}",
             f"--role={role}",
             f"--device={device}",

@@ -15,13 +15,13 @@ import structlog
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardLost, CardRefused, CardTimeout, CardUnavailable, ImportRefused
-from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.lent import Lent
 from weight_brokerd.cards.messages import ImportRegion, Role
 from weight_brokerd.cards.probe import Device
 from weight_brokerd.cards.process import CardProcess, EngineFailed
-from weight_brokerd.cards.tasks import Background, uninterrupted
 from weight_brokerd.cards.worker_watch import Worker
+from weight_brokerd.processes.tasks import Background, uninterrupted
 
 log = structlog.get_logger()
 TransferRequest = messages.Fetch | messages.CopyWithinCard | messages.Ping

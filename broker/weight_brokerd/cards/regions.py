@@ -1,24 +1,102 @@
-"""From the wire to what a card process imports."""
+"""Device memory that publications lie in: known to its card, once, for as long as one of them needs it. An NPU's sender
+has it mapped.
+
+The same allocation is in several publications if an instance publishes several weight sets, or one weight set twice.
+"""
 
 from __future__ import annotations
 
-from weight_broker.v1 import weight_set_pb2
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from weight_brokerd.cards.errors import CardError, CardRefused
 from weight_brokerd.cards.messages import ImportRegion
 
 
-def import_request(region_id: str, region: weight_set_pb2.Region) -> ImportRegion:
-    """What imports `region` under an id that is unique on this host. Raises ValueError if it is no device's memory."""
-    match region.WhichOneof("handle"):
-        case "npu_allocation":
-            return ImportRegion(region_id, region.size_bytes, export_key=region.npu_allocation.export_key.hex())
-        case "npu_segment":
-            segment = region.npu_segment
-            handles = tuple(segment.shareable_handles)
-            return ImportRegion(
-                region_id, region.size_bytes, shareable_handles=handles, chunk_bytes=segment.chunk_bytes
-            )
-        case "cuda_allocation":
-            handle = region.cuda_allocation.ipc_handle.hex()
-            return ImportRegion(region_id, region.size_bytes, ipc_handle=handle, device_id=region.device_id)
-        case other:
-            raise ValueError(f"region {region.region_id!r} is no device's memory: {other}")
+class Cards(Protocol):
+    """Cards of one kind."""
+
+    async def register(self, card: str, region: ImportRegion) -> None:
+        """Sees to it that transfers can read the region. Idempotent. Raises CardError."""
+
+    async def unregister(self, card: str, region_id: str) -> None:
+        """The region may be freed when this returns. Idempotent. Raises CardError."""
+
+
+@dataclass(slots=True)
+class _Mapped:
+    card: str
+    region: ImportRegion
+    holders: set[str] = field(default_factory=set)
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class DeviceMemory:
+    """All regions of device memory that are published on this host. A region's id names it on the whole host."""
+
+    def __init__(self, cards: Cards) -> None:
+        self._cards = cards
+        self._regions: dict[str, _Mapped] = {}
+
+    @property
+    def region_count(self) -> int:
+        """Mapped regions."""
+        return len(self._regions)
+
+    @property
+    def region_bytes(self) -> int:
+        """Bytes of them."""
+        return sum(one.region.size_bytes for one in self._regions.values())
+
+    def holders_of(self, region_id: str) -> list[str]:
+        """The publications that lie in a region."""
+        mapped = self._regions.get(region_id)
+        return sorted(mapped.holders) if mapped is not None else []
+
+    async def hold(self, holder: str, card: str, regions: Iterable[ImportRegion]) -> None:
+        """Maps the regions for a publication, all or none. Raises CardError."""
+        held: list[str] = []
+        try:
+            for region in regions:
+                held.append(region.region_id)
+                await self._hold(holder, card, region)
+        except BaseException:
+            with suppress(CardError):  # what was raised first says more
+                await self.release(holder, held)
+            raise
+
+    async def release(self, holder: str, region_ids: Iterable[str]) -> None:
+        """Unmaps what only this publication needs: its owner may free it when this returns. Idempotent.
+
+        Raises CardError with `quiesced` False if the driver does not let go of some of it; call again.
+        """
+        failure: CardError | None = None
+        for region_id in region_ids:
+            try:
+                await self._release(holder, region_id)
+            except CardError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    async def _hold(self, holder: str, card: str, region: ImportRegion) -> None:
+        mapped = self._regions.setdefault(region.region_id, _Mapped(card, region))
+        if mapped.region != region or mapped.card != card:
+            raise CardRefused(f"region {region.region_id!r} is other memory")
+        mapped.holders.add(holder)
+        async with mapped.changing:
+            await self._cards.register(card, region)  # again changes nothing
+
+    async def _release(self, holder: str, region_id: str) -> None:
+        mapped = self._regions.get(region_id)
+        if mapped is None or holder not in mapped.holders:
+            return
+        async with mapped.changing:
+            if mapped.holders == {holder}:
+                await self._cards.unregister(mapped.card, region_id)
+            mapped.holders.discard(holder)
+            if not mapped.holders and self._regions.get(region_id) is mapped:
+                del self._regions[region_id]

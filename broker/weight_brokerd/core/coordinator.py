@@ -36,7 +36,6 @@ from weight_brokerd.core.decisions import (
     Wait,
     WeightSetChanged,
 )
-from weight_brokerd.core.leases import LeaseClaim
 from weight_brokerd.core.load_groups import LoadGroups
 from weight_brokerd.core.model import (
     HOST_MEMORY,
@@ -47,6 +46,7 @@ from weight_brokerd.core.model import (
     IfAbsent,
     Instance,
     InstanceState,
+    LeaseClaim,
     Limits,
     Offer,
     Publication,
@@ -55,7 +55,7 @@ from weight_brokerd.core.model import (
     TransferState,
     WaitReason,
 )
-from weight_brokerd.core.registry import Registry
+from weight_brokerd.core.publications import Registry
 from weight_brokerd.core.selection import Receiver, Refusal, Selection, select
 from weight_brokerd.core.transfers import TransferLog
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord

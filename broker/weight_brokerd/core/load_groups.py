@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from weight_broker.errors import BrokerError, LoadGroupFailed
 from weight_brokerd.core.decisions import ClaimLease, Complete, Decision, Fail, ReleaseLease, TellColdLoad
-from weight_brokerd.core.leases import LeaseClaim
 from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
     ColdLoadLease,
     IfAbsent,
+    LeaseClaim,
     Publication,
     RankOfGroup,
     Transfer,

@@ -243,6 +243,16 @@ class ColdLoadLease:
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseClaim:
+    """The answer to a claim."""
+
+    lease: ColdLoadLease
+    """The lease as it is held now."""
+    granted: bool
+    """True if this claim won it; False if it was held already."""
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What the broker bounds."""
 

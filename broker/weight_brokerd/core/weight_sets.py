@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from weight_broker.key import WeightSetKey
 from weight_brokerd.core.model import Acquisition, ColdLoadLease
-from weight_brokerd.core.registry import Registry
+from weight_brokerd.core.publications import Registry
 
 UNPUBLISHABLE_REMEMBERED = 256
 

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from weight_broker.layout import Layout
-from weight_brokerd.cards import messages, plan
-from weight_brokerd.cards.blobs import BlobList
+from weight_brokerd.cards import messages
 from weight_brokerd.cards.errors import (
     CardError,
     CardLost,
@@ -20,13 +19,15 @@ from weight_brokerd.cards.errors import (
     CardUnavailable,
     ImportRefused,
 )
-from weight_brokerd.cards.extents import TooScattered
+from weight_brokerd.cards.offers import OfferEnd, fresh_key
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.cards.plan.blobs import BlobList
+from weight_brokerd.cards.plan.extents import TooScattered
 from weight_brokerd.cards.receivers import Reserve
-from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
-from weight_brokerd.cards.tasks import uninterrupted
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
+from weight_brokerd.processes.tasks import uninterrupted
 
 
 class Fetch(Protocol):

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from weight_broker.layout import Layout
-from weight_brokerd.cards import plan
-from weight_brokerd.cards.blobs import Blob, BlobList, Part
 from weight_brokerd.cards.errors import CardError, ImportRefused
-from weight_brokerd.cards.extents import TooScattered
 from weight_brokerd.cards.messages import Done, ImportRegion
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.cards.plan.blobs import Blob, BlobList, Part
+from weight_brokerd.cards.plan.extents import TooScattered
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.protocol import MoveFailed, Place
 

@@ -20,19 +20,21 @@ from weight_broker.layout import Layout
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
 from weight_brokerd.attach.stage import StageGone, StageRefused, StageSilent
-from weight_brokerd.cards import messages, stage_plan
-from weight_brokerd.cards.blobs import Blob, BlobList
+from weight_brokerd.cards import messages
 from weight_brokerd.cards.errors import CardError, CardLost, CardRefused, CardTimeout, ImportRefused
-from weight_brokerd.cards.extents import TooScattered
 from weight_brokerd.cards.lent import Lent
 from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.offers import MAXIMUM_TIMEOUT_SECONDS
+from weight_brokerd.cards.plan import chunks as stage_plan
+from weight_brokerd.cards.plan.blobs import Blob, BlobList
+from weight_brokerd.cards.plan.chunks import Chunk, DirectContent
+from weight_brokerd.cards.plan.extents import TooScattered
 from weight_brokerd.cards.receivers import Reserve
-from weight_brokerd.cards.stage_plan import Chunk, DirectContent
-from weight_brokerd.cards.supervisor import MAXIMUM_TIMEOUT_SECONDS, CardSupervisor
-from weight_brokerd.cards.tasks import together, uninterrupted
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.datasystem import DatasystemPlane
 from weight_brokerd.dataplane.protocol import MoveFailed, Place, StagedBy
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
+from weight_brokerd.processes.tasks import together, uninterrupted
 
 log = structlog.get_logger()
 CLOSE_SECONDS = 10.0

@@ -8,9 +8,9 @@ import stat
 
 import structlog
 
-from weight_brokerd.config_rules import UnfitValueError, read_secret
-from weight_brokerd.runtime import StartError
-from weight_brokerd.settings import DatasystemSettings
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.rules import UnfitValueError, read_secret
+from weight_brokerd.config.settings import DatasystemSettings
 
 log = structlog.get_logger()
 _FILES = (

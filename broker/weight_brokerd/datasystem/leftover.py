@@ -16,8 +16,8 @@ from pathlib import Path
 
 import structlog
 
-from weight_brokerd.processes import start_time
-from weight_brokerd.runtime import StartError
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.processes.start_time import start_time
 
 log = structlog.get_logger()
 _LOCK = "lock"

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import structlog
 
-from weight_broker.memory.capacity import available_bytes
-from weight_brokerd.cards.tasks import uninterrupted
+from weight_broker.drivers.available_memory import available_bytes
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.settings import DatasystemSettings
 from weight_brokerd.datasystem import ports, worker_command
 from weight_brokerd.datasystem.leftover import WorkerDirectory
 from weight_brokerd.datasystem.worker_command import HOST, MAXIMUM_SOCKET_DIRECTORY_BYTES, NoWheelError, WorkerFiles
-from weight_brokerd.runtime import StartError
-from weight_brokerd.settings import DatasystemSettings
+from weight_brokerd.processes.tasks import uninterrupted
 
 log = structlog.get_logger()
 READY_SECONDS = 90.0

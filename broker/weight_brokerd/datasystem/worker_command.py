@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from weight_brokerd.config.settings import DatasystemSettings
 from weight_brokerd.datasystem import launch
-from weight_brokerd.settings import DatasystemSettings
 
 DISTRIBUTION = "openyuanrong-datasystem"
 HOST = "127.0.0.1"

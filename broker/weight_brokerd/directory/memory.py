@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from weight_brokerd.core.leases import LeaseClaim, LeaseTable
-from weight_brokerd.core.model import ColdLoadLease
+from weight_brokerd.core.model import ColdLoadLease, LeaseClaim
+from weight_brokerd.directory.lease_table import LeaseTable
 from weight_brokerd.directory.protocol import DirectoryEvents
 
 

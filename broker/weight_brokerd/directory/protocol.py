@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from weight_brokerd.core.leases import LeaseClaim
-from weight_brokerd.core.model import ColdLoadLease
+from weight_brokerd.core.model import ColdLoadLease, LeaseClaim
 
 
 class DirectoryEvents(Protocol):

@@ -10,11 +10,12 @@ from typing import TypeVar
 
 import grpc
 
-from weight_broker.attach import AttachConnection
-from weight_broker.channel import TOKEN_METADATA_KEY, decode_error, open_channel
+from weight_broker.connection.attach import AttachConnection
+from weight_broker.connection.channel import decode_error, open_channel
 from weight_broker.errors import BrokerError, Reason
 from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, runtime_directory
 from weight_broker.v1.administration_service_pb2_grpc import AdministrationServiceStub
+from weight_broker.wire import TOKEN_METADATA_KEY
 
 Answer = TypeVar("Answer")
 Metadata = tuple[tuple[str, bytes], ...]

@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 
 import grpc
 
-from weight_broker.channel import decode_error, open_channel
 from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.connection.channel import decode_error, open_channel
 from weight_broker.errors import BrokerUnavailable, Reason
 from weight_broker.runtime_directory import GRPC_SOCKET, runtime_directory
 from weight_broker.v1 import inspection_service_pb2 as pb

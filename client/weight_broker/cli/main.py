@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from weight_broker import __version__
+from weight_broker._version import __version__
 from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
 from weight_broker.errors import BrokerError
+
+_COMMANDS = {"demo": "weight_broker.demo.run", "doctor": "weight_broker.cli.doctor.run"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         # A command is imported when it is asked for: --help needs neither gRPC nor torch.
-        module = importlib.import_module(f"weight_broker.cli.{options.command}")
+        module = importlib.import_module(_COMMANDS.get(options.command, f"weight_broker.cli.{options.command}"))
         code: int = module.run(options)
         sys.stdout.flush()
         return code

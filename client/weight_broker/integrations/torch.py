@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from weight_broker.errors import InvalidArgument, LayoutMismatch
-from weight_broker.memory.copying import Piece, copy
+from weight_broker.memory.host.copying import Piece, copy
 
 if TYPE_CHECKING:
     from weight_broker.client import BrokerClient
     from weight_broker.key import WeightSetKey
-    from weight_broker.report import AcquireReport, LoadReport
+    from weight_broker.transfers.report import AcquireReport, LoadReport
 
 _SHOWN_DIFFERENCES = 8
 

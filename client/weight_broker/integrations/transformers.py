@@ -26,18 +26,18 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from weight_broker.checkpoint import (
+from weight_broker.errors import AcquireTimeout, BrokerError, BrokerUnavailable, InvalidArgument, WeightsNotFound
+from weight_broker.integrations.checkpoint import (
     CheckpointError,
     checkpoint_digest,
     checkpoint_files,
     checkpoint_name,
     checkpoint_tensors,
 )
-from weight_broker.errors import AcquireTimeout, BrokerError, BrokerUnavailable, InvalidArgument, WeightsNotFound
 from weight_broker.integrations.torch import assign_tensors, copy_tensors, materialise_empty, tensors_of
 from weight_broker.key import WeightSetKey
-from weight_broker.lease import ColdLoadLease
-from weight_broker.report import AttachedTensors, LoadReport
+from weight_broker.transfers.lease import ColdLoadLease
+from weight_broker.transfers.report import AttachedTensors, LoadReport
 
 if TYPE_CHECKING:
     import os
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from weight_broker.client import BrokerClient
-    from weight_broker.publication import Publication
+    from weight_broker.transfers.publication import Publication
 
 _logger = logging.getLogger("weight_broker")
 # Not everything in transformers is typed, and some of it wrongly.

@@ -2,10 +2,10 @@
 (`copy_in`) or into view (`map_tensors`)."""
 
 from weight_broker.memory.digest_mode import DigestMode
-from weight_broker.memory.host import HostRegion, export
-from weight_broker.memory.receive import CopyResult, copy_in
+from weight_broker.memory.host.export import HostRegion, export
+from weight_broker.memory.host.fill import CopyResult, copy_in
+from weight_broker.memory.host.view import map_tensors
 from weight_broker.memory.tensors import DEVICE_KINDS, DescribedTensor, DescribedTensors, describe
-from weight_broker.memory.views import map_tensors
 
 __all__ = [
     "DEVICE_KINDS",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weight_broker.errors import InvalidArgument
 from weight_broker.layout import ITEM_SIZES, Layout, TensorSpec
-from weight_broker.memory.device_tensor import DeviceTensor
+from weight_broker.memory.device.tensor import DeviceTensor
 
 if TYPE_CHECKING:
     import numpy
@@ -72,7 +72,7 @@ class DescribedTensors:
 def describe(tensors: Mapping[str, object]) -> DescribedTensors:
     """Describe torch tensors, NumPy arrays or device tensors by name. Tensors that are one another's exact aliases
     (same address, type, shape and stride) are found; the first name in sorted order is the one the others point to.
-    For tensors on a device the answer is a `weight_broker.memory.device_describe.DescribedDeviceTensors`.
+    For tensors on a device the answer is a `weight_broker.memory.device.describe.DescribedDeviceTensors`.
 
     Raises `InvalidArgument` that names the tensor and says what to do about it.
     """
@@ -84,7 +84,7 @@ def describe(tensors: Mapping[str, object]) -> DescribedTensors:
     try:
         return _describe_on_host(tensors)
     except _OnDevice:
-        from weight_broker.memory.device_describe import describe_device
+        from weight_broker.memory.device.describe import describe_device
 
         return describe_device(tensors)
 

@@ -18,10 +18,10 @@ from support.card_process import CardProcess
 from support.cards import CardScene, move, own, until
 from support.datasystem_worker import DatasystemWorker, free_ports
 from weight_brokerd.cards.errors import CardLost, CardRefused, CardTimeout, CardUnavailable
+from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.health import CardState
-from weight_brokerd.cards.hooks import Hooks
-from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.cards.offers import OfferEnd, fresh_key
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 MIB = 1 << 20
 SLOW = 4 * MIB

@@ -1,4 +1,4 @@
-"""Both halves: what instances export with `weight_broker.memory.npu`, the card processes map, fill and let go of."""
+"""Both halves: what instances export with `weight_broker.memory.npu.kind`, and what card processes do with it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from support.card_process import CardProcess
 from support.cards import CardScene
 from support.npu_actions import Place, Shared
 from weight_broker.layout import MemoryFormat
-from weight_broker.memory.npu import Segment, SegmentKind, describe_device
+from weight_broker.memory.npu.kind import Segment, SegmentKind, describe_device
 from weight_broker.v1 import weight_set_pb2 as pb
-from weight_brokerd.cards import plan
-from weight_brokerd.cards.blobs import BlobList
-from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.events import Hooks
+from weight_brokerd.cards.handles import import_request
 from weight_brokerd.cards.messages import ImportRegion
-from weight_brokerd.cards.regions import import_request
-from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.cards.offers import OfferEnd, fresh_key
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.cards.plan.blobs import BlobList
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 MIB = 1 << 20
 

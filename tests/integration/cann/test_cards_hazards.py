@@ -18,14 +18,15 @@ import pytest
 from doubles.cann.control import Fault
 from support import acl
 from support.cards import CardScene, configuration, move, own, until
-from weight_brokerd.cards import child_engine, messages
-from weight_brokerd.cards.child import THREADS
+from weight_brokerd.cards import messages
+from weight_brokerd.cards.child import engine as child_engine
+from weight_brokerd.cards.child.main import THREADS
 from weight_brokerd.cards.errors import CardRefused
-from weight_brokerd.cards.hooks import Hooks
+from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.messages import Role
+from weight_brokerd.cards.offers import OfferEnd, fresh_key
 from weight_brokerd.cards.process import CardProcess as Child
-from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 MIB = 1 << 20
 

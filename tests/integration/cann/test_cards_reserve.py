@@ -9,8 +9,9 @@ import pytest
 from doubles.cann.control import Fault
 from support.cards import CardScene, Owned, move, own
 from weight_brokerd.cards.errors import CardRefused, CardTimeout
+from weight_brokerd.cards.offers import fresh_key
 from weight_brokerd.cards.receivers import Reserve
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 MIB = 1 << 20
 

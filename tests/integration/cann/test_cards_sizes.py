@@ -8,8 +8,8 @@ from support import datasystem_actions as engine
 from support.card_layouts import mixed_layout, placements, sides, small_layout
 from support.cards import CardScene, Owned, move
 from weight_broker.layout import Layout
-from weight_brokerd.cards import plan
-from weight_brokerd.cards.supervisor import CardSupervisor
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -9,11 +9,11 @@ import pytest
 from support import acl
 from support.card_layouts import mixed_layout, placements, sides
 from support.cards import CardScene, move, own, until
-from weight_brokerd.cards import plan
 from weight_brokerd.cards.errors import CardRefused
-from weight_brokerd.cards.hooks import Hooks
-from weight_brokerd.cards.senders import OfferEnd
-from weight_brokerd.cards.supervisor import CardSupervisor, fresh_key
+from weight_brokerd.cards.events import Hooks
+from weight_brokerd.cards.offers import OfferEnd, fresh_key
+from weight_brokerd.cards.plan import pieces as plan
+from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -11,7 +11,7 @@ from doubles.cann.control import CannHost, Fault
 from support import acl, client_acl_actions
 from support.card_process import CardProcess, RemoteFailure
 from support.client_acl_actions import call, read, write
-from weight_broker.acl import Acl, AclError, AclUnavailable, visible_device
+from weight_broker.drivers.acl import Acl, AclError, AclUnavailable, visible_device
 
 SIZE = 4 << 20
 CHUNK = 2 << 20

@@ -17,7 +17,7 @@ from support.broker_process import BrokerProcess
 from support.datasystem_worker import require_wheel
 from support.waiting import eventually
 from weight_broker.v1 import resources_pb2
-from weight_brokerd.processes import start_time
+from weight_brokerd.processes.start_time import start_time
 
 SECONDS = 60
 

@@ -11,7 +11,7 @@ from support.device_host import DeviceHost, cards, published_on, wait_until_idle
 from support.device_instance import Tensor
 from support.raw_client import RawClient, publish_request
 from weight_broker import BrokerClient, Reason, WeightsNotFound
-from weight_broker.channel import decode_error
+from weight_broker.connection.channel import decode_error
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.wire import key_to_wire

@@ -27,10 +27,10 @@ from support.card_process import CardProcess
 from support.cards import configuration, move, own, supervised, until
 from support.datasystem_worker import DatasystemWorker, require_wheel
 from support.waiting import eventually
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.settings import DatasystemSettings
 from weight_brokerd.datasystem import managed_worker, ports, worker_command
 from weight_brokerd.datasystem.managed_worker import ManagedWorker
-from weight_brokerd.runtime import StartError
-from weight_brokerd.settings import DatasystemSettings
 
 SETTINGS = DatasystemSettings(managed=True, shared_memory_mb=256, extra_arguments=("--oc_thread_num=8",))
 START_SECONDS = 60
@@ -143,7 +143,7 @@ BROKER = """
     import asyncio, sys
     from pathlib import Path
     from weight_brokerd.datasystem.managed_worker import ManagedWorker
-    from weight_brokerd.settings import DatasystemSettings
+    from weight_brokerd.config.settings import DatasystemSettings
 
     async def main():
         settings = DatasystemSettings(managed=True, shared_memory_mb=256, extra_arguments=("--oc_thread_num=8",))

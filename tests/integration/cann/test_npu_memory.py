@@ -19,7 +19,7 @@ from weight_broker import multilinear
 from weight_broker.digest import DigestAlgorithm, combine
 from weight_broker.errors import InvalidArgument, PublishRefused, RetractTimeout
 from weight_broker.layout import MemoryFormat
-from weight_broker.memory.npu import Segment, SegmentKind
+from weight_broker.memory.npu.kind import Segment, SegmentKind
 
 SIZE = 4 << 20
 StartProcess = Callable[..., CardProcess]

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from weight_broker.digest import FULL_BLOCK_BYTES, SAMPLE_BLOCK_BYTES, DigestAlgorithm, is_available
-from weight_broker.memory import copying
+from weight_broker.memory.host import copying
 from weight_broker.memory.tensors import DescribedTensors, describe
 
 _SHOWN = 4
@@ -77,7 +77,7 @@ def content_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     if described.device_kind == "cpu":
         values = _host_digests(described)
     else:
-        from weight_broker.memory.npu_digest import digest_tensors
+        from weight_broker.memory.npu.digest import digest_tensors
 
         values = list(digest_tensors(described).values)  # type: ignore[arg-type]
     return {one.spec.name: value for one, value in zip(described.tensors, values, strict=True)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from weight_broker.checkpoint import checkpoint_files
+from weight_broker.integrations.checkpoint import checkpoint_files
 from weight_broker.integrations.engine.engine import NotServable
 
 

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from weight_broker.checkpoint import CheckpointError
 from weight_broker.client import BrokerClient, IfAbsent
 from weight_broker.errors import BrokerError, BrokerUnavailable, LayoutMismatch, TransferFailed
+from weight_broker.integrations.checkpoint import CheckpointError
 from weight_broker.integrations.engine import completeness, published, stage
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.engine.report import EngineLoad
 from weight_broker.integrations.engine.tensors import other_state, weight_tensors, without_memory
-from weight_broker.lease import ColdLoadLease
 from weight_broker.load_group import LoadGroup
-from weight_broker.loading import prepare_memory
+from weight_broker.transfers.lease import ColdLoadLease
+from weight_broker.transfers.load import prepare_memory
 
 if TYPE_CHECKING:
     from weight_broker.key import WeightSetKey
-    from weight_broker.publication import Publication
-    from weight_broker.report import AcquireReport
-    from weight_broker.shared import Shared
+    from weight_broker.memory.shared import Shared
+    from weight_broker.transfers.publication import Publication
+    from weight_broker.transfers.report import AcquireReport
 
 # Of this process: no memory, descriptor or thread left. The disk may well do without.
 _SHORTAGES = (OSError, MemoryError, ImportError)

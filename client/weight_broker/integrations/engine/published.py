@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from weight_broker.client import BrokerClient
     from weight_broker.key import WeightSetKey
     from weight_broker.load_group import LoadGroup
-    from weight_broker.publication import Publication
+    from weight_broker.transfers.publication import Publication
 
 RETRACT_TIMEOUT_SECONDS = 120.0
 

@@ -1,6 +1,6 @@
 """The key of a SGLang model's weight set: everything that decides which bytes this rank holds.
 
-It is made before the model is. The weights are not read for it (see `weight_broker.checkpoint`).
+It is made before the model is. The weights are not read for it (see `weight_broker.integrations.checkpoint`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from weight_broker.checkpoint import checkpoint_digest, checkpoint_name
+from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_name
 from weight_broker.integrations.engine.directory import files_read
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.engine.values import digest

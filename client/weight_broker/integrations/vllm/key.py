@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weight_broker.checkpoint import checkpoint_digest, checkpoint_name
+from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_name
 from weight_broker.integrations.engine.directory import files_read, local_directory
 from weight_broker.integrations.engine.engine import NotServable
 from weight_broker.integrations.engine.options import Options

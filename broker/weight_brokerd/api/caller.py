@@ -1,0 +1,44 @@
+"""Who calls, whether the caller may, and what happens when the call ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import grpc
+
+from weight_broker.errors import NotAdministrator, NotAttached
+from weight_broker.wire import TOKEN_METADATA_KEY
+from weight_brokerd.attach.server import Session
+from weight_brokerd.control.broker import Driver
+
+
+def on_end(context: grpc.aio.ServicerContext[Any, Any], action: Callable[[], None]) -> None:
+    """Calls `action` once the call is over, however it ended: answered, cancelled, past its deadline, or cut off."""
+
+    def ended(_: grpc.aio.ServicerContext[Any, Any]) -> None:
+        action()
+
+    context.add_done_callback(cast(Any, ended))  # typeshed declares the callback's type as a class, not a protocol
+
+
+def identify(driver: Driver, context: grpc.aio.ServicerContext[Any, Any]) -> Session:
+    """The caller's session; raises `NotAttached`."""
+    for name, value in context.invocation_metadata() or ():
+        if name == TOKEN_METADATA_KEY:
+            return driver.session(value if isinstance(value, bytes) else value.encode())
+    raise NotAttached(f"this call needs metadata {TOKEN_METADATA_KEY}; attach to attach.sock first")
+
+
+def require_administrator(session: Session, admin_gid: int | None) -> None:
+    """Raises `NotAdministrator` unless the caller is root, the broker's own user or in the administrators' group."""
+    peer = session.peer
+    groups = peer.groups | {peer.gid}
+    if peer.uid in (0, os.geteuid()) or (admin_gid is not None and admin_gid in groups):
+        return
+    raise NotAdministrator(
+        f"user id {peer.uid} may not administer this broker; "
+        "call as root, as the broker's user or as a member of the administrators' group (broker.admin_group)",
+        metadata={"uid": str(peer.uid)},
+    )

@@ -1,0 +1,43 @@
+"""Puts the servicers on a server."""
+
+from __future__ import annotations
+
+import grp
+
+import grpc
+
+from weight_broker.v1.administration_service_pb2_grpc import add_AdministrationServiceServicer_to_server
+from weight_broker.v1.inspection_service_pb2_grpc import add_InspectionServiceServicer_to_server
+from weight_broker.v1.weight_broker_service_pb2_grpc import add_WeightBrokerServiceServicer_to_server
+from weight_brokerd.api.administration import AdministrationServicer
+from weight_brokerd.api.inspection import InspectionServicer
+from weight_brokerd.api.messages import Messages
+from weight_brokerd.api.weight_broker import WeightBrokerServicer
+from weight_brokerd.config.loading import Config
+from weight_brokerd.control.broker import Driver
+
+SERVICE_NAMES = (
+    "weight_broker.v1.WeightBrokerService",
+    "weight_broker.v1.InspectionService",
+    "weight_broker.v1.AdministrationService",
+)
+
+
+def add_services(server: grpc.aio.Server, driver: Driver, config: Config) -> None:
+    """Adds the broker's own services."""
+    messages = Messages(driver)
+    limits = config.limits
+    add_WeightBrokerServiceServicer_to_server(
+        WeightBrokerServicer(
+            driver,
+            messages,
+            maximum_wait_seconds=limits.maximum_wait_seconds,
+            lease_seconds=limits.cold_load_lease_seconds,
+        ),
+        server,
+    )
+    add_InspectionServiceServicer_to_server(InspectionServicer(driver, messages), server)
+    admin_gid = grp.getgrnam(config.broker.admin_group).gr_gid if config.broker.admin_group else None
+    add_AdministrationServiceServicer_to_server(
+        AdministrationServicer(driver, messages, admin_gid=admin_gid, drain_seconds=limits.drain_seconds), server
+    )

@@ -1,0 +1,125 @@
+"""A card process: `python -m weight_brokerd.cards.child.main --kind npu --role sender --device 0 --socket FD`.
+
+It prints nothing, does what comes over the socket, and ends when the other end is closed, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from weight_broker.drivers.error import DriverError
+from weight_brokerd.cards import messages
+from weight_brokerd.cards.child.engine import EngineError
+from weight_brokerd.cards.child.memory import NotPossible
+from weight_brokerd.cards.messages import Role
+from weight_brokerd.processes.connection import Connection, belong_to_parent
+
+THREADS = 16
+_STOP_SECONDS = 1.5
+
+
+class CardWork(Protocol):
+    """The requests of a card process; called from several threads, each of which uses the card."""
+
+    def do(self, request: messages.Request) -> messages.Answer:
+        """Raises DriverError, EngineError or NotPossible if the request did nothing; Refusal says what started."""
+
+    def close(self) -> None:
+        """Gives back what can be given back. Raises DriverError, EngineError."""
+
+
+class Card(Protocol):
+    """A card of whichever kind."""
+
+    def use(self) -> None:
+        """Makes the card the calling thread's device. Raises DriverError."""
+
+    def start(self, start: messages.Start) -> tuple[CardWork, messages.Ready]:
+        """Opens the card. Raises DriverError, EngineError."""
+
+
+def main() -> None:
+    """Serves until the socket closes. Ends without destructors: an engine that hangs in one keeps no memory mapped."""
+    parser = argparse.ArgumentParser(prog="weight_brokerd.cards.child.main")
+    parser.add_argument("--kind", choices=["npu", "cuda"], required=True)
+    parser.add_argument("--role", type=Role, required=True)
+    parser.add_argument("--device", type=int, required=True)
+    parser.add_argument("--socket", type=int, required=True)
+    options = parser.parse_args()
+    belong_to_parent()
+    with socket.socket(fileno=options.socket) as connection:
+        os._exit(_Child(connection, _card(options.kind, options.role, options.device)).serve())
+
+
+def _card(kind: str, role: Role, device: int) -> Card:
+    if kind == "cuda":
+        from weight_brokerd.cards.child.cuda import CudaCard
+
+        return CudaCard(device)
+    from weight_brokerd.cards.child.npu import NpuCard
+
+    return NpuCard(role, device)
+
+
+class _Child:
+    def __init__(self, connection: socket.socket, card: Card) -> None:
+        self._connection = Connection(connection, messages.CODEC)
+        self._card = card
+
+    def serve(self) -> int:
+        """The exit status."""
+        first = self._connection.receive()
+        if first is None:
+            return 0
+        number, start = first
+        if not isinstance(start, messages.Start):
+            self._connection.answer(number, messages.Refusal("the first request is Start"))
+            return 1
+        try:
+            work, ready = self._card.start(start)
+        except (DriverError, EngineError) as error:
+            self._connection.answer(number, messages.Refusal(str(error)))
+            return 1
+        pool = ThreadPoolExecutor(THREADS, "work", initializer=self._card.use)
+        self._connection.answer(number, ready)
+        while (request := self._connection.receive()) is not None:
+            number, message = request
+            if isinstance(message, messages.Stop):
+                self._stop(work)
+                self._connection.answer(number, messages.Done())
+                return 0
+            pool.submit(self._do, work, number, message)
+        return 0
+
+    def _do(self, work: CardWork, number: int, message: messages.Message) -> None:
+        answer: messages.Answer
+        try:
+            answer = work.do(message)  # type: ignore[arg-type]  # what is no request is refused there
+        except (DriverError, EngineError, NotPossible) as error:
+            answer = messages.Refusal(str(error), by_engine=isinstance(error, EngineError))
+        except BaseException as error:  # noqa: BLE001 - a defect: the daemon is to hear of it rather than to wait
+            answer = messages.Refusal(f"a defect in the card process: {error!r}", started=True)
+        self._connection.answer(number, answer)
+
+    def _stop(self, work: CardWork) -> None:
+        """Gives back what can be given back soon; the end of the process gives back the rest."""
+
+        def close() -> None:
+            try:
+                self._card.use()
+                work.close()
+            except (DriverError, EngineError):
+                return
+
+        closing = threading.Thread(target=close, name="stop", daemon=True)
+        closing.start()
+        closing.join(_STOP_SECONDS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Puts the broker's parts together, runs them and takes them apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import grpc
+import structlog
+
+from weight_brokerd import __version__
+from weight_brokerd.api.errors import ErrorInterceptor
+from weight_brokerd.api.health import Health, add_reflection
+from weight_brokerd.api.server import SERVICE_NAMES, add_services
+from weight_brokerd.attach.server import AttachServer
+from weight_brokerd.cards.health import CardState
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.loading import Config
+from weight_brokerd.config.rules import split_address
+from weight_brokerd.control.broker import Driver
+from weight_brokerd.core.coordinator import Coordinator
+from weight_brokerd.core.model import Limits
+from weight_brokerd.daemon import identity
+from weight_brokerd.daemon.lock import RuntimeLock
+from weight_brokerd.daemon.notify import Notifier
+from weight_brokerd.daemon.runtime_directory import RuntimeDirectory
+from weight_brokerd.directory.memory import MemoryDirectory
+from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.kinds.setup import make_devices
+from weight_brokerd.telemetry.metrics import Metrics
+
+MAXIMUM_MESSAGE_BYTES = 64 << 20
+STOP_SECONDS = 1.0
+"""What calls get to end in once no transfer runs any more."""
+LAST_WORD_SECONDS = 0.1
+"""What callers get to read the end of a Watch in before their connection closes: gRPC gives up a connection at the
+first write that fails, whatever it has yet to read from it."""
+STATUS_SECONDS = 15.0
+"""How often the service manager hears how the broker is, if it does not ask for more."""
+
+_SIGNS_OF_LIFE_PER_WATCHDOG = 2
+_GRPC_OPTIONS = (
+    ("grpc.max_receive_message_length", MAXIMUM_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAXIMUM_MESSAGE_BYTES),
+    # Calls may wait for minutes without a message, and their callers ping meanwhile: no reason to hang up.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+log = structlog.get_logger("weight_brokerd.daemon.application")
+
+
+class Application:
+    """One broker. The caller holds the lock of the runtime directory."""
+
+    def __init__(
+        self, config: Config, directory: RuntimeDirectory, lock: RuntimeLock, *, reload: Callable[[], None]
+    ) -> None:
+        """`reload` is called on SIGHUP."""
+        self._config = config
+        self._directory = directory
+        self._reload = reload
+        self._loop = asyncio.get_running_loop()
+        self._notifier = Notifier()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._host_id = identity.host_id(config.broker.host_id)
+        generations = identity.generation_range(lock.generation_mark())
+        lock.write(generations.stop)
+        self._regions = RegionTable(regions_per_instance=config.limits.regions_per_instance)
+        self._devices = make_devices(config, directory.path)
+        self._driver = self._make_driver(first=generations.start)
+        self._metrics = self._make_metrics()
+        self._health = Health(SERVICE_NAMES)
+        self._driver.on_drain = self._health.stop_serving
+        if self._devices is not None:
+            self._devices.listen_to_health(self._on_device_health)
+        self._attach_server = AttachServer(self._driver, host_id=self._host_id, broker_version=__version__)
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains. Raises `StartError` if it cannot begin."""
+        self._loop.set_exception_handler(_log_loop_error)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_stop_signal)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        server = await self._start()
+        log.info("ready", version=__version__, host_id=self._host_id, directory=str(self._directory.path))
+        self._notifier.ready(self._status())
+        heartbeat = self._loop.create_task(self._heartbeat()) if self._notifier.active else None
+        await self._stop.wait()
+        await self._drain()
+        await self._end(server)
+        if heartbeat is not None:
+            heartbeat.cancel()
+        log.info("stopped")
+
+    # Parts
+
+    def _make_driver(self, *, first: int) -> Driver:
+        limits = self._config.limits
+        directory = MemoryDirectory(
+            host_id=self._host_id, lease_seconds=limits.cold_load_lease_seconds, first_token=first
+        )
+        coordinator = Coordinator(
+            host_id=self._host_id,
+            limits=Limits(
+                readers_per_publication=limits.readers_per_publication,
+                publications=limits.publications,
+                instances=limits.instances,
+                cold_load_lease_seconds=limits.cold_load_lease_seconds,
+            ),
+            first_generation=first,
+        )
+        return Driver(coordinator=coordinator, regions=self._regions, directory=directory, devices=self._devices)
+
+    def _make_metrics(self) -> Metrics | None:
+        if not self._config.metrics.listen:
+            return None
+        return Metrics(self._driver.counts, SERVICE_NAMES)
+
+    # Start
+
+    async def _start(self) -> grpc.aio.Server:
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        if self._metrics is not None:
+            interceptors.insert(0, self._metrics.interceptor())
+            self._listen_for_prometheus(self._metrics)
+        server = grpc.aio.server(interceptors=interceptors, options=_GRPC_OPTIONS)
+        self._health.serve(server)
+        add_services(server, self._driver, self._config)
+        add_reflection(server, SERVICE_NAMES)
+        try:
+            with self._directory.binding(self._directory.grpc_socket):
+                server.add_insecure_port(f"unix:{quote(str(self._directory.grpc_socket))}")
+            await server.start()
+            # Last: whoever attached may call at once.
+            with self._directory.binding(self._directory.attach_socket):
+                self._attach_server.open(self._directory.attach_socket)
+                self._driver.ready_at = self._driver.clock()
+        except (OSError, RuntimeError) as error:
+            raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
+        self._health.start_serving()
+        if self._devices is not None:  # the driver of a device can take long to answer; host memory is served meanwhile
+            self._devices.start()
+        return server
+
+    def _listen_for_prometheus(self, metrics: Metrics) -> None:
+        listen = self._config.metrics.listen
+        try:
+            metrics.serve(*split_address(listen))
+        except OSError as error:
+            raise StartError(f"metrics.listen: {listen} cannot be bound: {error.strerror or error}") from error
+
+    # While it runs
+
+    async def _heartbeat(self) -> None:
+        watchdog = self._notifier.watchdog_seconds
+        interval = STATUS_SECONDS if watchdog is None else watchdog / _SIGNS_OF_LIFE_PER_WATCHDOG
+        while True:
+            await asyncio.sleep(interval)
+            self._notifier.watchdog()
+            if not self._stop.is_set():
+                self._notifier.status(self._status())
+
+    def _status(self) -> str:
+        counts = self._driver.counts()
+        text = (
+            f"{counts.instances} instances, {counts.publications} publications "
+            f"({counts.region_bytes / 1e9:.1f} GB), {counts.running_transfers} transfers"
+        )
+        if self._devices is not None:
+            cards = [card for _, card in self._devices.health]
+            ready = sum(card.state is CardState.READY for card in cards)
+            text += f", {ready} of {len(cards)} cards ready" if cards or self._devices.problem else ""
+        return text
+
+    def _on_device_health(self) -> None:
+        devices = self._devices
+        if devices is None:
+            return
+        for _, card in devices.health:
+            log.info("card", device_id=card.identity, state=card.state.value, problem=card.problem)
+            self._health.set_card(card.identity, card.state is CardState.READY)
+        self._notifier.status(self._status())
+
+    def _on_stop_signal(self) -> None:
+        if self._stop.is_set():
+            log.warning("stopping_at_once", why="a second signal")
+            self._hurry.set()
+        self._stop.set()
+
+    # End
+
+    async def _drain(self) -> None:
+        seconds = self._config.limits.drain_seconds
+        running = self._driver.counts().running_transfers
+        log.info("draining", running_transfers=running, limit_seconds=seconds)
+        self._notifier.stopping(f"draining: {running} transfers run")
+        self._driver.begin_drain()
+        drained = self._loop.create_task(self._driver.drain(seconds))
+        hurried = self._loop.create_task(self._hurry.wait())
+        await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
+        if not (drained.done() and drained.result()):
+            self._driver.cut_off()
+        for task in (drained, hurried):
+            task.cancel()
+        # A Watch that nobody ends keeps the server from stopping for as long as it is allowed to.
+        self._driver.watch.close()
+        self._health.end_watches()
+        await asyncio.sleep(LAST_WORD_SECONDS)
+
+    async def _end(self, server: grpc.aio.Server) -> None:
+        await server.stop(STOP_SECONDS)
+        self._attach_server.close()
+        await self._driver.end_movements()
+        if self._devices is not None:
+            await self._devices.close()
+        self._driver.close()
+        self._regions.close()
+        if self._metrics is not None:
+            await self._metrics.close()
+        self._directory.remove_sockets()
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    log.error("defect", message=context.get("message"), exc_info=context.get("exception"))

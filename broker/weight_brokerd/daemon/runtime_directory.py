@@ -1,0 +1,86 @@
+"""The runtime directory on the broker's side: made, protected, and emptied of sockets at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from weight_broker.runtime_directory import (
+    ATTACH_SOCKET,
+    GRPC_SOCKET,
+    MAXIMUM_SOCKET_PATH_BYTES,
+    runtime_directory,
+)
+from weight_brokerd.config.errors import StartError
+from weight_brokerd.config.settings import BrokerSettings
+
+_READABLE_BY_OTHERS = 0o006
+_OWNER_ONLY = 0o700
+
+
+class RuntimeDirectory:
+    """Where this broker's sockets are."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        configured = settings.runtime_directory
+        self.path = Path(configured) if configured else runtime_directory(serving=True)
+        self.grpc_socket = self.path / GRPC_SOCKET
+        self.attach_socket = self.path / ATTACH_SOCKET
+        self._permissions = settings.socket_permissions
+        self._group = grp.getgrnam(settings.socket_group).gr_gid if settings.socket_group else None
+        self._shared = bool(configured)
+
+    def prepare(self) -> None:
+        """Makes the directory if it is not there; raises `StartError`."""
+        longest = max(len(os.fsencode(self.grpc_socket)), len(os.fsencode(self.attach_socket)))
+        if longest > MAXIMUM_SOCKET_PATH_BYTES:
+            raise StartError(
+                f"{self.path} is too long for sockets in it: their paths have {longest} bytes, the kernel takes "
+                f"{MAXIMUM_SOCKET_PATH_BYTES}. Set broker.runtime_directory to a shorter one"
+            )
+        try:
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir(mode=0o700)
+                self.path.chmod(self._directory_permissions())
+            if self._group is not None and self.path.stat().st_gid != self._group:
+                os.chown(self.path, -1, self._group)
+        except OSError as error:
+            raise StartError(
+                f"{self.path} cannot be made ready: {error.strerror}. Make it for uid {os.geteuid()}, or set "
+                "broker.runtime_directory"
+            ) from error
+
+    @contextlib.contextmanager
+    def binding(self, path: Path) -> Iterator[None]:
+        """The socket `path`, which is bound in here, never lets anybody in whom the configuration does not."""
+        # Until the group is the configured one it is the broker's own, whose members are not meant.
+        first = self._permissions if self._group is None else self._permissions & _OWNER_ONLY
+        before = os.umask(0o777 & ~first)
+        try:
+            yield
+        finally:
+            os.umask(before)
+        if self._group is not None:
+            os.chown(path, -1, self._group)
+            path.chmod(self._permissions)
+
+    def remove_sockets(self) -> None:
+        """Only for the holder of the lock. The directory and the lock file stay."""
+        for path in (self.grpc_socket, self.attach_socket):
+            path.unlink(missing_ok=True)
+
+    def _directory_permissions(self) -> int:
+        if not self._shared:  # a directory of this user: below $XDG_RUNTIME_DIR or /tmp
+            return 0o700
+        return 0o755 if self._permissions & _READABLE_BY_OTHERS else 0o750
+
+
+def allow_many_files() -> None:
+    """Raises the soft limit of open files to the hard one: every instance needs two, every region one."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,88 @@
+"""From what operators set to what card processes are told, and whether there are any."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from weight_broker.drivers.acl import LIBRARY
+from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.config.loading import Config
+from weight_brokerd.datasystem.credentials import credentials
+
+_LDCONFIG_SECONDS = 10
+_SYSTEM_BINARIES = "/sbin:/usr/sbin:/bin:/usr/bin"
+
+
+def client_logs(config: Config, state_directory: Path) -> Path:
+    """Where all clients of the datasystem in this broker log."""
+    return Path(config.cards.log_directory) if config.cards.log_directory else state_directory / "datasystem-clients"
+
+
+def cards_configuration(
+    config: Config, worker_host: str, worker_port: int, state_directory: Path
+) -> CardsConfiguration:
+    """For card processes that use this worker. Reads the secrets; raises StartError if they cannot be read."""
+    cards = config.cards
+    return CardsConfiguration(
+        worker_host,
+        worker_port,
+        credentials=credentials(config.datasystem),
+        library_path=cards.library_path,
+        preload=cards.preload,
+        log_directory=client_logs(config, state_directory),
+        start_seconds=cards.start_seconds,
+        import_seconds=cards.import_seconds,
+        request_seconds=cards.request_seconds,
+        exit_seconds=cards.exit_seconds,
+        receivers_per_card=cards.receivers_per_card,
+        receiver_idle_seconds=cards.receiver_idle_seconds,
+        sender_idle_seconds=cards.sender_idle_seconds,
+        transfer_seconds=cards.transfer_seconds,
+        path=cards.path,
+        staging_bytes=cards.staging_bytes,
+    )
+
+
+def why_no_cards(config: Config) -> str:
+    """Why no Ascend card is used on this host, for people; empty if they are used."""
+    if config.cards.enabled == "off":
+        return "cards.enabled is 'off'"
+    if not config.datasystem.is_configured:
+        return "there is no datasystem worker: neither datasystem.worker_address nor datasystem.managed is set"
+    if config.cards.enabled == "auto" and find_runtime(config.cards.library_path) is None:
+        return f"Ascend's runtime, {LIBRARY}, is neither in cards.library_path nor where the loader looks"
+    return ""
+
+
+def find_runtime(library_path: str) -> Path | None:
+    """Ascend's runtime library as a card process would find it. It is not loaded: that is for card processes."""
+    search = library_path or os.environ.get("LD_LIBRARY_PATH", "")
+    for directory in filter(None, search.split(":")):
+        if (found := Path(directory, LIBRARY)).exists():
+            return found
+    return _in_loader_cache()
+
+
+def _in_loader_cache() -> Path | None:
+    ldconfig = shutil.which("ldconfig", path=_SYSTEM_BINARIES)
+    if ldconfig is None:
+        return None
+    try:
+        listed = subprocess.run(
+            [ldconfig, "-p"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_LDCONFIG_SECONDS,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    for line in listed.splitlines():
+        name, arrow, path = line.strip().partition(" => ")
+        if arrow and name.split(" ")[0] == LIBRARY:
+            return Path(path)
+    return None

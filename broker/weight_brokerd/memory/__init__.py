@@ -1,1 +1,0 @@
-"""What instances share with the broker, one module for each kind of memory."""

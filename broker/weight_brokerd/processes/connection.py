@@ -1,0 +1,67 @@
+"""A child process's end of its socket."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import threading
+from typing import Generic, TypeVar
+
+from weight_brokerd.processes import packets
+from weight_brokerd.processes.codec import Codec
+from weight_brokerd.processes.packets import PACKET_BYTES, Joiner, split
+
+M = TypeVar("M")
+_PR_SET_PDEATHSIG = 1
+
+
+def belong_to_parent() -> None:
+    """Others signal every process of the daemon; this one ends when the daemon is done. And when the daemon is killed,
+    also while a call keeps this process from noticing that the socket was closed."""
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Connection(Generic[M]):
+    """Receives in one thread, answers from any."""
+
+    def __init__(self, connection: socket.socket, codec: Codec[M]) -> None:
+        self.descriptors: list[int] = []
+        """What came with the last message; whoever wants one takes it out, the others are closed."""
+        self._connection = connection
+        self._codec = codec
+        self._joiner = Joiner()
+        self._sending = threading.Lock()
+
+    def receive(self) -> tuple[int, M] | None:
+        """The next message and its number; None when the daemon has closed the socket."""
+        self.close_descriptors()
+        while True:
+            try:
+                packet = packets.receive(self._connection, PACKET_BYTES)
+            except ConnectionError:
+                return None
+            if packet is None:
+                return None
+            self.descriptors += packet.descriptors
+            message = self._joiner.add(packet.data)
+            if message is not None:
+                return self._codec.decode(message)
+
+    def answer(self, number: int, answer: M, descriptor: int | None = None) -> None:
+        """Sends an answer. If the daemon is gone, this process ends."""
+        with self._sending:
+            try:
+                for packet in split(self._codec.encode(number, answer)):
+                    packets.send(self._connection, packet, descriptor)
+                    descriptor = None
+            except ConnectionError:
+                os._exit(0)
+
+    def close_descriptors(self) -> None:
+        """Closes what nobody took."""
+        while self.descriptors:
+            os.close(self.descriptors.pop())

@@ -1,0 +1,264 @@
+"""The instance's end of the attach socket: it proves who this process is and carries file descriptors.
+
+The broker reads from the kernel who connected; the token it answers with goes into the metadata of every gRPC call. The
+connection stays open for as long as the process wants to be attached. protobuf is imported only once a broker has
+accepted the connection, so that its absence is noticed in well under a millisecond.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weight_broker._version import __version__
+from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason, from_reason
+
+if TYPE_CHECKING:
+    from weight_broker.v1.attach_pb2 import AttachRequest, AttachResponse, Refused, Welcome
+
+PROTOCOL_VERSION = 1
+REQUEST_TIMEOUT_SECONDS = 10.0
+MAX_PACKET_BYTES = 64 * 1024
+_MAX_DESCRIPTORS = 4
+_BACKLOG_RETRY_SECONDS = 0.005
+
+
+class AttachConnection:
+    """One connection to the attach socket at `path`. Threads may share it: requests are answered one at a time.
+
+    `NotAttached` means that the broker closed the connection (it has probably been restarted); `BrokerUnavailable` that
+    it cannot be reached or does not answer in time.
+    """
+
+    def __init__(self, path: str | Path, name: str = "") -> None:
+        self.path = Path(path)
+        self.name = name
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._goodbye = b""
+        # Responses not yet read. A request that was interrupted or timed out leaves its response in the socket; the
+        # next request reads and drops it, so that answers never shift against questions.
+        self._owed = 0
+        # True while a signal's handler that raises (KeyboardInterrupt) would leave `_owed` wrong.
+        self._unsure = False
+
+    def connect(self, timeout: float = 2.0) -> Welcome:
+        """Attaches this process: returns the token and the ids."""
+        # Whoever has no broker, or may not see its socket, is not to pay for the import.
+        if not os.path.exists(self.path):
+            _connect(self.path, time.monotonic() + timeout).close()
+        # Before the clock starts: on a busy host this takes as long as a broker may take to answer.
+        from weight_broker.v1.attach_pb2 import AttachRequest, Goodbye, Hello
+
+        deadline = time.monotonic() + timeout
+        connected = _connect(self.path, deadline)
+        self._goodbye = AttachRequest(goodbye=Goodbye()).SerializeToString()
+        self._socket = connected
+        hello = Hello(protocol_version=PROTOCOL_VERSION, name=self.name, client_version=__version__)
+        try:
+            response, _ = self._ask(AttachRequest(hello=hello), timeout=max(deadline - time.monotonic(), 0.001))
+        except BaseException:
+            self.leave()  # a broker that reads Hello only later must not list this attachment for ever
+            raise
+        return response.welcome
+
+    def offer_region(self, region_id: str, fd: int, size_bytes: int) -> None:
+        """Hands the sealed memfd `fd` over; the caller keeps its own copy of the descriptor."""
+        from weight_broker.v1.attach_pb2 import AttachRequest, OfferRegion
+
+        self._ask(AttachRequest(offer_region=OfferRegion(region_id=region_id, size_bytes=size_bytes)), fds=(fd,))
+
+    def withdraw_region(self, region_id: str) -> None:
+        """Takes a region back that no publication uses."""
+        from weight_broker.v1.attach_pb2 import AttachRequest, WithdrawRegion
+
+        self._ask(AttachRequest(withdraw_region=WithdrawRegion(region_id=region_id)))
+
+    def claim_region(self, transfer_id: str, region_index: int) -> int:
+        """A new descriptor of the source's region `region_index` of a running transfer; the caller closes it."""
+        from weight_broker.v1.attach_pb2 import AttachRequest, ClaimRegion
+
+        request = AttachRequest(claim_region=ClaimRegion(transfer_id=transfer_id, region_index=region_index))
+        _, received = self._ask(request)
+        if len(received) != 1:
+            _close_all(received)
+            raise BrokerError(f"the broker sent {len(received)} descriptors for region {region_index}, not one")
+        return received[0]
+
+    def goodbye(self) -> None:
+        """Ends the attachment and waits for the broker to confirm that everything is retracted."""
+        from weight_broker.v1.attach_pb2 import AttachRequest, Goodbye
+
+        self._ask(AttachRequest(goodbye=Goodbye()), timeout=2.0)
+
+    def leave(self) -> None:
+        """Says goodbye without waiting and closes; imports nothing, so that it is safe in a finalizer."""
+        connected, self._socket = self._socket, None
+        if connected is not None:
+            with contextlib.suppress(OSError):
+                connected.send(self._goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            connected.close()
+
+    def close(self) -> None:
+        """Closes the connection without a word. What is published stays until the process ends."""
+        with self._lock:
+            connected, self._socket = self._socket, None
+            if connected is not None:
+                connected.close()
+
+    def forget(self) -> None:
+        """For a forked child: closes its copy of the socket, which says nothing to the broker."""
+        connected, self._socket = self._socket, None
+        self._lock = threading.Lock()
+        if connected is not None:
+            connected.close()
+
+    def fileno(self) -> int:
+        """The socket's descriptor, to poll for its end; -1 if it is closed."""
+        connected = self._socket
+        return connected.fileno() if connected is not None else -1
+
+    def is_over(self) -> bool:
+        """True once either end is closed."""
+        descriptor = self.fileno()
+        if descriptor < 0:
+            return True
+        poller = select.poll()
+        poller.register(descriptor, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
+    def _ask(
+        self, request: AttachRequest, *, fds: Sequence[int] = (), timeout: float = REQUEST_TIMEOUT_SECONDS
+    ) -> tuple[AttachResponse, list[int]]:
+        from weight_broker.v1.attach_pb2 import AttachResponse
+
+        packet = request.SerializeToString()
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            if self._socket is None:
+                raise NotAttached("the attach connection is closed")
+            if self._unsure:
+                self._break_off(self._socket)
+                raise NotAttached("a request on the attach connection was interrupted; attach anew")
+            try:
+                self._send(self._socket, packet, fds, timeout)
+                answer, received = self._receive_last(self._socket, deadline)
+            except TimeoutError:
+                # When it comes round it does what it was asked, so it is told as well that this is over: no region or
+                # lease stays behind that nobody here knows of. What is published is published again.
+                self._break_off(self._socket)
+                raise BrokerUnavailable(
+                    f"the broker does not answer on {self.path} within the time it was given"
+                ) from None
+            except OSError as error:
+                raise NotAttached(f"the broker closed the attach connection ({error.strerror or error})") from None
+            finally:
+                if self._unsure:
+                    self._break_off(self._socket)
+        response = AttachResponse.FromString(answer)
+        if response.WhichOneof("response") == "refused":
+            _close_all(received)
+            raise decode_refusal(response.refused)
+        return response, received
+
+    def _send(self, connected: socket.socket, packet: bytes, fds: Sequence[int], timeout: float) -> None:
+        connected.settimeout(timeout)
+        self._unsure = True
+        try:
+            socket.send_fds(connected, [packet], fds)
+        except OSError:
+            self._unsure = False  # nothing was sent
+            raise
+        self._owed += 1
+        self._unsure = False
+
+    def _receive_last(self, connected: socket.socket, deadline: float) -> tuple[bytes, list[int]]:
+        readable = select.poll()
+        readable.register(connected, select.POLLIN)
+        while True:
+            # Whoever is interrupted while it waits knows that it has read nothing.
+            if not readable.poll(max(deadline - time.monotonic(), 0.001) * 1000):
+                raise TimeoutError
+            self._unsure = True
+            answer, received = _receive_packet(connected)
+            self._owed -= 1
+            self._unsure = False
+            if not answer:
+                raise ConnectionResetError("end of file")
+            if self._owed == 0:
+                return answer, received
+            _close_all(received)
+
+    def _break_off(self, connected: socket.socket) -> None:
+        """Ends a connection on which answers may have shifted against questions. It stays open as a descriptor, so that
+        whoever polls it sees its end."""
+        with contextlib.suppress(OSError):
+            connected.send(self._goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        with contextlib.suppress(OSError):
+            connected.shutdown(socket.SHUT_RDWR)
+
+
+def connect_to(path: Path, timeout: float) -> socket.socket:
+    """A connection to the attach socket that has said nothing yet. Raises `BrokerUnavailable`."""
+    return _connect(path, time.monotonic() + timeout)
+
+
+def _connect(path: Path, deadline: float) -> socket.socket:
+    try:
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    except OSError as error:  # of this process or its sandbox: no file descriptor is left, say
+        raise BrokerUnavailable(f"no socket can be had to reach the broker on {path}: {error.strerror}") from error
+    try:
+        while True:
+            connected.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connected.connect(os.fspath(path))
+                return connected
+            except BlockingIOError:  # the backlog is full: many instances start at once
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_BACKLOG_RETRY_SECONDS)
+    except PermissionError as error:
+        connected.close()
+        raise BrokerUnavailable(
+            f"no permission for the broker's socket {path}; join the group that owns it (`ls -l {path}`)"
+        ) from error
+    except OSError as error:
+        connected.close()
+        raise BrokerUnavailable(f"no broker answers on {path}: {error.strerror or error}") from error
+    except BaseException:
+        connected.close()
+        raise
+
+
+def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:
+    """One packet and its descriptors, which no child inherits: `socket.recv_fds` drops the flag that says so."""
+    descriptors = array.array("i")
+    answer, ancillary, _, _ = connected.recvmsg(
+        MAX_PACKET_BYTES, socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    return answer, descriptors.tolist()
+
+
+def decode_refusal(refused: Refused) -> BrokerError:
+    """The exception that a caller sees for it."""
+    try:
+        return from_reason(Reason(refused.reason), refused.message)
+    except ValueError:  # a newer broker
+        return BrokerError(f"{refused.reason}: {refused.message}")
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

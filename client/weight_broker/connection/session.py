@@ -1,0 +1,198 @@
+"""How this process is attached to its broker: one session at a time, renewed after a restart, never across a fork."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from weight_broker.connection.attach import AttachConnection
+from weight_broker.connection.keeper import KEEPER
+from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason
+from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, runtime_directory
+
+if TYPE_CHECKING:
+    import grpc
+
+    from weight_broker.connection.stage_server import StageServer
+    from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
+
+Result = TypeVar("Result")
+
+# Channels of a parent process: destroying them in a forked child could wait for threads that the child does not have.
+_inherited_channels: list[grpc.Channel] = []
+
+
+class Session:
+    """One attachment: the attach connection, its token and a gRPC channel that is opened on first use."""
+
+    def __init__(self, directory: Path, name: str, connect_timeout: float) -> None:
+        self.connection = AttachConnection(directory / ATTACH_SOCKET, name)
+        welcome = self.connection.connect(connect_timeout)
+        self.instance_id = welcome.instance_id
+        self.host_id = welcome.host_id
+        self._token = welcome.session_token
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._stub: WeightBrokerServiceStub | None = None
+        self._stage: StageServer | None = None
+
+    @property
+    def stage(self) -> StageServer:
+        """What the broker asks for when it wants tensors copied."""
+        from weight_broker.connection.stage_server import StageServer
+
+        with self._lock:
+            if self._stage is None:
+                self._stage = StageServer(self._directory / ATTACH_SOCKET, self._token)
+            return self._stage
+
+    @property
+    def stub(self) -> WeightBrokerServiceStub:
+        """The calls of the service."""
+        if self._stub is None:
+            from weight_broker.connection.channel import open_channel
+            from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
+
+            with self._lock:
+                if self._stub is None:
+                    self._channel = open_channel(self._directory / GRPC_SOCKET)
+                    self._stub = WeightBrokerServiceStub(self._channel)
+        return self._stub
+
+    @property
+    def metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """What identifies this process in every call."""
+        from weight_broker.wire import TOKEN_METADATA_KEY
+
+        return ((TOKEN_METADATA_KEY, self._token),)
+
+    @property
+    def is_over(self) -> bool:
+        """True once the broker (or this process) has closed the attach connection."""
+        return self.connection.is_over()
+
+    def end(self) -> None:
+        """Says goodbye: the broker retracts everything of this session. Calls that still run are cancelled."""
+        if self._stage is not None:
+            self._stage.close()
+        with contextlib.suppress(BrokerError):
+            self.connection.goodbye()
+        self.connection.close()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+
+    def forget(self) -> None:
+        """For a forked child: lets go of what is the parent's without a word to the broker."""
+        self.connection.forget()
+        if self._channel is not None:
+            _inherited_channels.append(self._channel)
+
+
+class Attachment:
+    """The process's way to a session: attaches when one is needed and the old one is over."""
+
+    def __init__(self, directory: Path | None, name: str, connect_timeout: float) -> None:
+        self._directory = directory
+        self._name = name
+        self._connect_timeout = connect_timeout
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        self._failure: tuple[float, BrokerUnavailable] | None = None
+        self._closed = False
+        _attachments.add(self)
+
+    def session(self) -> Session:
+        """The session; attaches first if there is none. Raises `BrokerUnavailable`."""
+        session = self._session
+        if session is not None and not session.is_over and not self._closed:
+            return session
+        asked = time.monotonic()
+        with self._lock:
+            if self._closed:
+                raise BrokerUnavailable("this client is closed")
+            if self._session is not None and not self._session.is_over:
+                return self._session
+            self._session = None
+            if self._failure is not None and self._failure[0] >= asked:
+                # Another thread found out while this one waited: they must not try one after the other.
+                raise BrokerUnavailable(self._failure[1].message, metadata=self._failure[1].metadata)
+            directory = self._directory if self._directory is not None else runtime_directory()
+            try:
+                self._session = Session(directory, self._name, self._connect_timeout)
+            except BrokerUnavailable as error:
+                self._failure = time.monotonic(), BrokerUnavailable(error.message, metadata=error.metadata)
+                raise
+            self._failure = None
+            KEEPER.ring()  # what was published in a session before this one has to be published again
+            return self._session
+
+    def run(self, action: Callable[[Session], Result]) -> Result:
+        """Runs `action` with a session; if the broker turns out not to know it, because it was restarted, attaches anew
+        and runs it once more, provided that nothing was touched."""
+        session = self.session()
+        try:
+            return action(session)
+        except BrokerError as error:
+            restarted = isinstance(error, NotAttached) or (
+                isinstance(error, BrokerUnavailable) and error.reason is not Reason.DRAINING and session.is_over
+            )
+            if not restarted or error.touched or self._closed:
+                raise
+        self._discard(session)
+        return action(self.session())
+
+    def is_current(self, session: Session | None) -> bool:
+        """True if `session` is the one in use and alive."""
+        return session is not None and session is self._session and not session.is_over
+
+    def end(self) -> None:
+        """Ends the session for good: everything published in it is retracted."""
+        with self._lock:
+            self._closed = True
+            session, self._session = self._session, None
+        if session is not None:
+            session.end()
+
+    def fileno(self) -> int:
+        """The attach socket's descriptor, to poll for its end; -1 if there is none."""
+        session = self._session
+        return session.connection.fileno() if session is not None else -1
+
+    def forget_after_fork(self) -> None:
+        """For a forked child: the session is the parent's; the child attaches for itself when it needs to."""
+        self._lock = threading.Lock()
+        session, self._session = self._session, None
+        if session is not None:
+            session.forget()
+
+    def __del__(self) -> None:
+        # Nobody can use the session any more (whatever is published keeps its attachment alive).
+        session = getattr(self, "_session", None)
+        if session is not None:
+            session.connection.leave()
+
+    def _discard(self, session: Session) -> None:
+        with self._lock:
+            if self._session is session:
+                self._session = None
+                session.connection.leave()
+                KEEPER.ring()
+
+
+_attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def _forget_sessions() -> None:
+    for attachment in list(_attachments):
+        attachment.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_sessions)

@@ -1,0 +1,189 @@
+"""One instance on an Ascend card, a process of its own, for the demo and for `ascend-check`.
+
+It gets a model's weights into its card's memory, from a peer or from disk, and stays until told to go. What to do is in
+one argument (JSON) and in lines on standard input: `begin` loads, `digest` reads everything back from the card; the end
+of the input ends it. It answers with JSON lines on standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weight_broker import BrokerClient
+    from weight_broker.demo.npu.memory import CardMemory
+
+
+@dataclass(frozen=True)
+class Order:
+    """What an instance is to do."""
+
+    name: str
+    card: int
+    """Index as this process counts."""
+    model_dir: str
+    runtime_directory: str | None
+    """None loads from disk, without a broker."""
+    framework: str
+    """One of `weight_broker.demo.npu.memory.FRAMEWORKS`."""
+    timeout_seconds: float
+
+    def to_argument(self) -> str:
+        """The order as one argument of a command line."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an instance did."""
+
+    name: str
+    device_id: str
+    """The physical card."""
+    source: str
+    """"disk", or the name of the instance that the weights came from."""
+    data_plane: str
+    """"datasystem", "local", or empty: from disk."""
+    path: str
+    """"read", "copy" or "staged"."""
+    size_bytes: int
+    tensor_count: int
+    open_seconds: float
+    """Before anything: opening the card."""
+    allocate_seconds: float
+    """Before anything: allocating the tensors."""
+    ready_seconds: float
+    """From the order to begin until every weight is in place and verified."""
+    disk_seconds: float
+    """Of that, reading the checkpoint from disk into the card."""
+    phases: dict[str, float]
+    """Of that, seconds of the acquisition by phase."""
+    publish_seconds: float
+    """After that, becoming a source for others."""
+    disk_bytes: int | None
+    """Bytes read from the disk for this process; None if the kernel does not say."""
+    verified: str
+    problems: list[str] = field(default_factory=list)
+    """What went wrong on the way; empty if all is well."""
+
+
+def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
+    """Runs one instance."""
+    order = Order(**json.loads(argument))
+    from weight_broker import BrokerClient
+    from weight_broker.demo.npu.memory import card_memory, checkpoint, digest
+
+    began = time.monotonic()
+    device_id = _open(order)
+    opened = time.monotonic()
+    memory = card_memory(order.framework, order.card, checkpoint(Path(order.model_dir)))
+    spent = (opened - began, time.monotonic() - opened)
+    client = BrokerClient(order.runtime_directory, name=order.name) if order.runtime_directory is not None else None
+    _say(answers, {"event": "ready"})
+    try:
+        for command in commands:
+            match command.strip():
+                case "begin":
+                    result = _load(order, device_id, spent, memory, client)
+                    _say(answers, {"event": "done", "result": asdict(result)})
+                case "digest":
+                    found = digest((name, memory.content(name)) for name in memory.tensors)
+                    _say(answers, {"event": "digest", "digest": found})
+    finally:
+        if client is not None:
+            client.close()
+
+
+def _open(order: Order) -> str:
+    """Opens the card and imports what any start of an inference process imports; the card's physical identity."""
+    from weight_broker.drivers import acl
+    from weight_broker.memory.npu import kind as npu
+
+    if order.framework == "torch_npu":
+        import importlib
+
+        importlib.import_module("torch_npu").npu.set_device(order.card)
+    runtime = acl.load()
+    runtime.initialize()
+    runtime.set_device(order.card)
+    return npu.device_id(runtime, order.card)
+
+
+def _load(
+    order: Order, device_id: str, spent: tuple[float, float], memory: CardMemory, client: BrokerClient | None
+) -> Result:
+    from weight_broker import WeightSetKey
+    from weight_broker.integrations.checkpoint import checkpoint_digest
+
+    read_before = _disk_bytes()
+    began = time.monotonic()
+    facts: dict[str, Any] = {"source": "disk", "data_plane": "", "path": "read", "phases": {}, "verified": ""}
+    problems: list[str] = []
+    publish_seconds = 0.0
+    if client is None:
+        memory.load()
+        ready_seconds = disk_seconds = time.monotonic() - began
+        size_bytes, count = sum(_sizes(memory)), len(memory.tensors)
+    else:
+        directory = Path(order.model_dir)
+        key = WeightSetKey(directory.name, checkpoint_digest=checkpoint_digest(directory), dtype="bfloat16")
+        report = client.acquire_or_load(key, memory.tensors, memory.load, timeout=order.timeout_seconds)
+        publish_seconds, disk_seconds = report.publish_seconds, report.load_seconds
+        ready_seconds = time.monotonic() - began - publish_seconds
+        problems = [text for text in (report.acquire_error, report.publish_error) if text]
+        size_bytes, count = sum(_sizes(memory)), len(memory.tensors)
+        if (acquired := report.report) is not None:
+            facts = {
+                "source": acquired.source_instance_name,
+                "data_plane": acquired.data_plane,
+                "path": acquired.path,
+                "phases": dict(acquired.phases),
+                "verified": str(acquired.verified or ""),
+            }
+            size_bytes = acquired.size_bytes
+    read_after = _disk_bytes()
+    return Result(
+        name=order.name,
+        device_id=device_id,
+        size_bytes=size_bytes,
+        tensor_count=count,
+        open_seconds=spent[0],
+        allocate_seconds=spent[1],
+        ready_seconds=ready_seconds,
+        disk_seconds=disk_seconds,
+        publish_seconds=publish_seconds,
+        disk_bytes=read_after - read_before if read_before is not None and read_after is not None else None,
+        problems=problems,
+        **facts,
+    )
+
+
+def _sizes(memory: CardMemory) -> list[int]:
+    return [int(getattr(one, "storage_bytes", 0) or getattr(one, "nbytes", 0)) for one in memory.tensors.values()]
+
+
+def _disk_bytes() -> int | None:
+    """Bytes that the kernel read from a disk for this process so far."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return next(int(line.partition(":")[2]) for line in lines if line.startswith("read_bytes:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _say(answers: IO[str], message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    # Whatever a library prints goes to standard error; standard output carries the answers alone.
+    private = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    main(sys.argv[1], sys.stdin, private)

@@ -1,0 +1,161 @@
+"""The verdict and the table of the demo on cards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from weight_broker.cli import output, text
+from weight_broker.demo.npu.instance import Result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LEGEND = (
+    "ready: until every byte is on the card and verified; of that, read: the checkpoint from disk into the card, ask: "
+    "the broker, wait: for others, map: exporting and mapping memory, starting card processes and communicators, move: "
+    "the bytes, verify: digests on the card. GB/s: over read or move. x cold, x warm: how many times sooner ready than "
+    "instance 1 and than `warm disk`, a load from a warm page cache without a broker. Afterwards: publish."
+)
+PHASES = {
+    "wait": ("wait",),
+    "ask": ("attach", "describe", "reserve", "confirm"),
+    "map": ("map",),
+    "move": ("transfer",),
+    "verify": ("synchronize", "verify"),
+}
+"""Columns, and the phases of an acquisition that are in them."""
+_WORDS = ("instance", "card", "source", "plane", "path", "digest")
+
+
+@dataclass(frozen=True)
+class CardReport:
+    """What a run of the demo on cards measured."""
+
+    first: Result
+    """Instance 1, from disk."""
+    warm: Result
+    """The same from a warm page cache, without a broker."""
+    others: tuple[Result, ...]
+    """Those that were started at once, and last the one that was started after instance 1 was killed."""
+    digests: Mapping[str, str]
+    """What each instance had on its card, read back, by the instance's name."""
+    expected: str
+    """The same of the checkpoint's files."""
+    changed: Sequence[str]
+    """Instances whose memory was another one later."""
+    cold_share: float | None
+    """Share of the checkpoint that was in the page cache when instance 1 began; None if nobody says."""
+
+    @property
+    def all(self) -> tuple[Result, ...]:
+        """All of them, in the order of the table."""
+        return (self.first, self.warm, *self.others)
+
+    @property
+    def is_cold(self) -> bool:
+        """True if instance 1 had to read the disk."""
+        return self.cold_share is not None and self.cold_share < 0.01
+
+    def failures(self) -> list[str]:
+        """Why the demo has failed; empty if it has not."""
+        found = [f"{one.name}: {problem}" for one in self.all for problem in one.problems]
+        found += [f"{one.name}: it read the disk" for one in self.others if one.source == "disk"]
+        found += [f"{name}: its memory changed after it was filled" for name in self.changed]
+        found += [
+            f"{name}: what is on its card differs from the checkpoint"
+            for name, digest in self.digests.items()
+            if digest != self.expected
+        ]
+        found += [f"{one.name}: its card was not read back" for one in self.others if one.name not in self.digests]
+        return found
+
+    def verdict(self) -> str:
+        """When there are no failures."""
+        return (
+            f"All {len(self.digests)} instances had exactly the checkpoint's bytes on their cards: "
+            f"{self.first.tensor_count} tensors, {text.size(self.first.size_bytes)}, SHA-256 {self.expected[:16]}..."
+        )
+
+    def cold_sentence(self) -> str:
+        """What the page cache held when instance 1 began."""
+        if self.cold_share is None:
+            return "This kernel does not say what is in the page cache: instance 1 may have read from it."
+        if self.is_cold:
+            return f"Page cache emptied: {self.cold_share:.1%} of the checkpoint was in it when instance 1 began."
+        return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
+
+    def speed_up(self, one: Result, baseline: Result) -> float:
+        """How many times sooner than `baseline` the weights of `one` were in place."""
+        return baseline.ready_seconds / one.ready_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        return {
+            "cold_page_cache": self.is_cold,
+            "page_cache_share": self.cold_share,
+            "expected_digest": self.expected,
+            "instances": [
+                asdict(one)
+                | {
+                    "digest": self.digests.get(one.name),
+                    "bytes_per_second": bytes_per_second(one),
+                    "speed_up_against_cold_disk": self.speed_up(one, self.first) if self.is_cold else None,
+                    "speed_up_against_warm_disk": self.speed_up(one, self.warm),
+                }
+                for one in self.all
+            ],
+            "failures": self.failures(),
+        }
+
+    def rows(self) -> list[dict[str, str]]:
+        """The table's cells by column, a row for each instance; columns that say nothing are left out."""
+        rows = [self._row(one) for one in self.all]
+        if set(self.digests.values()) == {self.expected}:
+            for row in rows:
+                row["digest"] = ""
+        shown = [name for name in rows[0] if any(row[name] not in ("-", "") for row in rows)]
+        return [{name: row[name] for name in shown} for row in rows]
+
+    def table(self) -> Table:
+        """For a terminal."""
+        rows = self.rows()
+        columns = "|".join(name if name in _WORDS else f">{name}" for name in rows[0])
+        made = output.table("How each instance got its weights onto its card", columns)
+        for row in rows:
+            made.add_row(*(value if name in _WORDS else value.replace(" ", "") for name, value in row.items()))
+        return made
+
+    def _row(self, one: Result) -> dict[str, str]:
+        speed = bytes_per_second(one)
+        return {
+            "instance": one.name,
+            "card": one.device_id,
+            "source": text.plain(one.source),
+            "plane": one.data_plane or "-",
+            "path": one.path,
+            "ready": text.seconds(one.ready_seconds),
+            "read": _seconds(one.disk_seconds),
+            **{name: _seconds(seconds_of(one, name)) for name in PHASES},
+            "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
+            "x cold": f"{self.speed_up(one, self.first):.2f}" if self.is_cold else "-",
+            "x warm": f"{self.speed_up(one, self.warm):.2f}",
+            "publish": _seconds(one.publish_seconds),
+            "digest": self.digests.get(one.name, "")[:8],
+        }
+
+
+def seconds_of(one: Result, column: str) -> float:
+    """Seconds of an acquisition in the phases of a column of `PHASES`."""
+    return sum(one.phases.get(name, 0.0) for name in PHASES[column])
+
+
+def bytes_per_second(one: Result) -> float | None:
+    """Bandwidth while bytes moved; None if none did."""
+    moving = one.disk_seconds if one.source == "disk" else seconds_of(one, "move")
+    return one.size_bytes / moving if moving > 0 else None
+
+
+def _seconds(value: float) -> str:
+    return text.seconds(value) if value >= 1e-6 else "-"

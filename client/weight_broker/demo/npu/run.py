@@ -1,0 +1,264 @@
+"""`weight-broker demo --device npu`: the main job on Ascend cards.
+
+The instance on the first card loads a checkpoint from disk and publishes it; instances on the other cards, started at
+once, are filled from it; then the first is killed and one that starts in its place is filled from the others. Fails
+unless all of them have the checkpoint's bytes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from weight_broker.cli import output, status, text
+from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.progress import Progress
+from weight_broker.demo import checkpoint as demo_checkpoint
+from weight_broker.demo import page_cache
+from weight_broker.demo.npu import memory as npu_memory
+from weight_broker.demo.npu.instance import Order, Result
+from weight_broker.demo.npu.report import LEGEND, CardReport
+from weight_broker.demo.process import Answering, Broker
+from weight_broker.demo.scene import Stage, stoppable
+from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_files
+from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.v1 import weight_set_pb2
+
+DEFAULT_SIZE = 1_000_000_000
+INSTANCES = 3
+_SECONDS = 1800.0
+_CARDS_SECONDS = 150.0
+_GONE_SECONDS = 20.0
+_POLL_SECONDS = 0.2
+_WORKER_VARIABLES = ("DS_WORKER_ADDR", "WEIGHT_BROKER_DATASYSTEM_WORKER_ADDRESS", "WEIGHT_BROKER_DATASYSTEM_MANAGED")
+
+
+def run(options: argparse.Namespace) -> ExitCode:
+    """Runs the demo on cards and prints what it measured."""
+    with stoppable():
+        progress = Progress(quiet=options.json)
+        framework = framework_of(options.framework)
+        model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
+        with CardStage(model_dir, framework, progress) as stage:
+            stage.start(options.instances)
+            report, state = stage.play()
+        failures = report.failures()
+        if options.json:
+            output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
+        else:
+            console = output.console()
+            for part in (report.table(), report.cold_sentence(), LEGEND):
+                console.print(part)
+            if not failures:
+                console.print(report.verdict(), style="bold green")
+            console.print("\nweight-broker status, while all of them were alive:", style="bold")
+            for one in status.renderables(state):
+                console.print(one)
+        for failure in failures:
+            print(f"weight-broker: {failure}", file=sys.stderr)
+        return ExitCode.FAILED if failures else ExitCode.DONE
+
+
+def framework_of(wanted: str) -> str:
+    """Who allocates: what is wanted, or torch_npu if it is installed."""
+    installed = importlib.util.find_spec("torch_npu") is not None
+    if wanted == "torch_npu" and not installed:
+        raise CommandError("torch_npu is not installed here; --framework acl does without", ExitCode.USAGE)
+    return wanted if wanted != "auto" else "torch_npu" if installed else "acl"
+
+
+def model(given: Path | None, size: str | None, default_size: int, progress: Progress) -> Path:
+    """The directory of the model to load; makes one with random weights if none is given."""
+    if given is not None:
+        if size is not None:
+            raise CommandError("--size is for the random model; it does not go with --model-dir", ExitCode.USAGE)
+        try:
+            npu_memory.checkpoint(given)
+        except (CheckpointError, OSError) as error:
+            raise CommandError(str(error), ExitCode.USAGE) from None
+        return given.absolute()
+    if importlib.util.find_spec("torch") is None:
+        raise CommandError("the random model needs torch: pip install torch, or --model-dir", ExitCode.USAGE)
+    try:
+        shape = demo_checkpoint.model_shape(demo_checkpoint.parse_size(size) if size is not None else default_size)
+    except ValueError as error:
+        raise CommandError(str(error), ExitCode.USAGE) from None
+    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {text.size(shape.size_bytes)}"
+    try:
+        with progress.bytes_written(title, shape.size_bytes) as report:
+            return demo_checkpoint.ensure_checkpoint(shape.size_bytes, report)
+    except OSError as error:
+        raise CommandError(f"the model cannot be written: {error}") from error
+
+
+def driver_variables() -> dict[str, str]:
+    """What lets a process other than the broker's find Ascend's libraries: the same that the broker's processes get."""
+    path = os.environ.get("WEIGHT_BROKER_CARDS_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": path} if path else {}
+
+
+def start_broker(stage: Stage) -> Broker:
+    """A broker that serves the host's cards, with a datasystem worker of its own unless the environment names one."""
+    settings = {"WEIGHT_BROKER_CARDS_ENABLED": "on"}
+    if not any(os.environ.get(name) for name in _WORKER_VARIABLES):
+        settings["WEIGHT_BROKER_DATASYSTEM_MANAGED"] = "true"
+    broker = Broker(stage.runtime_directory, stage.directory, **settings)
+    stage.processes.append(broker)
+    broker.wait_until_ready()
+    return broker
+
+
+def wait_for_cards(stage: Stage, tick: Callable[[], None]) -> pb.Host:
+    """The host, once its driver was asked and the datasystem worker serves. Raises `CommandError` if it never does."""
+    deadline = time.monotonic() + _CARDS_SECONDS
+    with Inspector(stage.runtime_directory) as inspector:
+        while True:
+            tick()
+            host = inspector.host()
+            if host.device_problem and not npus(host):
+                raise CommandError(f"the broker serves no cards: {host.device_problem}")
+            # A managed worker listens before it serves; until then there is a problem.
+            if npus(host) and host.datasystem_worker.reachable and not host.datasystem_worker.problem:
+                return host
+            if time.monotonic() > deadline:
+                why = host.datasystem_worker.problem or "the datasystem worker is not reachable"
+                raise CommandError(f"no card serves after {_CARDS_SECONDS:.0f} s: {text.plain(why)}")
+            time.sleep(_POLL_SECONDS)
+
+
+def npus(host: pb.Host) -> list[pb.Card]:
+    """The host's cards of this kind."""
+    return [one for one in host.cards if one.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
+
+
+class CardInstance(Answering):
+    """An instance on a card."""
+
+    def __init__(self, order: Order, directory: Path) -> None:
+        self.order = order
+        arguments = ["-m", "weight_broker.demo.npu.instance", order.to_argument()]
+        super().__init__(order.name, arguments, directory, **driver_variables())
+
+
+class CardStage(Stage):
+    """A broker and instances on cards."""
+
+    def __init__(self, model_dir: Path, framework: str, progress: Progress) -> None:
+        super().__init__()
+        self._model_dir = model_dir
+        self._framework = framework
+        self._progress = progress
+        self._files = checkpoint_files(model_dir)
+        self._cards: list[int] = []
+
+    @property
+    def cards(self) -> list[int]:
+        """Indices of the cards that are used."""
+        return self._cards
+
+    def start(self, count: int | None) -> pb.Host:
+        """Starts the broker; the host as it is then. `count`: instances that are to be started at once."""
+        with self._progress.step("starting a broker and its datasystem worker, asking the driver for its cards"):
+            start_broker(self)
+            host = wait_for_cards(self, self._check)
+        self._cards = self._usable(host, count)
+        return host
+
+    def play(self) -> tuple[CardReport, State]:
+        """Runs everything; returns what was measured and the broker's state while all instances were alive."""
+        first = self._instance("instance 1", self._cards[0])
+        self._open([first])
+        page_cache.evict(self._files)
+        share = page_cache.resident_share(self._files)
+        with self._progress.step(f"{first.name} loads from disk into its card and publishes"):
+            first_result = self._results([first])[0]
+        if first_result.problems:  # without a source there is nothing to see
+            log = self.processes[0].log_end()
+            raise CommandError(f"{first.name} is no source: {'; '.join(first_result.problems)}\nthe broker:{log}")
+        warm_result = self._load_warm()
+        others = [self._instance(f"instance {number + 2}", card) for number, card in enumerate(self._cards[1:])]
+        self._open(others)
+        page_cache.evict(self._files)  # so that reading the disk would show
+        with self._progress.step(f"{len(others)} instances at once, each on a card of its own"):
+            results = self._results(others)
+        digests = {one.name: self._digest(one) for one in (first, *others)}
+        restarted = self._instance(f"instance {len(others) + 2}", self._cards[0])
+        self._open([restarted])
+        with self._progress.step(f"{first.name} is killed (kill -9); {restarted.name} starts on its card"):
+            first.kill()
+            self.processes.remove(first)
+            self._wait_until_gone(first.name)
+            results += self._results([restarted])
+        # Once more: what was filled must not have changed while others were.
+        again = {one.name: self._digest(one) for one in (*others, restarted)}
+        with Inspector(self.runtime_directory) as inspector:
+            state = inspector.state()
+        expected = npu_memory.digest(
+            (tensor.name, npu_memory.file_content(tensor)) for tensor in npu_memory.checkpoint(self._model_dir)
+        )
+        changed = [name for name, found in again.items() if digests.setdefault(name, found) != found]
+        report = CardReport(first_result, warm_result, tuple(results), digests, expected, changed, share)
+        if report.failures():
+            self._progress.say(f"the broker's log ends with:{self.processes[0].log_end(40)}")
+        return report, state
+
+    def _usable(self, host: pb.Host, count: int | None) -> list[int]:
+        """Indices of the cards to be used: one more than the instances that are started at once."""
+        ready = [one.device_index for one in npus(host) if one.state == pb.Card.STATE_READY]
+        wanted = (count or min(INSTANCES, len(ready) - 1)) + 1
+        if wanted < 2 or wanted > len(ready):
+            others = "".join(f"\n    {one.device_id}: {text.plain(one.problem)}" for one in npus(host) if one.problem)
+            fix = f"take --instances {len(ready) - 1}" if len(ready) > 1 else "two are the least"
+            raise CommandError(f"{max(wanted, 2)} cards are needed and {len(ready)} are ready; {fix}{others}")
+        return ready[:wanted]
+
+    def _load_warm(self) -> Result:
+        warm = self._instance("warm disk", self._cards[-1], broker=False)
+        self._open([warm])
+        for file in self._files:
+            page_cache.read_through(file)
+        with self._progress.step("another process loads from the warm page cache, without a broker"):
+            result = self._results([warm])[0]
+        warm.ask_to_stop()
+        warm.stop()
+        self.processes.remove(warm)
+        return result
+
+    def _instance(self, name: str, card: int, *, broker: bool = True) -> CardInstance:
+        directory = str(self.runtime_directory) if broker else None
+        order = Order(name, card, str(self._model_dir), directory, self._framework, _SECONDS)
+        instance = CardInstance(order, self.directory)
+        self.processes.append(instance)
+        return instance
+
+    def _open(self, instances: list[CardInstance]) -> None:
+        names = ", ".join(one.name for one in instances)
+        with self._progress.step(f"{names}: opening the card, allocating memory"):
+            for one in instances:
+                one.answer("ready", time.monotonic() + _SECONDS, self._check)
+
+    def _results(self, instances: list[CardInstance]) -> list[Result]:
+        for one in instances:
+            one.tell("begin")
+        return [Result(**one.answer("done", time.monotonic() + _SECONDS, self._check)["result"]) for one in instances]
+
+    def _digest(self, instance: CardInstance) -> str:
+        instance.tell("digest")
+        return str(instance.answer("digest", time.monotonic() + _SECONDS, self._check)["digest"])
+
+    def _wait_until_gone(self, name: str) -> None:
+        deadline = time.monotonic() + _GONE_SECONDS
+        with Inspector(self.runtime_directory) as inspector:
+            while any(one.name == name for one in inspector.instances()):
+                if time.monotonic() > deadline:
+                    raise CommandError(f"{name} was killed and is still listed after {_GONE_SECONDS:.0f} s")
+                time.sleep(_POLL_SECONDS / 10)
+
+    def _check(self) -> None:
+        self.processes[0].check_alive()

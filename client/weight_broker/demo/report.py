@@ -1,0 +1,129 @@
+"""The demo's verdict and its table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from weight_broker.cli import output, text
+from weight_broker.demo.instance import Result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MOVING = ("map", "transfer", "verify")
+_WORDS = ("instance", "source", "by", "logits")
+_WAYS = {"zero_copy": "map"}
+_ASKING = ("attach", "describe", "reserve", "confirm")
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What a run of the demo measured."""
+
+    first: Result
+    """Instance 1: from disk, with a cold page cache where `cold_share` says so."""
+    warm: Result
+    """The same from a warm page cache, without a broker."""
+    others: tuple[Result, ...]
+    """The instances that were started at once."""
+    cold_share: float | None
+    """Share of the checkpoint that was in the page cache when instance 1 began; None if nobody says."""
+
+    @property
+    def all(self) -> tuple[Result, ...]:
+        """All of them, in the order of the table."""
+        return (self.first, self.warm, *self.others)
+
+    @property
+    def is_cold(self) -> bool:
+        """True if instance 1 had to read the disk."""
+        return self.cold_share is not None and self.cold_share < 0.01
+
+    def failures(self) -> list[str]:
+        """Why the demo has failed; empty if it has not."""
+        found = [f"{one.name}: {problem}" for one in self.all for problem in one.problems]
+        found += [
+            f"{one.name}: its logits differ from {self.first.name}'s"
+            for one in self.all
+            if one.logits_digest != self.first.logits_digest
+        ]
+        found += [f"{one.name}: it read the disk" for one in self.others if one.source == "disk"]
+        return found
+
+    def cold_sentence(self) -> str:
+        """What the page cache held when instance 1 began."""
+        if self.cold_share is None:
+            return "This kernel does not say what is in the page cache: instance 1 may have read from it."
+        if self.is_cold:
+            return f"Page cache emptied: {self.cold_share:.1%} of the checkpoint was in it when instance 1 began."
+        return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
+
+    def speed_up(self, one: Result, baseline: Result) -> float:
+        """How many times sooner than `baseline` the weights of `one` were in place."""
+        return baseline.ready_seconds / one.ready_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        return {
+            "cold_page_cache": self.is_cold,
+            "page_cache_share": self.cold_share,
+            "instances": [
+                asdict(one)
+                | {
+                    "bytes_per_second": bytes_per_second(one),
+                    "speed_up_against_cold_disk": self.speed_up(one, self.first) if self.is_cold else None,
+                    "speed_up_against_warm_disk": self.speed_up(one, self.warm),
+                }
+                for one in self.all
+            ],
+            "failures": self.failures(),
+        }
+
+    def table(self) -> Table:
+        """One row for each instance; columns that say nothing are left out."""
+        rows = [self._row(one) for one in self.all]
+        shown = [name for name in rows[0] if any(row[name] not in ("-", "") for row in rows)]
+        if len({one.logits_digest for one in self.all}) == 1:
+            shown.remove("logits")
+        columns = "|".join(name if name in _WORDS else f">{name}" for name in shown)
+        made = output.table("How each instance got its weights", columns)
+        for row in rows:
+            made.add_row(*(row[name] if name in _WORDS else row[name].replace(" ", "") for name in shown))
+        return made
+
+    def _row(self, one: Result) -> dict[str, str]:
+        waiting, asking, moving = (_sum(one, names) for names in (("wait",), _ASKING, _MOVING))
+        speed = bytes_per_second(one)
+        return {
+            "instance": one.name,
+            "source": text.plain(one.source),
+            "by": _WAYS.get(one.path, one.path),
+            "ready": text.seconds(one.ready_seconds),
+            "read": _seconds(one.disk_seconds),
+            "wait": _seconds(waiting),
+            "ask": _seconds(asking),
+            "move": _seconds(moving),
+            "rest": _seconds(max(one.ready_seconds - one.disk_seconds - waiting - asking - moving, 0.0)),
+            "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
+            "x cold": f"{self.speed_up(one, self.first):.1f}" if self.is_cold else "-",
+            "x warm": f"{self.speed_up(one, self.warm):.1f}",
+            "disk": text.size(one.disk_bytes) if one.disk_bytes is not None else "?",
+            "publish": _seconds(one.publish_seconds),
+            "forward": text.seconds(one.forward_seconds),
+            "logits": one.logits_digest[:8],
+        }
+
+
+def bytes_per_second(one: Result) -> float | None:
+    """Bandwidth while bytes moved; None if none did."""
+    moving = one.disk_seconds if one.source == "disk" else _sum(one, _MOVING)
+    return one.size_bytes / moving if one.path != "zero_copy" and moving > 0 else None
+
+
+def _sum(one: Result, phases: tuple[str, ...]) -> float:
+    return sum(one.phases.get(name, 0.0) for name in phases)
+
+
+def _seconds(value: float) -> str:
+    return text.seconds(value) if value >= 1e-6 else "-"

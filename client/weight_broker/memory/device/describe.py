@@ -1,0 +1,135 @@
+"""What the caller's tensors are and where they lie in the memory of a device."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, cast
+
+from weight_broker.errors import InvalidArgument
+from weight_broker.layout import ITEM_SIZES, MemoryFormat, TensorSpec
+from weight_broker.memory.device.tensor import DeviceTensor, Segment, SegmentProvider
+from weight_broker.memory.tensors import DescribedTensor, DescribedTensors, layout_of
+
+if TYPE_CHECKING:
+    import torch
+
+_FRAMEWORKS = {"npu": "weight_broker.memory.npu.torch", "cuda": "weight_broker.memory.cuda.torch"}
+
+
+class Framework(Protocol):
+    """What torch knows of a kind of device (`weight_broker.memory.npu.torch`)."""
+
+    def from_tensor(self, name: str, tensor: torch.Tensor) -> DeviceTensor:
+        """A torch tensor on a device of this kind. Raises `InvalidArgument` that names it."""
+
+    def segments(self, device_index: int) -> list[Segment]:
+        """The allocator's segments on a device."""
+
+    def synchronize(self, device_index: int) -> None:
+        """Waits for everything that torch was told to do there."""
+
+
+@dataclass(slots=True)
+class DescribedDeviceTensors(DescribedTensors):
+    """Tensors on one device, described."""
+
+    device_index: int
+    """The device as this process counts."""
+    synchronize: Callable[[], None] | None
+    """Submits what the framework holds back; None if nothing does."""
+    segments: SegmentProvider | None
+    """The framework's segments; None if it cannot tell."""
+
+
+def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
+    """Describe tensors of a device by name: `DeviceTensor`s, torch tensors, or some of each. Exact aliases are found.
+
+    Raises `InvalidArgument` that names the tensor and says what to do about it.
+    """
+    described: list[DescribedTensor] = []
+    targets: dict[tuple[object, ...], str] = {}
+    kind, device_index, by_torch = "", -1, False
+    named: dict[int, Segment] = {}
+    for name in sorted(tensors):
+        value = tensors[name]
+        by_torch = by_torch or not isinstance(value, DeviceTensor)
+        tensor = value if isinstance(value, DeviceTensor) else _from_framework(name, value)
+        if described and (tensor.device_kind, tensor.device_index) != (kind, device_index):
+            mine, first = f"{tensor.device_kind}:{tensor.device_index}", described[0].spec.name
+            hint = "Publish the tensors of each device on their own: a weight set is one rank's."
+            raise _refusal(name, "device", mine, f"{kind}:{device_index}, as {first!r} is", hint)
+        kind, device_index = tensor.device_kind, tensor.device_index
+        if tensor.segment is not None:
+            named[tensor.segment.base] = tensor.segment
+        described.append(_describe(name, tensor, targets))
+    return DescribedDeviceTensors(
+        layout_of([one.spec for one in described]),
+        tuple(described),
+        kind,
+        device_index,
+        partial(_framework(kind).synchronize, device_index) if by_torch else None,
+        partial(_segments, kind, device_index, list(named.values()), by_torch=by_torch) if by_torch or named else None,
+    )
+
+
+def _segments(kind: str, device_index: int, named: list[Segment], *, by_torch: bool) -> list[Segment]:
+    return [*named, *(_framework(kind).segments(device_index) if by_torch else ())]
+
+
+def _from_framework(name: str, value: object) -> DeviceTensor:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise _refusal(name, "type", type(value).__name__, "a tensor on the device that the others are on", "Move it.")
+    kind = value.device.type
+    if kind not in _FRAMEWORKS:
+        expected = " or ".join(_FRAMEWORKS) + ", as the others"
+        raise _refusal(name, "device", str(value.device), expected, "Move it, or publish it on its own.")
+    return _framework(kind).from_tensor(name, value)
+
+
+def _framework(kind: str) -> Framework:
+    return cast(Framework, importlib.import_module(_FRAMEWORKS[kind]))
+
+
+def _describe(name: str, tensor: DeviceTensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
+    if tensor.storage_bytes and tensor.address <= 0:
+        raise _refusal(name, "address", tensor.address, "a device address", "Give the tensor memory first.")
+    if tensor.memory_format is MemoryFormat.STRIDED and not _is_dense(tensor):
+        hint = "Use .contiguous(), or share the tensor that it is a part of."
+        raise _refusal(name, "stride", tensor.stride, "elements without gaps and overlaps", hint)
+    alias_of = ""
+    if tensor.storage_bytes:
+        identity = (tensor.address, tensor.dtype, tensor.shape, tensor.stride, tensor.memory_format)
+        target = targets.setdefault(identity, name)
+        alias_of = target if target != name else ""
+    spec = TensorSpec(
+        name,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride,
+        tensor.storage_bytes,
+        tensor.storage_offset,
+        tensor.memory_format,
+        alias_of,
+    )
+    owner = tensor if tensor.owner is None else tensor.owner
+    return DescribedTensor(spec, tensor.address if tensor.storage_bytes else 0, owner, "device")
+
+
+def _is_dense(tensor: DeviceTensor) -> bool:
+    if 0 in tensor.shape:
+        return True
+    filled = 1
+    for step, size in sorted(zip(tensor.stride, tensor.shape, strict=False)):
+        if size > 1 and step != filled:
+            return False
+        filled *= size
+    return tensor.storage_bytes == filled * ITEM_SIZES.get(tensor.dtype, 0) or tensor.dtype not in ITEM_SIZES
+
+
+def _refusal(name: str, field: str, value: object, expected: str, hint: str) -> InvalidArgument:
+    return InvalidArgument(f"tensors[{name}].{field}", value, expected, hint=hint)

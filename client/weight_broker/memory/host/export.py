@@ -1,0 +1,203 @@
+"""Sharing tensors through host memory: a sealed memfd.
+
+Publishing copies the tensors once into a memfd and seals it: from then on nobody, its creator included, can change a
+byte. Receivers copy out of it (`copy_in`) or map it copy-on-write (`map_tensors`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from weight_broker.digest import (
+    FULL_BLOCK_BYTES,
+    SAMPLE_BLOCK_BYTES,
+    ContentDigests,
+    DigestAlgorithm,
+    DigestCoverage,
+)
+from weight_broker.drivers.available_memory import available_bytes
+from weight_broker.errors import PublishRefused
+from weight_broker.layout import Layout
+from weight_broker.memory.digest_mode import DigestMode
+from weight_broker.memory.host import copying, strided
+from weight_broker.memory.host.address_space import PAGE_BYTES, Mapping
+from weight_broker.memory.host.fill import CopyResult, copy_in
+from weight_broker.memory.host.memfd import allocate, being_filled, create
+from weight_broker.memory.host.prepared import PreparedMemory
+from weight_broker.memory.host.view import map_tensors
+from weight_broker.memory.tensors import DescribedTensors
+
+__all__ = ["CopyResult", "DigestMode", "HostRegion", "SEALS", "copy_in", "export", "map_tensors", "seal"]
+
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+ALIGNMENT_BYTES = 64
+LARGE_TENSOR_BYTES = 64 << 10
+"""From this size on a tensor begins at a page."""
+
+
+@dataclass(slots=True)
+class HostRegion:
+    """A sealed memfd that holds the content of a set of tensors."""
+
+    fd: int
+    size_bytes: int
+    """Size of the memfd."""
+    placements: tuple[tuple[int, int], ...]
+    """(index of the region, always 0; offset in bytes) of each tensor in the layout's order; an alias has its
+    target's."""
+    digests: tuple[ContentDigests, ...]
+    """Digests of the content, best first."""
+
+    def close(self) -> None:
+        """Close the file descriptor; the memory lives on where others have it. May be called again."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def export(
+    described: DescribedTensors,
+    *,
+    digest_mode: DigestMode = DigestMode.AUTO,
+    deadline: float | None = None,
+    prepared: PreparedMemory | None = None,
+) -> HostRegion:
+    """Copy the tensors into a new sealed memfd and digest them. The tensors must not change meanwhile. `prepared` is
+    memory that was asked for before, of whatever size.
+
+    `deadline` is a time of `time.monotonic`. Raises `PublishRefused` if there is not enough memory, a limit of this
+    process is reached or the deadline passes; nothing is left behind then.
+    """
+    described.require_host_memory()
+    placements, size_bytes = _place(described.layout)
+    fd = prepared.take() if prepared is not None else None
+    try:
+        if fd is None:
+            _require_memory(size_bytes)
+            fd = create(size_bytes)
+        else:
+            _resize(fd, size_bytes)
+        with Mapping(fd, size_bytes, shared=True, writable=True) as region:
+            allocate(fd, region, deadline)
+            digests = _fill(described, region.address, placements, DigestMode(digest_mode), deadline)
+        seal(fd)
+    except BaseException as error:
+        if fd is not None:
+            being_filled.discard(fd)
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise _shortage(size_bytes, error) from error
+        if isinstance(error, copying.DeadlinePassed):
+            raise PublishRefused(
+                f"the deadline passed while {size_bytes} bytes were copied; allow more time for publishing"
+            ) from error
+        raise
+    being_filled.discard(fd)
+    return HostRegion(fd, size_bytes, tuple((0, offset) for offset in placements), digests)
+
+
+def region_bytes(layout: Layout) -> int:
+    """Size of the memfd that holds tensors of this layout."""
+    return _place(layout)[1]
+
+
+def _resize(fd: int, size_bytes: int) -> None:
+    """Makes prepared memory as large as it has to be."""
+    os.ftruncate(fd, size_bytes)
+    missing = size_bytes - os.fstat(fd).st_blocks * 512  # the unit of st_blocks, whatever the file system's is
+    if missing > 0:
+        _require_memory(missing)
+
+
+def seal(fd: int) -> None:
+    """Make a memfd unchangeable for ever, for everybody."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+
+
+def _place(layout: Layout) -> tuple[list[int], int]:
+    """Offset of each tensor in the region and the region's size, in bytes."""
+    offsets: list[int] = []
+    by_name: dict[str, int] = {}
+    end = 0
+    for spec in layout.tensors:
+        size = spec.content_bytes
+        if spec.alias_of:
+            offset = by_name[spec.alias_of]
+        elif size == 0:
+            offset = 0
+        else:
+            alignment = PAGE_BYTES if size >= LARGE_TENSOR_BYTES else ALIGNMENT_BYTES
+            offset = -(-end // alignment) * alignment
+            end = offset + size
+        offsets.append(offset)
+        by_name[spec.name] = offset
+    return offsets, max(PAGE_BYTES, -(-end // PAGE_BYTES) * PAGE_BYTES)
+
+
+def _fill(
+    described: DescribedTensors,
+    region_address: int,
+    offsets: Sequence[int],
+    mode: DigestMode,
+    deadline: float | None,
+) -> tuple[ContentDigests, ...]:
+    """Copy the tensors into the region and return the digests of their content."""
+    pieces: list[copying.Piece] = []
+    packing: list[copying.Task] = []
+    with_gaps: list[int] = []
+    for index, (tensor, offset) in enumerate(zip(described.tensors, offsets, strict=True)):
+        spec, destination = tensor.spec, region_address + offset
+        if spec.is_dense:
+            pieces.append((destination, tensor.address, spec.content_bytes))
+            continue
+        pieces.append((destination, tensor.address, 0))
+        if not spec.alias_of:
+            with_gaps.append(index)
+            packing.append(partial(strided.pack, spec, tensor.address, destination, tensor.framework))
+    contents = [
+        (region_address + offset, spec.content_bytes)
+        for spec, offset in zip(described.layout.tensors, offsets, strict=True)
+    ]
+    digests: list[ContentDigests] = []
+    full = mode.exported_full_algorithm()
+    if full is None:
+        copying.copy(pieces, own_tasks=packing, deadline=deadline)
+    else:
+        values = copying.copy_and_digest(pieces, full, FULL_BLOCK_BYTES, own_tasks=packing, deadline=deadline)
+        for index in with_gaps:
+            values[index] = copying.digest_full(*contents[index], full, FULL_BLOCK_BYTES)
+        digests.append(ContentDigests(full, DigestCoverage.FULL, FULL_BLOCK_BYTES, tuple(values)))
+    sampled = copying.digest_samples(contents, DigestAlgorithm.CRC32, SAMPLE_BLOCK_BYTES, deadline=deadline)
+    digests.append(ContentDigests(DigestAlgorithm.CRC32, DigestCoverage.SAMPLED, SAMPLE_BLOCK_BYTES, tuple(sampled)))
+    return tuple(digests)
+
+
+def _require_memory(size_bytes: int) -> None:
+    available = available_bytes()
+    if available is not None and size_bytes > available:
+        raise PublishRefused(
+            f"publishing needs {size_bytes} bytes of host memory and {available} are available; free host memory, "
+            "raise the memory limit of the service or container, or go on without publishing",
+            metadata={"needed_bytes": str(size_bytes), "available_bytes": str(available)},
+        )
+
+
+def _shortage(size_bytes: int, error: OSError) -> PublishRefused:
+    advice = {
+        errno.EMFILE: "raise this process's limit of open files (LimitNOFILE)",
+        errno.ENFILE: "raise the system's limit of open files (fs.file-max)",
+        errno.EFBIG: "raise this process's file size limit (LimitFSIZE): a memfd counts as a file",
+        errno.EPERM: "allow memfd_create and file seals in the sandbox this process runs in",
+        errno.EACCES: "allow memfd_create in the sandbox this process runs in",
+        errno.EBUSY: "do not fork a process from another thread while publishing",
+    }.get(error.errno or 0, "free host memory or raise the memory limit of the service or container")
+    return PublishRefused(
+        f"the kernel refused {size_bytes} bytes of shared memory ({error.strerror}): {advice}, or go on without "
+        "publishing",
+        metadata={"needed_bytes": str(size_bytes), "error": errno.errorcode.get(error.errno or 0, "unknown")},
+    )

@@ -1,0 +1,48 @@
+"""Digests of an NPU's memory."""
+
+from __future__ import annotations
+
+from weight_broker.digest import ContentDigests
+from weight_broker.drivers import acl as acl_module
+from weight_broker.drivers.acl import Acl, MemcpyKind
+from weight_broker.memory.device.describe import DescribedDeviceTensors
+from weight_broker.memory.device.digest import Engine, HostEngine, TorchEngine, tensor_digests
+
+
+def digest_tensors(
+    described: DescribedDeviceTensors,
+    *,
+    acl: Acl | None = None,
+    engine: Engine | None = None,
+    deadline: float | None = None,
+) -> ContentDigests:
+    """Full digests of all tensors, after waiting for the device. `deadline` is a time of `time.monotonic`.
+
+    By torch on the device for torch's tensors; for others the bytes are brought to the processor. Raises `AclError` and
+    `DeadlinePassed`.
+    """
+    acl = acl or acl_module.load()
+    if described.synchronize is not None:
+        described.synchronize()
+    with acl.on_device(described.device_index):
+        acl.synchronize_device()
+        if engine is None:
+            engine = on_device(acl, described) if described.synchronize is not None else _on_host(acl)
+        return tensor_digests(described, engine, deadline)
+
+
+def on_device(acl: Acl, described: DescribedDeviceTensors) -> Engine:
+    """The engine that computes with torch_npu on the tensors' device."""
+
+    def copy(destination: int, source: int, size: int) -> None:
+        acl.memcpy(destination, size, source, size, MemcpyKind.DEVICE_TO_DEVICE)
+
+    assert described.synchronize is not None
+    return TorchEngine(f"npu:{described.device_index}", copy, described.synchronize)
+
+
+def _on_host(acl: Acl) -> Engine:
+    def read(host: int, address: int, size: int) -> None:
+        acl.memcpy(host, size, address, size, MemcpyKind.DEVICE_TO_HOST)
+
+    return HostEngine(read)

@@ -1,0 +1,136 @@
+"""A weight set in memory that can be handed to others, and what a publication needs of it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from weight_broker.digest import ContentDigests
+from weight_broker.layout import Layout
+
+if TYPE_CHECKING:
+    from weight_broker.connection.attach import AttachConnection
+    from weight_broker.connection.session import Session
+    from weight_broker.v1 import weight_set_pb2 as pb
+
+
+class Shared(Protocol):
+    """Memory that holds a weight set and can be published again and again, to one broker after the other."""
+
+    @property
+    def layout(self) -> Layout:
+        """What is in it."""
+
+    @property
+    def placements(self) -> Sequence[tuple[int, int]]:
+        """(region index, offset in bytes) of each tensor, in the layout's order."""
+
+    @property
+    def digests(self) -> tuple[ContentDigests, ...]:
+        """Digests of the content, best coverage first."""
+
+    @property
+    def needs_retraction(self) -> bool:
+        """Whether others read the publisher's own memory, which must not change before they are done."""
+
+    def regions(self, batch: str) -> list[pb.Region]:
+        """The regions as they are published. `batch` makes ids unique among the publications of this process."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether the broker gets at it still, provided that its session is not over."""
+
+    def stage(self, session: Session) -> pb.StagedMemory | None:
+        """None, or if the broker does not map the memory: serves it in this session, and says how it is named."""
+
+    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
+        """Gives the broker what it needs beside the message to get at a region."""
+
+    def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
+        """Undoes `hand_over`. Raises `BrokerError`."""
+
+    def close(self) -> None:
+        """Ends the sharing; idempotent. Raises `RetractTimeout` if somebody still has the memory mapped: call again."""
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class SharedWeights:
+    """Host memory: sealed memfds and where the tensors lie in them, exported here or granted by a source. Sealed memory
+    never changes, so whoever has verified it may publish it again without looking at it."""
+
+    layout: Layout
+    memfds: list[tuple[int, int]]
+    """(descriptor, size in bytes) of each region; owned by this object."""
+    placements: tuple[tuple[int, int], ...]
+    """(region index, offset in bytes) of each tensor, in the layout's order."""
+    digests: tuple[ContentDigests, ...]
+    """Digests of the content, best coverage first."""
+
+    def __post_init__(self) -> None:
+        _open_weights.add(self)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The regions' descriptors."""
+        return tuple(descriptor for descriptor, _ in self.memfds)
+
+    @property
+    def needs_retraction(self) -> bool:
+        """Readers hold the sealed memory by themselves: it is theirs as much as ours."""
+        return False
+
+    def regions(self, batch: str) -> list[pb.Region]:
+        """The regions as they are published."""
+        from weight_broker.v1 import weight_set_pb2 as pb
+
+        return [
+            pb.Region(
+                region_id=f"{batch}-{index}",
+                device_kind=pb.DEVICE_KIND_CPU,
+                size_bytes=size_bytes,
+                host_memory=pb.HostMemory(),
+            )
+            for index, (_, size_bytes) in enumerate(self.memfds)
+        ]
+
+    @property
+    def is_served(self) -> bool:
+        """The broker holds the memory itself."""
+        return True
+
+    def stage(self, session: Session) -> pb.StagedMemory | None:
+        """The broker holds the memory itself."""
+        return None
+
+    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
+        """The memfd goes over the attach socket."""
+        connection.offer_region(region.region_id, *self.memfds[index])
+
+    def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
+        """The broker closes it if nothing else needs it."""
+        connection.withdraw_region(region.region_id)
+
+    def close(self) -> None:
+        """Closes the descriptors. Idempotent."""
+        while self.memfds:
+            descriptor, _ = self.memfds.pop()
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        # Whoever was to close them was interrupted (a second Ctrl-C): the memory must not stay for ever.
+        self.close()
+
+
+_open_weights: weakref.WeakSet[SharedWeights] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    """A forked child has a copy of every descriptor, which would keep the memory for as long as the child lives."""
+    for weights in list(_open_weights):
+        weights.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)

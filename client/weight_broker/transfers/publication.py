@@ -1,0 +1,254 @@
+"""A weight set that this process offers as a source."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from weight_broker.connection.keeper import KEEPER
+from weight_broker.connection.session import Attachment, Session
+from weight_broker.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    NotAttached,
+    PublicationNotFound,
+    Reason,
+    RetractTimeout,
+)
+from weight_broker.key import WeightSetKey
+from weight_broker.layout import Layout
+from weight_broker.load_group import LoadGroup
+from weight_broker.memory.shared import Shared
+
+if TYPE_CHECKING:
+    from weight_broker.v1 import resources_pb2, weight_set_pb2
+
+_RESTORE_TIMEOUT_SECONDS = 10.0
+_UNDO_TIMEOUT_SECONDS = 2.0
+_LET_GO_SECONDS = 0.02
+
+_logger = logging.getLogger("weight_broker")
+
+
+class Publication:
+    """Resident until `retract`, the client's `close` or the end of the process. After a restart of the broker it is
+    published again, by reference and without a hand moving; `id` and `generation` are then new ones.
+
+    A context manager: it is retracted at the end of the block.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        key: WeightSetKey,
+        shared: Shared,
+        *,
+        owner: object = None,
+        group: LoadGroup | None = None,
+    ) -> None:
+        self.key = key
+        self.group = group
+        self.layout: Layout = shared.layout
+        self.id = ""
+        self.generation = 0
+        self._attachment = attachment
+        self._owner = owner  # the client lives for as long as something of it is published
+        self._shared = shared
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        self._regions: list[weight_set_pb2.Region] = []
+        self._wanted = True
+        self._closed = False
+        _publications.add(self)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of content, aliases counted once."""
+        return self.layout.content_bytes
+
+    @property
+    def is_retracted(self) -> bool:
+        """True once it is given up, and in a forked child: it is the parent's."""
+        return self._closed or self._process != os.getpid()
+
+    def announce(self, *, deadline: float, fencing_token: int = 0) -> None:
+        """Publishes for the first time; on any exception nothing stays behind. `deadline` in monotonic seconds."""
+        try:
+            with self._lock:
+                self._attachment.run(lambda session: self._announce(session, deadline, fencing_token))
+        except BaseException:
+            with contextlib.suppress(RetractTimeout):  # what was raised first says more
+                self._let_go(time.monotonic() + _UNDO_TIMEOUT_SECONDS)
+            raise
+        KEEPER.add(self)
+
+    def restore(self) -> None:
+        """Publishes again if the session in which that was done last is over. Called by the keeper."""
+        if not self._lock.acquire(blocking=False):
+            return  # it is being retracted
+        try:
+            if not self._wanted or (self._attachment.is_current(self._session) and self._shared.is_served):
+                return
+            session = self._attachment.session()
+            self._announce(session, time.monotonic() + _RESTORE_TIMEOUT_SECONDS, 0)
+            _logger.info("published weight set %s again, as %s", self.key.id, self.id)
+        finally:
+            self._lock.release()
+
+    @property
+    def route(self) -> object:
+        """What it reaches the broker through."""
+        return self._attachment
+
+    def fileno(self) -> int:
+        """The attach socket."""
+        return self._attachment.fileno()
+
+    def retract(self, timeout: float = 60.0) -> None:
+        """Stops being a source; returns when no reader is left. Idempotent. `RetractTimeout`: readers are still running
+        after `timeout` seconds; no new ones are let in; call again."""
+        if self._process != os.getpid():
+            raise PublicationNotFound(
+                f"publication {self.id} is process {self._process}'s; only that process can retract it",
+                metadata={"publication_id": self.id},
+            )
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            if self._closed:
+                return
+            self._wanted = False
+            session = self._session
+            if session is not None and self._attachment.is_current(session):
+                self._retract(session, timeout)
+            # Otherwise the broker that knew it is gone, and with it the publication. Readers that hold the sealed
+            # memory still can finish: it is theirs as much as ours.
+            self._let_go(deadline)
+
+    @property
+    def needs_retraction(self) -> bool:
+        """Whether others read this process's own memory, so that it has to be retracted before that may change."""
+        return self._shared.needs_retraction and not self.is_retracted
+
+    def abandon(self) -> None:
+        """Lets go of the memory; for a client that ends its session, which retracts everything."""
+        with self._lock:
+            self._wanted = False
+            self._let_go()
+
+    def forget_after_fork(self) -> None:
+        """For a forked child: it is the parent's; some thread of the parent may hold the lock."""
+        self._lock = threading.Lock()
+        self._wanted = False
+
+    def __enter__(self) -> Publication:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._process == os.getpid():
+            self.retract()
+
+    def __repr__(self) -> str:
+        state = "retracted" if self.is_retracted else "published"
+        return f"Publication(id={self.id!r}, model={self.key.model!r}, {self.size_bytes} bytes, {state})"
+
+    def _announce(self, session: Session, deadline: float, fencing_token: int) -> None:
+        from weight_broker.transfers import calls
+
+        batch = uuid.uuid4().hex
+        regions = self._shared.regions(batch)
+        offered: list[weight_set_pb2.Region] = []
+        publish = partial(
+            calls.publish,
+            session,
+            self.key,
+            self._shared,
+            regions,
+            fencing_token=fencing_token,
+            request_id=batch,
+            group=self.group,
+        )
+        try:
+            for index, region in enumerate(regions):
+                self._shared.hand_over(session.connection, region, index)
+                offered.append(region)
+            published = publish(timeout=max(deadline - time.monotonic(), 0.001))
+        except BaseException as error:
+            answer_lost = isinstance(error, BrokerUnavailable) and error.reason is Reason.BROKER_UNAVAILABLE
+            if answer_lost and not session.is_over:
+                _undo(session, publish)
+            self._take_back(session, offered)
+            raise
+        self.id, self.generation = published.publication_id, published.generation
+        self._session, self._regions = session, regions
+
+    def _retract(self, session: Session, timeout: float) -> None:
+        from weight_broker.transfers import calls
+
+        try:
+            calls.retract(session, self.id, timeout=timeout)
+        except (PublicationNotFound, NotAttached):
+            pass  # gone already
+        except BrokerUnavailable:
+            if not session.is_over:
+                raise
+        self._take_back(session, self._regions)
+
+    def _take_back(self, session: Session, regions: list[weight_set_pb2.Region]) -> None:
+        for region in regions:
+            with contextlib.suppress(BrokerError):  # the session may be over; then so are its regions
+                self._shared.take_back(session.connection, region)
+
+    def _let_go(self, deadline: float = 0.0) -> None:
+        """Ends the sharing. Whoever has device memory mapped gets until `deadline` (monotonic seconds) to let go of it:
+        a broker's processes end soon after the broker."""
+        self._wanted = False
+        KEEPER.remove(self)
+        while True:
+            try:
+                self._shared.close()
+                break
+            except RetractTimeout:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_LET_GO_SECONDS)
+        self._closed = True
+
+
+def publications_of(attachment: Attachment) -> list[Publication]:
+    """What this process has published through `attachment`."""
+    return [
+        publication
+        for publication in list(_publications)
+        if publication._attachment is attachment and not publication.is_retracted
+    ]
+
+
+def _undo(session: Session, publish: Callable[..., resources_pb2.Publication]) -> None:
+    """For a request whose answer was lost: asks again, which tells what became of it, and takes that back."""
+    from weight_broker.transfers import calls
+
+    with contextlib.suppress(BrokerError):  # it cannot be known; the end of the session ends it too
+        calls.retract(session, publish(timeout=_UNDO_TIMEOUT_SECONDS).publication_id, timeout=_UNDO_TIMEOUT_SECONDS)
+
+
+_publications: weakref.WeakSet[Publication] = weakref.WeakSet()
+
+
+def _forget_publications() -> None:
+    for publication in list(_publications):
+        publication.forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_publications)

@@ -1,0 +1,98 @@
+"""What the client tells about a finished call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from weight_broker.digest import DigestCoverage
+from weight_broker.layout import Layout
+
+if TYPE_CHECKING:
+    from weight_broker.transfers.publication import Publication
+
+
+@dataclass(frozen=True, slots=True)
+class AcquireReport:
+    """A finished acquisition: every byte is in place."""
+
+    weight_set_id: str
+    """The weight set."""
+    transfer_id: str
+    """The transfer, as in logs and listings."""
+    source_instance: str
+    """Id of the instance that the weights came from."""
+    source_instance_name: str
+    """The name that instance gave itself."""
+    source_publication_id: str
+    """The publication that was read."""
+    source_generation: int
+    """Its generation."""
+    size_bytes: int
+    """Bytes moved, or mapped."""
+    tensor_count: int
+    """Tensors filled, aliases included."""
+    phases: Mapping[str, float]
+    """Seconds by phase: attach, describe, wait, reserve, map, transfer, verify, confirm. Digests that are computed
+    while the bytes are copied are part of transfer."""
+    seconds: float
+    """Duration of the whole call."""
+    verified: DigestCoverage
+    """How much of the content was compared with its digests."""
+    data_plane: str
+    """What moved the bytes: "local" or "datasystem"."""
+    path: str
+    """How: "copy", "zero_copy" or "staged"."""
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second while they moved, verification included; 0 if none did."""
+        moving = self.phases.get("transfer", 0.0) + self.phases.get("verify", 0.0)
+        return self.size_bytes / moving if moving > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A finished `acquire_or_load`: the weights are loaded, from a peer or from disk."""
+
+    source: Literal["peer", "disk"]
+    """Where the weights came from."""
+    seconds: float
+    """Duration of the whole call."""
+    acquire_seconds: float
+    """Of that, asking the broker, waiting for others and the transfer."""
+    load_seconds: float = 0.0
+    """Of that, loading from disk."""
+    publish_seconds: float = 0.0
+    """Of that, becoming a source."""
+    report: AcquireReport | None = None
+    """The acquisition, if the weights came from a peer."""
+    publication: Publication | None = field(default=None, repr=False)
+    """The publication, if this process is a source now."""
+    acquire_error: str | None = None
+    """Why the broker could not help, if that is why the weights came from disk."""
+    publish_error: str | None = None
+    """Why this process did not become a source although it was asked to."""
+
+
+class AttachedTensors(Mapping[str, Any]):
+    """Tensors by name whose memory is the resident weight set's, copy-on-write: what is written to them stays in this
+    process. The memory lives as long as any of the tensors, whatever becomes of the publication."""
+
+    def __init__(self, tensors: Mapping[str, Any], layout: Layout, report: AcquireReport) -> None:
+        self._tensors = dict(tensors)
+        self.layout = layout
+        self.report = report
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"AttachedTensors({len(self)} tensors, {self.report.size_bytes} bytes)"
