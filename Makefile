@@ -106,9 +106,10 @@ $(SGLANG_STAMP): pyproject.toml hatch_build.py client/native/streaming_copy.c te
 test-sglang: $(SGLANG_STAMP)  ## run the tests on SGLang's real loaders (5 minutes on two cores)
 	$(SGLANG_VENV)/bin/pytest tests/e2e/sglang $(PYTEST_ARGUMENTS)
 
-lint: $(STAMP)  ## ruff, buf lint and the breaking-change check
+lint: $(STAMP)  ## ruff, import-linter, buf lint and the breaking-change check
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
+	$(RUN)lint-imports
 	$(RUN)buf lint
 	$(RUN)buf format --diff --exit-code
 	$(RUN)buf breaking --against proto/baseline.binpb

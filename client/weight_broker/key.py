@@ -2,7 +2,7 @@
 
 Two weight sets may stand in for each other only if every field of their keys is equal. The id is a digest of the
 canonical form: JSON with sorted names, no white space and no escapes but those JSON demands, so that any language can
-compute it. tests/unit/test_key.py pins it with vectors.
+compute it. tests/client/test_key.py pins it with vectors.
 """
 
 from __future__ import annotations

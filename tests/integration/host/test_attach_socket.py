@@ -174,7 +174,7 @@ def test_hostile_clients_leave_no_trace(broker: BrokerProcess, client: RawClient
     before = len(broker.descriptors())
     subprocess.run(
         [sys.executable, "-m", "support.hostile_attacher", str(broker.runtime_directory), "400"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         check=True,
         timeout=60,
     )

@@ -1,4 +1,4 @@
-"""Which room may import which: the dependency rule of docs/ARCHITECTURE.md, read off the source.
+"""What the client imports before it is needed. Which package may import which is import-linter's (test_floors.py).
 
 An import at module level runs when the module is imported; one inside a function does not. `if TYPE_CHECKING:` blocks
 are for type checkers and count as neither.
@@ -15,15 +15,6 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 ROOTS = (REPOSITORY / "client", REPOSITORY / "broker")
-OURS = {"weight_broker", "weight_brokerd"}
-
-CORE_MAY_IMPORT_OF_OURS = {
-    "weight_broker.errors",
-    "weight_broker.key",
-    "weight_broker.layout",
-    "weight_brokerd.core",
-}
-CORE_MAY_NOT_IMPORT = {"asyncio", "google", "grpc", "numpy", "os", "socket", "structlog", "threading", "time", "torch"}
 
 FRAMEWORKS = {"numpy", "safetensors", "torch", "transformers"}
 RPC = {"google", "grpc", "weight_broker.v1"}
@@ -34,6 +25,12 @@ MODULES_WITH_RPC = {
     "weight_broker.wire",
 }
 """Client modules that import gRPC or protobuf at module level. All others import these only when they need them."""
+
+
+PROGRAMS = {"weight_broker.cli", "weight_broker.demo"}
+"""Their modules are imported by `cli.main` once a command is chosen, and may need gRPC from the beginning."""
+ENTRIES = {"weight_broker.cli", "weight_broker.cli.main", "weight_broker.cli.text", "weight_broker.demo"}
+"""What every command line imports, also `--help`."""
 
 
 class Import(NamedTuple):
@@ -97,38 +94,11 @@ def forbidden_imports(modules: Iterable[Module], forbidden: Iterable[str], *, ev
 MODULES = load_modules()
 
 
-def test_core_imports_nothing_of_ours_but_the_key_the_layout_the_errors_and_itself() -> None:
-    assert [
-        f"{module.name} imports {name}"
-        for module in modules_in("weight_brokerd.core")
-        for name, _ in module.imports
-        if is_within(name, OURS) and not is_within(name, CORE_MAY_IMPORT_OF_OURS)
-    ] == []
-
-
-def test_core_does_no_input_or_output_reads_no_clock_and_knows_no_framework() -> None:
-    assert forbidden_imports(modules_in("weight_brokerd.core"), CORE_MAY_NOT_IMPORT, ever=True) == []
-
-
-def test_only_the_application_imports_the_api() -> None:
-    others = [
-        module
-        for module in modules_in("weight_broker", "weight_brokerd")
-        if module.name != "weight_brokerd.daemon.application" and not is_within(module.name, ["weight_brokerd.api"])
-    ]
-    assert forbidden_imports(others, ["weight_brokerd.api"], ever=True) == []
-
-
-def test_the_client_does_without_the_daemon() -> None:
-    library = [module for module in modules_in("weight_broker") if not is_within(module.name, ["weight_broker.cli"])]
-    assert forbidden_imports(library, ["weight_brokerd"], ever=True) == []
-
-
 def test_the_client_imports_grpc_and_protobuf_only_where_it_speaks_to_the_broker() -> None:
     others = [
         module
         for module in modules_in("weight_broker")
-        if module.name not in MODULES_WITH_RPC and not is_within(module.name, ["weight_broker.cli"])
+        if module.name not in MODULES_WITH_RPC and (module.name in ENTRIES or not is_within(module.name, PROGRAMS))
     ]
     assert forbidden_imports(others, RPC | MODULES_WITH_RPC, ever=False) == []
 
@@ -138,13 +108,22 @@ def test_each_module_with_rpc_needs_it(name: str) -> None:
     assert forbidden_imports([MODULES[name]], RPC, ever=False)
 
 
-def test_only_integrations_and_commands_import_a_framework_before_it_is_used() -> None:
+def test_only_integrations_import_a_framework_before_it_is_used() -> None:
     others = [
         module
         for module in modules_in("weight_broker", "weight_brokerd")
-        if not is_within(module.name, ["weight_broker.integrations", "weight_broker.cli"])
+        if not is_within(module.name, ["weight_broker.integrations"])
     ]
-    assert forbidden_imports(others, FRAMEWORKS | {"weight_broker.integrations"}, ever=False) == []
+    assert forbidden_imports(others, FRAMEWORKS, ever=False) == []
+
+
+def test_only_the_demo_imports_an_integration_before_it_is_used() -> None:
+    others = [
+        module
+        for module in modules_in("weight_broker", "weight_brokerd")
+        if not is_within(module.name, ["weight_broker.integrations", "weight_broker.demo"])
+    ]
+    assert forbidden_imports(others, ["weight_broker.integrations"], ever=False) == []
 
 
 def test_an_integration_imports_at_module_level_only_what_it_integrates() -> None:

@@ -155,7 +155,7 @@ def test_another_user_may_publish_but_not_administer(scene: Scene, uid: int) -> 
     broker = scene.broker
     with subprocess.Popen(
         [sys.executable, "-c", AS_ANOTHER_USER, str(uid), str(broker.runtime_directory), scene.resident.publication_id],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

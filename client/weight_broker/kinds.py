@@ -1,0 +1,88 @@
+"""Kinds of memory: the vocabulary that client and daemon share.
+
+Everything that follows from the kind alone stands in `TRAITS`. What a kind *does* is in a folder of its own:
+`weight_broker.memory` in the process that has the tensors, `weight_brokerd.kinds` in the daemon. No other module compares
+the name of a kind with anything.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class MemoryKind(enum.StrEnum):
+    """The kinds that this version knows."""
+
+    CPU = "cpu"
+    NPU = "npu"
+    CUDA = "cuda"
+
+
+class Reach(enum.Enum):
+    """How far one process can copy memory of a kind without a data plane that crosses devices."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What follows from the kind of memory alone."""
+
+    wire_number: int
+    """Value of `DeviceKind` in the proto."""
+    broker_copies: bool
+    """Whether the broker moves the bytes; if not, the receiver copies or maps them itself."""
+    outlives_owner: bool
+    """Whether the memory stays readable after its owner has ended."""
+    copies_within: Reach
+    is_packed: bool
+    """Whether a region holds only a tensor's elements, without the gaps between them."""
+    has_devices: bool
+    """Whether the memory belongs to one of several devices, which a device id names."""
+    can_be_staged: bool
+    """Whether its owner can copy it through a staging buffer of the broker's."""
+    handles: tuple[str, ...]
+    """Fields of `Region.handle` in the proto that name such memory."""
+
+
+TRAITS: dict[str, Traits] = {
+    MemoryKind.CPU: Traits(
+        wire_number=1,
+        broker_copies=False,
+        outlives_owner=True,
+        copies_within=Reach.HOST,
+        is_packed=True,
+        has_devices=False,
+        can_be_staged=False,
+        handles=("host_memory",),
+    ),
+    MemoryKind.NPU: Traits(
+        wire_number=2,
+        broker_copies=True,
+        outlives_owner=False,
+        copies_within=Reach.DEVICE,
+        is_packed=False,
+        has_devices=True,
+        can_be_staged=True,
+        handles=("npu_allocation", "npu_segment"),
+    ),
+    MemoryKind.CUDA: Traits(
+        wire_number=3,
+        broker_copies=True,
+        outlives_owner=False,
+        copies_within=Reach.HOST,
+        is_packed=False,
+        has_devices=True,
+        can_be_staged=False,
+        handles=("cuda_allocation",),
+    ),
+}
+EMPTY_KIND = MemoryKind.CPU
+"""The kind of a weight set that has no content and lies nowhere."""
+
+
+def kind_of_wire(number: int) -> str | None:
+    """The name of a kind by its number on the wire; None if this version does not know it."""
+    return next((name for name, traits in TRAITS.items() if traits.wire_number == number), None)
