@@ -1,8 +1,8 @@
 """Kinds of memory: the vocabulary that client and daemon share.
 
-Everything that follows from the kind alone stands in `TRAITS`. What a kind *does* is in a folder of its own:
-`weight_broker.memory` in the process that has the tensors, `weight_brokerd.kinds` in the daemon. No other module compares
-the name of a kind with anything.
+Everything that follows from the kind alone stands in `TRAITS`. What a kind *does* is in a folder of its own, below
+`weight_broker.memory` for the process that has the tensors and below `weight_brokerd.kinds` for the daemon. No other
+module compares the name of a kind with anything.
 """
 
 from __future__ import annotations
