@@ -16,13 +16,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from weight_broker.errors import BrokerError, InvalidArgument, PublicationNotFound, Reason
+from weight_broker.errors import BrokerError, InvalidArgument, LayoutMismatch, PublicationNotFound, Reason
 from weight_broker.key import WeightSetKey
+from weight_broker.kinds import MemoryKind
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.coordinator import Coordinator, Decisions
+from weight_brokerd.core.answers import Outcome, Question
+from weight_brokerd.core.coordinator import Coordinator
+from weight_brokerd.core.decisions import Decisions
 from weight_brokerd.core.model import (
-    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
@@ -31,12 +33,12 @@ from weight_brokerd.core.model import (
     IfAbsent,
     Instance,
     Limits,
-    Offer,
-    Publication,
-    PublicationState,
-    Transfer,
     TransferPath,
+    WaitReason,
 )
+from weight_brokerd.core.publications import Offer, Publication, PublicationState
+from weight_brokerd.core.sources import Holder
+from weight_brokerd.core.transfers import Transfer
 from weight_brokerd.directory.lease_table import LeaseTable
 
 KEYS = [WeightSetKey("model-a"), WeightSetKey("model-b")]
@@ -48,6 +50,39 @@ DEVICES = [("cpu", ""), ("npu", "npu:0"), ("npu", "npu:1")]
 """Kinds of memory and cards: host memory is copied by its receiver, device memory by the broker."""
 LEASE_SECONDS = 60.0
 WAIT_SECONDS = 300.0
+
+
+def concerns(decision: decide.Decision, acquisition_id: str, weight_set_id: str) -> bool:
+    """Whether a decision is one for this acquisition."""
+    match decision:
+        case decide.Reserve(transfer):
+            return transfer.acquisition_id == acquisition_id
+        case decide.Wait(told) | decide.Fail(told):
+            return told == acquisition_id
+        case decide.ClaimLease(claimed):
+            return claimed == weight_set_id
+    return False
+
+
+def outcome_of(decisions: Decisions, *, is_draining: bool) -> Outcome:
+    """What Explain should have said of an acquisition for which these decisions were made."""
+    if is_draining:
+        return Outcome.DRAINING
+    match decisions:
+        case [decide.Reserve()]:
+            return Outcome.TRANSFER
+        case [decide.ClaimLease()]:
+            return Outcome.COLD_LOAD
+        case [decide.Wait(_, WaitReason.COLD_LOAD)] | []:  # silent while the directory is asked for the lease
+            return Outcome.WAIT_FOR_COLD_LOAD
+        case [decide.Wait()]:
+            return Outcome.WAIT_FOR_SOURCE
+        case [decide.Fail(_, LayoutMismatch())]:
+            return Outcome.LAYOUT_MISMATCH
+        case [decide.Fail(_, error)]:
+            assert "unpublishable" in error.metadata
+            return Outcome.UNPUBLISHABLE
+    raise AssertionError(decisions)
 
 
 class Core(RuleBasedStateMachine):
@@ -66,6 +101,7 @@ class Core(RuleBasedStateMachine):
         self.leases = LeaseTable()
         self.claims: list[decide.ClaimLease] = []
         self.answers: dict[str, decide.Decision] = {}
+        self.seen: Decisions = []
         self.asked: set[str] = set()
         self.abandoned: set[str] = set()
         self.loading: dict[str, ColdLoadLease] = {}
@@ -73,10 +109,18 @@ class Core(RuleBasedStateMachine):
         self.evicted: set[str] = set()
         self.mapping: list[Publication] = []
         """Publications in device memory whose card has not said yet whether it can map them."""
+        self.reserving: list[Transfer] = []
+        """Transfers whose source has not been kept for them yet."""
         self.writing: set[str] = set()
         """Transfers whose bytes the broker moves now."""
+        self.granted: set[str] = set()
         self.held: dict[str, set[str]] = {}
         """Transfers that hold a publication's memory, by publication."""
+
+    @property
+    def open(self) -> list[str]:
+        """Ids of the acquisitions that have not ended."""
+        return [acquisition.acquisition_id for acquisition in self.coordinator.acquisitions]
 
     # What instances do
 
@@ -92,11 +136,11 @@ class Core(RuleBasedStateMachine):
 
     @rule(instance_id=consumes(instances))
     def die(self, instance_id: str) -> None:
-        for acquisition in list(self.coordinator.acquisitions.values()):
+        for acquisition in list(self.coordinator.acquisitions):
             if acquisition.instance_id == instance_id:
                 self.abandoned.add(acquisition.acquisition_id)
         self.carry_out(self.coordinator.depart(instance_id, self.now))
-        assert not self.coordinator.registry.of_instance(instance_id)
+        assert not self.coordinator.publications.of_instance(instance_id)
 
     @rule(
         target=publications,
@@ -116,7 +160,7 @@ class Core(RuleBasedStateMachine):
     ) -> object:
         self.number += 1
         lease = self.loading.get(key.id)
-        token = lease.fencing_token if fulfils and lease is not None and lease.instance_id == instance_id else 0
+        token = lease.fencing_token if fulfils and lease is not None and lease.holder.instance_id == instance_id else 0
         offer = Offer(key, layout, instance_id, *device, token, f"request-{self.number}")
         try:
             publication, decisions = self.coordinator.publish(offer, self.now)
@@ -134,7 +178,7 @@ class Core(RuleBasedStateMachine):
 
     @rule(publication_id=publications)
     def retract(self, publication_id: str) -> None:
-        publication = self.coordinator.registry.find(publication_id)
+        publication = self.coordinator.publications.find(publication_id)
         if publication is None:
             return
         _, decisions = self.coordinator.retract(publication.instance_id, publication_id, self.now)
@@ -147,12 +191,12 @@ class Core(RuleBasedStateMachine):
 
     @rule(publication_id=publications)
     def quarantine(self, publication_id: str) -> None:
-        if self.coordinator.registry.find(publication_id) is not None:
+        if self.coordinator.publications.find(publication_id) is not None:
             self.carry_out(self.coordinator.quarantine(publication_id, "test", self.now)[1])
 
     @rule(publication_id=publications)
     def evict(self, publication_id: str) -> None:
-        if self.coordinator.registry.find(publication_id) is not None:
+        if self.coordinator.publications.find(publication_id) is not None:
             self.evicted.add(publication_id)
             self.carry_out(self.coordinator.evict(publication_id, self.now)[1])
 
@@ -203,9 +247,26 @@ class Core(RuleBasedStateMachine):
         self.asked.add(acquisition.acquisition_id)
         self.carry_out(decisions)
 
+    @rule(
+        instance_id=instances,
+        key=st.sampled_from(KEYS),
+        layout=st.sampled_from([*LAYOUTS, None]),
+        device=st.sampled_from(DEVICES),
+    )
+    def explain_and_acquire(
+        self, instance_id: str, key: WeightSetKey, layout: Layout | None, device: tuple[str, str]
+    ) -> None:
+        """Explain says what acquire does."""
+        said = self.coordinator.explain(Question(key.id, key, layout, *device)).outcome
+        before = len(self.seen)
+        self.ask(instance_id, key, layout, IfAbsent.LOAD, device)
+        name = f"acquisition-{self.number}"
+        followed = [decision for decision in self.seen[before:] if concerns(decision, name, key.id)]
+        assert said is outcome_of(followed, is_draining=self.coordinator.draining)
+
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        acquisitions = list(self.coordinator.acquisitions)
+        acquisitions = self.open
         if acquisitions:
             acquisition_id = data.draw(st.sampled_from(acquisitions))
             self.abandoned.add(acquisition_id)
@@ -213,14 +274,14 @@ class Core(RuleBasedStateMachine):
 
     @rule(data=st.data(), cause=st.sampled_from([None, *FailureCause]))
     def end_transfer(self, data: st.DataObject, cause: FailureCause | None) -> None:
-        running = list(self.coordinator.transfers.running.values())
+        running = [one for one in self.coordinator.transfers.running.values() if one.transfer_id in self.granted]
         if not running:
             return
         self.end(data.draw(st.sampled_from(running)), cause)
 
     def end(self, transfer: Transfer, cause: FailureCause | None) -> None:
         receiver = transfer.receiver_instance_id
-        if cause is None and transfer.is_brokers and not transfer.is_moved:
+        if cause is None and transfer.broker_copies and not transfer.is_moved:
             with pytest.raises(InvalidArgument, match="has not moved every byte"):
                 self.coordinator.transfer_succeeded(transfer.transfer_id, receiver, Arrival(8, (), "full"), self.now)
             return
@@ -232,6 +293,19 @@ class Core(RuleBasedStateMachine):
             decisions = self.coordinator.transfer_failed(transfer.transfer_id, receiver, cause, "test", self.now)
         self.carry_out(decisions)
 
+    @rule(data=st.data(), works=st.booleans())
+    def finish_reserving(self, data: st.DataObject, works: bool) -> None:
+        if self.reserving:
+            transfer = data.draw(st.sampled_from(self.reserving))
+            self.reserving.remove(transfer)
+            is_known = transfer.transfer_id in self.coordinator.transfers.running
+            if works:
+                decisions = self.coordinator.reserved(transfer.transfer_id)
+            else:
+                decisions = self.coordinator.not_reserved(transfer.transfer_id, "test", self.now)
+            assert is_known or not decisions, "the answer comes too late and changes nothing"
+            self.carry_out(decisions)
+
     @rule(data=st.data())
     def finish_moving(self, data: st.DataObject) -> None:
         if self.writing:
@@ -240,7 +314,7 @@ class Core(RuleBasedStateMachine):
             transfer = self.coordinator.transfers.running[transfer_id]
             self.carry_out(self.coordinator.transfer_moved(transfer_id, self.now))
             assert transfer.is_moved
-            assert transfer_id not in transfer.publication.readers, "its source is not needed any more"
+            assert transfer.reader not in transfer.publication.readers, "its source is not needed any more"
             assert self.coordinator.transfer_moved("transfer-0", self.now) == []
 
     @rule(data=st.data(), works=st.booleans())
@@ -249,15 +323,19 @@ class Core(RuleBasedStateMachine):
             publication = data.draw(st.sampled_from(self.mapping))
             self.mapping.remove(publication)
             if works:
-                self.carry_out(self.coordinator.mapped(publication, self.now))
+                self.carry_out(self.coordinator.held(publication, self.now))
             else:
-                self.carry_out(self.coordinator.mapping_failed(publication, self.now))
+                self.carry_out(self.coordinator.not_held(publication, self.now))
 
     @rule(publication_id=publications)
     def lose(self, publication_id: str) -> None:
-        publication = self.coordinator.registry.find(publication_id)
-        if publication is not None and publication.device_kind != HOST_MEMORY:
+        publication = self.coordinator.publications.find(publication_id)
+        if publication is not None and publication.device_kind != MemoryKind.CPU:
             self.carry_out(self.coordinator.lose(publication_id, "test", self.now))
+
+    @rule(key=st.sampled_from(KEYS), why=st.sampled_from(["", "it moved"]))
+    def declare_unpublishable(self, key: WeightSetKey, why: str) -> None:
+        self.carry_out(self.coordinator.declare_unpublishable(key.id, why, self.now))
 
     @rule(data=st.data())
     def give_up_load(self, data: st.DataObject) -> None:
@@ -273,12 +351,7 @@ class Core(RuleBasedStateMachine):
             claim = data.draw(st.sampled_from(self.claims))
             self.claims.remove(claim)
             answer = self.leases.claim(
-                claim.weight_set_id,
-                instance_id=claim.instance_id,
-                instance_name="",
-                host_id="host",
-                now=self.now,
-                seconds=LEASE_SECONDS,
+                claim.weight_set_id, Holder("host", claim.instance_id), now=self.now, seconds=LEASE_SECONDS
             )
             self.carry_out(self.coordinator.lease_claimed(claim.weight_set_id, answer, self.now))
 
@@ -294,7 +367,7 @@ class Core(RuleBasedStateMachine):
         self.now += seconds
         for lease in self.leases.expire(self.now):
             self.forget_load(lease)
-            self.carry_out(self.coordinator.lease_free(lease, self.now))
+            self.carry_out(self.coordinator.lease_ended(lease, self.now))
         self.carry_out(self.coordinator.advance(self.now))
 
     # Carrying decisions out, and checking each
@@ -303,39 +376,46 @@ class Core(RuleBasedStateMachine):
         assert error.reason is (Reason.DRAINING if self.coordinator.draining else otherwise)
 
     def carry_out(self, decisions: Decisions) -> None:
+        self.seen += decisions
         for decision in decisions:
             match decision:
-                case decide.Grant(acquisition_id, transfer):
+                case decide.Reserve(transfer):
                     publication = transfer.publication
                     assert publication.state is PublicationState.RESIDENT
                     assert len(publication.readers) <= publication.reader_limit
-                    assert acquisition_id not in self.answers
+                    assert transfer.acquisition_id not in self.answers
                     self.held.setdefault(publication.publication_id, set()).add(transfer.transfer_id)
-                    if transfer.is_brokers:
-                        assert (transfer.data_plane is DataPlane.LOCAL) == (
-                            publication.device_id == self.coordinator.acquisitions[acquisition_id].device_id
-                        )
-                        self.writing.add(transfer.transfer_id)
+                    self.reserving.append(transfer)
+                case decide.Grant(acquisition_id, transfer):
+                    assert acquisition_id not in self.answers
+                    self.granted.add(transfer.transfer_id)
+                case decide.Move(transfer):
+                    assert transfer.transfer_id in self.granted
+                    assert (transfer.data_plane is DataPlane.LOCAL) == (
+                        transfer.publication.device_id
+                        == self.coordinator.acquisitions[transfer.acquisition_id].device_id
+                    )
+                    self.writing.add(transfer.transfer_id)
                 case decide.EndTransfer(transfer):
                     self.held[transfer.publication.publication_id].remove(transfer.transfer_id)
                     self.writing.discard(transfer.transfer_id)
-                case decide.Unmap(publication):
+                case decide.Release(publication):
                     readers = self.held.get(publication.publication_id, set())
-                    if publication.device_kind != HOST_MEMORY:  # it may be freed now, so nothing may read it
+                    if publication.device_kind != MemoryKind.CPU:  # it may be freed now, so nothing may read it
                         assert not readers & self.writing, "device memory was given back while the broker read it"
                         continue
                     died = publication.instance_id not in self.coordinator.instances
                     forced = died or publication.publication_id in self.evicted
                     assert forced or not readers, "memory was given back while somebody read it"
-                case decide.Map(publication) if publication.device_kind != HOST_MEMORY:
+                case decide.Hold(publication) if publication.device_kind != MemoryKind.CPU:
                     self.mapping.append(publication)
-                case decide.Map(publication):
-                    self.carry_out(self.coordinator.mapped(publication, self.now))
+                case decide.Hold(publication):
+                    self.carry_out(self.coordinator.held(publication, self.now))
                 case decide.ClaimLease():
                     self.claims.append(decision)
                 case decide.ReleaseLease(lease):
                     self.release(lease)
-                case decide.TellColdLoad(acquisition_id, lease):
+                case decide.LoadFromDisk(acquisition_id, lease):
                     assert lease.weight_set_id not in self.loading, "two instances were told to load"
                     self.loading[lease.weight_set_id] = lease
                     self.answer(acquisition_id, decision)
@@ -350,7 +430,7 @@ class Core(RuleBasedStateMachine):
     def release(self, lease: ColdLoadLease) -> None:
         self.forget_load(lease)
         if self.leases.release(lease):
-            self.carry_out(self.coordinator.lease_free(lease, self.now))
+            self.carry_out(self.coordinator.lease_ended(lease, self.now))
 
     def forget_load(self, lease: ColdLoadLease) -> None:
         held = self.loading.get(lease.weight_set_id)
@@ -361,17 +441,17 @@ class Core(RuleBasedStateMachine):
 
     @invariant()
     def everybody_is_answered_or_known(self) -> None:
-        assert self.asked == set(self.answers) | self.abandoned | set(self.coordinator.acquisitions)
+        assert self.asked == set(self.answers) | self.abandoned | set(self.open)
 
     @invariant()
     def nobody_waits_while_a_source_is_free(self) -> None:
         for record in self.coordinator.weight_sets:
             for acquisition in record.waiting.values():
-                for publication in self.coordinator.registry.of_weight_set(record.key.id):
+                for publication in self.coordinator.publications.of_weight_set(record.key.id):
                     assert (
                         publication.state is not PublicationState.RESIDENT
                         or len(publication.readers) == publication.reader_limit
-                        or publication.publication_id in acquisition.failed_sources
+                        or publication.ref in acquisition.failed_sources
                         or acquisition.layout not in (None, publication.layout)
                         or acquisition.device_kind != publication.device_kind
                     )
@@ -389,21 +469,21 @@ class Core(RuleBasedStateMachine):
                         and len(publication.readers) == publication.reader_limit
                     )
                 )
-                for publication in self.coordinator.registry.of_weight_set(record.key.id)
+                for publication in self.coordinator.publications.of_weight_set(record.key.id)
             )
             if loads and not busy:
                 assert record.lease is not None or record.claim_pending is not None
 
     @invariant()
     def a_retraction_ends_with_its_last_reader(self) -> None:
-        for publication in self.coordinator.registry:
+        for publication in self.coordinator.publications:
             assert publication.state is not PublicationState.RETRACTING or publication.readers
 
     @invariant()
     def readers_are_the_running_transfers(self) -> None:
-        for publication in self.coordinator.registry:
+        for publication in self.coordinator.publications:
             running = {
-                transfer.transfer_id
+                transfer.reader
                 for transfer in self.coordinator.transfers.running.values()
                 if transfer.publication is publication and not transfer.is_moved
             }
@@ -431,17 +511,14 @@ class Core(RuleBasedStateMachine):
         while self.claims:
             claim = self.claims.pop()
             answer = self.leases.claim(
-                claim.weight_set_id,
-                instance_id=claim.instance_id,
-                instance_name="",
-                host_id="host",
-                now=self.now,
-                seconds=LEASE_SECONDS,
+                claim.weight_set_id, Holder("host", claim.instance_id), now=self.now, seconds=LEASE_SECONDS
             )
             self.carry_out(self.coordinator.lease_claimed(claim.weight_set_id, answer, self.now))
         for lease in self.leases.expire(self.now + 10 * LEASE_SECONDS):
-            self.carry_out(self.coordinator.lease_free(lease, self.now))
-        assert len(self.coordinator.registry) == 0
+            self.carry_out(self.coordinator.lease_ended(lease, self.now))
+        for key in KEYS:
+            self.carry_out(self.coordinator.declare_unpublishable(key.id, "", self.now))
+        assert len(self.coordinator.publications) == 0
         assert list(self.coordinator.weight_sets) == [], "a weight set outlived everything that referred to it"
 
 
@@ -464,24 +541,24 @@ class DrainingCore(Core):
     @rule(causes=st.lists(st.sampled_from([None, *FailureCause])))
     def drain(self, causes: list[FailureCause | None]) -> None:
         """Of the transfers that run some end next, the others whenever they like."""
-        acquisitions = self.coordinator.acquisitions
-        waiting = {one.acquisition_id for one in acquisitions.values() if not one.transfer_id}
-        running, published = dict(self.coordinator.transfers.running), list(self.coordinator.registry)
-        self.carry_out(self.coordinator.drain())
+        waiting = {one.acquisition_id for one in self.coordinator.acquisitions.waiting}
+        running, published = dict(self.coordinator.transfers.running), list(self.coordinator.publications)
+        self.carry_out(self.coordinator.drain(self.now))
         for acquisition_id in waiting:
             answer = self.answers[acquisition_id]
             assert isinstance(answer, decide.Fail)
             assert answer.error.reason is Reason.DRAINING
         assert self.coordinator.transfers.running == running, "running transfers go on"
-        assert list(self.coordinator.registry) == published, "and what is published stays"
+        assert list(self.coordinator.publications) == published, "and what is published stays"
         for transfer, cause in zip(running.values(), causes, strict=False):
-            self.end(transfer, cause)
+            if transfer.transfer_id in self.granted:
+                self.end(transfer, cause)
 
     @invariant()
     def nobody_waits_during_a_drain(self) -> None:
         if self.coordinator.draining:
             reading = {one.acquisition_id for one in self.coordinator.transfers.running.values()}
-            assert set(self.coordinator.acquisitions) == reading
+            assert set(self.open) == reading
             assert self.coordinator.next_deadline() is None
 
 
