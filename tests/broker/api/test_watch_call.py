@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from weight_brokerd.control.broker import Driver
+
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import inspection_service_pb2 as pb
@@ -13,7 +15,6 @@ from weight_broker.v1 import resources_pb2
 from weight_brokerd.api.inspection import CHANGES_PER_MESSAGE, CHANGES_PER_STEP, InspectionServicer
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.attach.peer import PeerCredentials
-from weight_brokerd.control.broker import Driver
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits, Offer
 from weight_brokerd.core.weight_sets import WeightSetRecord

@@ -20,6 +20,7 @@ from weight_broker.errors import (
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
+from weight_brokerd.core import selection
 from weight_brokerd.core.answers import Outcome, Question
 from weight_brokerd.core.model import (
     Acquisition,
@@ -283,3 +284,48 @@ def test_explain_tells_what_an_acquisition_then_gets(coordinator: Coordinator) -
     assert outcome() is Outcome.COLD_LOAD
     coordinator.drain(0.0)
     assert outcome() is Outcome.DRAINING
+
+
+def test_explain_waits_for_a_source_that_is_being_mapped_as_acquire_does(coordinator: Coordinator) -> None:
+    registering(coordinator)
+    assert coordinator.explain(Question(KEY.id, None, LAYOUT)).outcome is Outcome.WAIT_FOR_SOURCE
+
+
+def test_explain_takes_the_kind_of_memory_in_which_the_weight_set_is_published(coordinator: Coordinator) -> None:
+    publication, _ = coordinator.publish(Offer(KEY, LAYOUT, "a", "npu", "npu:0", 0, "request-a"), 0.0)
+    coordinator.held(publication, 0.0)
+    assert coordinator.explain(Question(KEY.id, None, LAYOUT)).outcome is Outcome.TRANSFER
+    assert coordinator.explain(Question(KEY.id, None, LAYOUT, "cpu")).outcome is Outcome.COLD_LOAD
+
+
+def test_waiters_that_are_alike_are_judged_once(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(coordinator)
+    coordinator.acquire(acquisition("reads"), 1.0)
+    for number in range(100):
+        coordinator.acquire(acquisition(f"waits-{number}", "c"), 1.0)
+    judged: list[object] = []
+    judge = selection._judge
+    monkeypatch.setattr(selection, "_judge", lambda *candidate: judged.append(candidate) or judge(*candidate))
+    publish(coordinator, "b")
+    assert len(judged) == 2 * 2, "both sources, once for the free slot and once for all who go on waiting"
+
+
+def test_the_next_deadline_is_that_of_the_acquisitions_that_wait(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    early = acquisition("one")
+    early.deadline = 10.0
+    granted = only(decide.Grant, coordinator.acquire(early, 1.0))
+    coordinator.acquire(acquisition("two", "c"), 1.0)
+    assert coordinator.next_deadline() == 100.0
+    coordinator.transfer_failed(granted.transfer.transfer_id, "b", FailureCause.SOURCE_UNREACHABLE, "", 2.0)
+    assert coordinator.next_deadline() == 10.0
+    assert only(decide.Fail, coordinator.advance(10.0)).acquisition_id == "one"
+
+
+def test_an_instance_of_another_host_keeps_its_lease_when_one_of_the_same_name_departs(
+    coordinator: Coordinator,
+) -> None:
+    claim = only(decide.ClaimLease, coordinator.acquire(acquisition("one", "c"), 1.0))
+    elsewhere = LeaseTable().claim(claim.weight_set_id, Holder("another host", "b"), now=1.0, seconds=60.0)
+    coordinator.lease_claimed(claim.weight_set_id, replace(elsewhere, granted=False), 1.0)
+    assert not [one for one in coordinator.depart("b", 2.0) if isinstance(one, decide.ReleaseLease)]

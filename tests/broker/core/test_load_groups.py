@@ -241,6 +241,21 @@ def test_a_layout_that_differs_for_one_rank_is_told_to_that_rank(scene: Scene) -
     assert isinstance(scene.error("b0"), LoadGroupFailed)
 
 
+def test_a_matching_source_that_is_being_mapped_is_waited_for_although_another_layout_is_resident(
+    scene: Scene,
+) -> None:
+    scene.attach("other")
+    scene.attach("a")
+    for member in range(2):
+        scene.publish("other", member, layout=OTHER_LAYOUT)
+    coming = [scene.publish("a", member, is_mapped=False) for member in range(2)]
+    scene.ask("b")
+    assert [scene.last(f"b{member}").reason for member in range(2)] == [WaitReason.REGISTERING] * 2
+    for publication in coming:
+        scene.follow(scene.core.held(publication, scene.now))
+    assert [scene.last(f"b{member}").transfer.publication for member in range(2)] == coming
+
+
 def test_busy_sources_are_waited_for_together() -> None:
     scene = Scene(readers=1)
     scene.publish_all("a")

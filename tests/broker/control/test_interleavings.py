@@ -18,8 +18,9 @@ from hypothesis.stateful import (
 
 from weight_broker.errors import BrokerError, InvalidArgument, LayoutMismatch, PublicationNotFound, Reason
 from weight_broker.key import WeightSetKey
-from weight_broker.kinds import MemoryKind
+from weight_broker.kinds import TRAITS, MemoryKind
 from weight_broker.layout import Layout, TensorSpec
+from weight_brokerd.control.executor import Executor
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.answers import Outcome, Question
 from weight_brokerd.core.coordinator import Coordinator
@@ -38,7 +39,7 @@ from weight_brokerd.core.model import (
 )
 from weight_brokerd.core.publications import Offer, Publication, PublicationState
 from weight_brokerd.core.sources import Holder
-from weight_brokerd.core.transfers import Transfer
+from weight_brokerd.core.transfers import Transfer, TransferState
 from weight_brokerd.directory.lease_table import LeaseTable
 
 KEYS = [WeightSetKey("model-a"), WeightSetKey("model-b")]
@@ -86,7 +87,7 @@ def outcome_of(decisions: Decisions, *, is_draining: bool) -> Outcome:
 
 
 class Core(RuleBasedStateMachine):
-    """The coordinator with a directory that answers whenever it likes."""
+    """Coordinator and executor, with ports whose answers come whenever they like."""
 
     instances = Bundle("instances")
     publications = Bundle("publications")
@@ -98,6 +99,8 @@ class Core(RuleBasedStateMachine):
         self.coordinator = Coordinator(
             host_id="host", limits=Limits(readers_per_publication=2, publications=100), first_generation=7
         )
+        self.executor = Executor(self)
+        self.settled_count = 0
         self.leases = LeaseTable()
         self.claims: list[decide.ClaimLease] = []
         self.answers: dict[str, decide.Decision] = {}
@@ -277,9 +280,9 @@ class Core(RuleBasedStateMachine):
         running = [one for one in self.coordinator.transfers.running.values() if one.transfer_id in self.granted]
         if not running:
             return
-        self.end(data.draw(st.sampled_from(running)), cause)
+        self.report(data.draw(st.sampled_from(running)), cause)
 
-    def end(self, transfer: Transfer, cause: FailureCause | None) -> None:
+    def report(self, transfer: Transfer, cause: FailureCause | None) -> None:
         receiver = transfer.receiver_instance_id
         if cause is None and transfer.broker_copies and not transfer.is_moved:
             with pytest.raises(InvalidArgument, match="has not moved every byte"):
@@ -341,7 +344,7 @@ class Core(RuleBasedStateMachine):
     def give_up_load(self, data: st.DataObject) -> None:
         if self.loading:
             lease = data.draw(st.sampled_from(list(self.loading.values())))
-            self.release(lease)
+            self.give_back(lease)
 
     # What the directory and the clock do
 
@@ -377,60 +380,79 @@ class Core(RuleBasedStateMachine):
 
     def carry_out(self, decisions: Decisions) -> None:
         self.seen += decisions
-        for decision in decisions:
-            match decision:
-                case decide.Reserve(transfer):
-                    publication = transfer.publication
-                    assert publication.state is PublicationState.RESIDENT
-                    assert len(publication.readers) <= publication.reader_limit
-                    assert transfer.acquisition_id not in self.answers
-                    self.held.setdefault(publication.publication_id, set()).add(transfer.transfer_id)
-                    self.reserving.append(transfer)
-                case decide.Grant(acquisition_id, transfer):
-                    assert acquisition_id not in self.answers
-                    self.granted.add(transfer.transfer_id)
-                case decide.Move(transfer):
-                    assert transfer.transfer_id in self.granted
-                    assert (transfer.data_plane is DataPlane.LOCAL) == (
-                        transfer.publication.device_id
-                        == self.coordinator.acquisitions[transfer.acquisition_id].device_id
-                    )
-                    self.writing.add(transfer.transfer_id)
-                case decide.EndTransfer(transfer):
-                    self.held[transfer.publication.publication_id].remove(transfer.transfer_id)
-                    self.writing.discard(transfer.transfer_id)
-                case decide.Release(publication):
-                    readers = self.held.get(publication.publication_id, set())
-                    if publication.device_kind != MemoryKind.CPU:  # it may be freed now, so nothing may read it
-                        assert not readers & self.writing, "device memory was given back while the broker read it"
-                        continue
-                    died = publication.instance_id not in self.coordinator.instances
-                    forced = died or publication.publication_id in self.evicted
-                    assert forced or not readers, "memory was given back while somebody read it"
-                case decide.Hold(publication) if publication.device_kind != MemoryKind.CPU:
-                    self.mapping.append(publication)
-                case decide.Hold(publication):
-                    self.carry_out(self.coordinator.held(publication, self.now))
-                case decide.ClaimLease():
-                    self.claims.append(decision)
-                case decide.ReleaseLease(lease):
-                    self.release(lease)
-                case decide.LoadFromDisk(acquisition_id, lease):
-                    assert lease.weight_set_id not in self.loading, "two instances were told to load"
-                    self.loading[lease.weight_set_id] = lease
-                    self.answer(acquisition_id, decision)
-                case decide.Complete(acquisition_id) | decide.Fail(acquisition_id):
-                    self.answer(acquisition_id, decision)
+        self.executor.carry_out(decisions)
 
-    def answer(self, acquisition_id: str, decision: decide.Decision) -> None:
+    # Ports: each action is kept until a rule ends it, in any order
+
+    def answer(self, answer: decide.Answer) -> None:
+        match answer:
+            case decide.Wait():
+                pass
+            case decide.Grant(acquisition_id, transfer):
+                assert acquisition_id not in self.answers
+                self.granted.add(transfer.transfer_id)
+            case decide.LoadFromDisk(acquisition_id, lease):
+                assert lease.weight_set_id not in self.loading, "two instances load"
+                self.loading[lease.weight_set_id] = lease
+                self.end_acquisition(acquisition_id, answer)
+            case decide.Complete(acquisition_id) | decide.Fail(acquisition_id):
+                self.end_acquisition(acquisition_id, answer)
+
+    def end_acquisition(self, acquisition_id: str, answer: decide.Answer) -> None:
         assert acquisition_id not in self.answers, "answered twice"
         assert acquisition_id not in self.abandoned, "answered after it was abandoned"
-        self.answers[acquisition_id] = decision
+        self.answers[acquisition_id] = answer
 
-    def release(self, lease: ColdLoadLease) -> None:
+    def hold(self, publication: Publication) -> None:
+        if TRAITS[publication.device_kind].has_devices:
+            self.mapping.append(publication)
+        else:  # at once, while the executor works: what follows comes after what is queued
+            self.carry_out(self.coordinator.held(publication, self.now))
+
+    def release(self, publication: Publication) -> None:
+        readers = self.held.get(publication.publication_id, set())
+        if not TRAITS[publication.device_kind].outlives_owner:  # it may be freed now
+            assert not readers & self.writing, "device memory was given back while the broker read it"
+            return
+        died = publication.instance_id not in self.coordinator.instances
+        forced = died or publication.publication_id in self.evicted
+        assert forced or not readers, "memory was given back while a transfer read it"
+
+    def reserve(self, transfer: Transfer) -> None:
+        publication = transfer.publication
+        assert len(publication.readers) <= publication.reader_limit
+        assert transfer.acquisition_id not in self.answers
+        self.held.setdefault(publication.publication_id, set()).add(transfer.transfer_id)
+        self.reserving.append(transfer)
+
+    def move(self, transfer: Transfer) -> None:
+        assert transfer.transfer_id in self.granted
+        if transfer.state is TransferState.RUNNING:
+            acquisition = self.coordinator.acquisitions[transfer.acquisition_id]
+            is_same_device = transfer.publication.device_id == acquisition.device_id
+            assert (transfer.data_plane is DataPlane.LOCAL) == is_same_device
+            self.writing.add(transfer.transfer_id)
+
+    def end(self, transfer: Transfer) -> None:
+        self.held[transfer.publication.publication_id].remove(transfer.transfer_id)
+        self.writing.discard(transfer.transfer_id)
+
+    def claim(self, weight_set_id: str, instance_id: str) -> None:
+        self.claims.append(decide.ClaimLease(weight_set_id, instance_id))
+
+    def give_back(self, lease: ColdLoadLease) -> None:
         self.forget_load(lease)
         if self.leases.release(lease):
             self.carry_out(self.coordinator.lease_ended(lease, self.now))
+
+    def notice(self, notice: decide.Notice) -> None:
+        """No watcher here."""
+
+    def failed(self, decision: decide.Decision, error: Exception) -> None:
+        raise error
+
+    def settled(self) -> None:
+        self.settled_count += 1
 
     def forget_load(self, lease: ColdLoadLease) -> None:
         held = self.loading.get(lease.weight_set_id)
@@ -552,7 +574,7 @@ class DrainingCore(Core):
         assert list(self.coordinator.publications) == published, "and what is published stays"
         for transfer, cause in zip(running.values(), causes, strict=False):
             if transfer.transfer_id in self.granted:
-                self.end(transfer, cause)
+                self.report(transfer, cause)
 
     @invariant()
     def nobody_waits_during_a_drain(self) -> None:
