@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from weight_brokerd.dataplane.plane import Place
-from weight_brokerd.kinds.host.kind import HostKind
-
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.attach.peer import PeerCredentials
@@ -15,8 +12,10 @@ from weight_brokerd.control.control import Control
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Acquisition, IfAbsent, Limits, TransferPath
 from weight_brokerd.core.publications import Offer
+from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.directory.protocol import Directory
+from weight_brokerd.kinds.host.kind import HostKind
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.published import PublishedMemory
 from weight_brokerd.kinds.registry import Kinds
@@ -56,7 +55,7 @@ class ControlRoom:
             kinds=Kinds([HostKind(self.regions)]),
             directory=directory or MemoryDirectory(lease_seconds=60, first_token=1),
             regions=self.regions,
-            stages=Stages(),
+            stages=Stages(lambda _instance_id, _why: None),
         )
 
     def attach(self, name: str) -> str:

@@ -101,6 +101,15 @@ class Acquiring:
             )
         )
 
+    def staged(self, transfer: Transfer) -> None:
+        """The receiver copies from now on: the same transfer is granted again, with the path that it takes."""
+        destination = self._destinations.get(transfer.acquisition_id)
+        if destination is None or transfer.transfer_id not in self._loop.coordinator.transfers.running:
+            return
+        self._destinations[transfer.acquisition_id] = destination.as_staged
+        audit("stage_transfer", transfer_id=transfer.transfer_id)
+        self._loop.carry_out(self._loop.coordinator.staged(transfer.transfer_id))
+
     # Ports
 
     def answer(self, answer: decide.Answer) -> None:
@@ -123,7 +132,9 @@ class Acquiring:
 
     def move(self, transfer: Transfer) -> None:
         """See `weight_brokerd.control.executor.Ports`."""
-        acquisition = self._loop.coordinator.acquisitions[transfer.acquisition_id]
+        acquisition = self._loop.coordinator.acquisitions.find(transfer.acquisition_id)
+        if acquisition is None or acquisition.transfer_id != transfer.transfer_id:
+            return  # it ended while this decision was queued
         destination = self._destinations[transfer.acquisition_id]
         timeout = min(acquisition.deadline - self._loop.now(), self._kinds.transfer_seconds)
         self._movements.start(transfer, self._publishing.place_of(transfer.publication), destination, timeout, self)

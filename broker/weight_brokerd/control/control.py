@@ -43,7 +43,7 @@ class Control:
         """When the broker became ready, by its clock; None before."""
         self._movements = Movements(kinds.route)
         self.sessions = Sessions(self.loop, regions, stages)
-        self.publishing = Publishing(self.loop, kinds, self._movements)
+        self.publishing = Publishing(self.loop, kinds, self._movements, stages)
         self.leasing = Leasing(self.loop, directory)
         self.acquiring = Acquiring(self.loop, kinds, self.publishing, self.leasing, self._movements)
         self.draining = Draining(self.loop)

@@ -22,7 +22,7 @@ class Granted:
     """A source is reserved for an acquisition; its memory is held for the transfer."""
 
     transfer: Transfer
-    source: bytes
+    message: bytes
     """What the receiver learns of the source's memory and content, as a serialized Granted."""
 
 

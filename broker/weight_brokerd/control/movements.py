@@ -16,7 +16,7 @@ import structlog
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
-from weight_brokerd.dataplane.plane import DataPlane, MoveFailed, Place
+from weight_brokerd.dataplane.plane import DataPlane, MoveFailed, PhaseSeconds, Place
 
 log = structlog.get_logger()
 
@@ -29,6 +29,9 @@ class MovementEvents(Protocol):
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
         """The movement has failed."""
+
+    def staged(self, transfer: Transfer) -> None:
+        """The card does not map the receiver's memory: its owner copies it, in this transfer and in later ones."""
 
 
 @dataclass(slots=True)
@@ -139,11 +142,7 @@ class Movements:
                     touched=True,
                     quiesced=False,
                 )
-            remaining = timeout - (asyncio.get_running_loop().time() - begun)
-            plane = self._route(source, destination)
-            seconds = await plane.move(
-                transfer.publication.layout, source, destination, timeout=max(remaining, 0.0), peer=transfer.transfer_id
-            )
+            seconds = await self._bring(entry, transfer, source, destination, begun + timeout, events)
             entry.touched = True
         except asyncio.CancelledError:
             entry.touched = True
@@ -165,3 +164,33 @@ class Movements:
             events.moved(transfer, seconds)
         else:
             events.not_moved(transfer, failure)
+
+    async def _bring(
+        self,
+        entry: _Acquisition,
+        transfer: Transfer,
+        source: Place,
+        destination: Place,
+        deadline: float,
+        events: MovementEvents,
+    ) -> PhaseSeconds:
+        """Move the bytes. What the card refuses to map is staged if the receiver offered that."""
+        try:
+            return await self._move_by_route(transfer, source, destination, deadline)
+        except MoveFailed as error:
+            may_stage = error.needs_staging and error.quiesced and destination.stage is not None
+            if not may_stage or entry.transfer is not transfer:
+                raise
+            entry.touched = entry.touched or error.touched
+            log.info("transfer_staged", transfer_id=transfer.transfer_id, why=str(error))
+        events.staged(transfer)
+        return await self._move_by_route(transfer, source, destination.as_staged, deadline)
+
+    async def _move_by_route(
+        self, transfer: Transfer, source: Place, destination: Place, deadline: float
+    ) -> PhaseSeconds:
+        remaining = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        plane = self._route(source, destination)
+        return await plane.move(
+            transfer.publication.layout, source, destination, timeout=remaining, peer=transfer.transfer_id
+        )

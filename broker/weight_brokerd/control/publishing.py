@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.control.loop import Loop
 from weight_brokerd.control.movements import Movements
 from weight_brokerd.control.residency import Residency
@@ -18,8 +19,9 @@ from weight_brokerd.telemetry.audit import audit
 class Publishing:
     """The publications of this host's instances, and their memory."""
 
-    def __init__(self, loop: Loop, kinds: Kinds, movements: Movements) -> None:
+    def __init__(self, loop: Loop, kinds: Kinds, movements: Movements, stages: Stages) -> None:
         self._loop = loop
+        self._stages = stages
         self._residency = Residency(kinds, movements.readers_gone, self)
         self._offered: dict[str, PublishedMemory] = {}
         self._gone: dict[str, asyncio.Event] = {}
@@ -100,6 +102,8 @@ class Publishing:
         """The publication's memory is readable."""
         is_staged = place.stage is not None
         self._loop.carry_out(self._loop.coordinator.held(publication, self._loop.now(), is_staged=is_staged))
+        if is_staged and not self._stages.has(publication.instance_id):
+            self.stage_lost(publication.instance_id, "its stage connection has ended")
 
     def not_held(self, publication: Publication) -> None:
         """The publication's memory cannot be made readable."""

@@ -26,6 +26,7 @@ from weight_brokerd.core.decisions import (
     InstanceChanged,
     Move,
     ReleaseLease,
+    TransferChanged,
     WeightSetChanged,
 )
 from weight_brokerd.core.endings import Endings
@@ -39,6 +40,7 @@ from weight_brokerd.core.model import (
     InstanceState,
     LeaseClaim,
     Limits,
+    TransferPath,
 )
 from weight_brokerd.core.publications import Offer, Publication, Publications, PublicationState
 from weight_brokerd.core.selection import Receiver, Selection, select
@@ -205,6 +207,15 @@ class Coordinator:
         if transfer is None:
             return []
         return self._endings.try_next(transfer, FailureCause.SOURCE_UNREACHABLE, why, now) + self._settle(now)
+
+    def staged(self, transfer_id: str) -> Decisions:
+        """The receiver's memory cannot be mapped, and its owner copies it from now on: the transfer is granted again,
+        with the path that it takes."""
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None:
+            return []
+        transfer.path = self.acquisitions[transfer.acquisition_id].path = TransferPath.STAGED
+        return [Grant(transfer.acquisition_id, transfer), TransferChanged(transfer)]
 
     def transfer_succeeded(self, transfer_id: str, instance_id: str, arrival: Arrival, now: float) -> Decisions:
         """Every byte of the transfer arrived and was verified."""

@@ -18,15 +18,7 @@ from weight_broker.errors import BrokerError, LoadGroupFailed
 from weight_brokerd.core.acquisitions import Acquisitions
 from weight_brokerd.core.answers import WAITS, Situation, Verdict, Wish, judge, refusal
 from weight_brokerd.core.decisions import ClaimLease, Decisions, ReleaseLease
-from weight_brokerd.core.model import (
-    Acquisition,
-    Arrival,
-    ColdLoadLease,
-    IfAbsent,
-    LeaseClaim,
-    RankOfGroup,
-    WaitReason,
-)
+from weight_brokerd.core.model import Acquisition, Arrival, ColdLoadLease, IfAbsent, LeaseClaim, RankOfGroup, WaitReason
 from weight_brokerd.core.publications import Publication, Publications
 from weight_brokerd.core.selection import Receiver, Selection, select
 from weight_brokerd.core.sources import Refusal

@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 from structlog.testing import capture_logs
-from weight_brokerd.dataplane.plane import Place
 
 from support.control_room import LAYOUT, NOWHERE, ControlRoom
 from weight_broker.errors import BrokerError, Reason
@@ -14,6 +13,7 @@ from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.control.mailboxes import Granted
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.publications import PublicationState
+from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.kinds.published import PublishedMemory
 
 

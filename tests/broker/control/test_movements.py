@@ -11,19 +11,20 @@ import pytest
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.control.movements import Movements
-from weight_brokerd.core.model import DataPlane, FailureCause, Publication, Transfer, TransferPath
-from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
+from weight_brokerd.core.model import DataPlane, FailureCause, TransferPath
+from weight_brokerd.core.publications import Publication
+from weight_brokerd.core.sources import Holder
+from weight_brokerd.core.transfers import Transfer
+from weight_brokerd.dataplane.plane import MoveFailed, Place, PlaneName
 
 LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
-PLACE = Place("npu:0", (), ((0, 0),))
+PLACE = Place("npu", "npu:0", (), ((0, 0),))
 SOURCE = Publication(
     "publication-1",
     WeightSetKey("model"),
     LAYOUT,
     generation=1,
-    instance_id="a",
-    instance_name="a",
-    host_id="host",
+    holder=Holder("host", "a", "a"),
     device_kind="npu",
     device_id="npu:1",
     reader_limit=4,
@@ -34,7 +35,7 @@ SOURCE = Publication(
 
 
 def transfer(number: int, acquisition_id: str = "acquisition-1") -> Transfer:
-    return Transfer(number, acquisition_id, SOURCE, "b", TransferPath.COPY, DataPlane.DATASYSTEM, 0.0)
+    return Transfer(number, acquisition_id, SOURCE, Holder("host", "b"), TransferPath.COPY, DataPlane.DATASYSTEM, 0.0)
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Plane:
     """Moves as a test says: what `script` does for the n-th movement. Notes who writes at a time."""
 
     script: Callable[[str], Awaitable[Mapping[str, float]]]
+    name: PlaneName = PlaneName.DATASYSTEM
     writing: int = 0
     most_writing: int = 0
     begun: list[str] = field(default_factory=list)
@@ -60,14 +62,18 @@ class Plane:
 
 @dataclass
 class Events:
-    """What the driver hears."""
+    """How movements ended."""
 
     moved_ids: list[str] = field(default_factory=list)
+    staged_ids: list[str] = field(default_factory=list)
     failures: list[tuple[str, bool, bool]] = field(default_factory=list)
     on_failure: Callable[[Transfer], None] = lambda _: None
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
         self.moved_ids.append(transfer.transfer_id)
+
+    def staged(self, transfer: Transfer) -> None:
+        self.staged_ids.append(transfer.transfer_id)
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
         self.failures.append((transfer.transfer_id, failure.touched, failure.quiesced))
@@ -76,12 +82,11 @@ class Events:
 
 def scene(script: Callable[[str], Awaitable[Mapping[str, float]]]) -> tuple[Movements, Plane, Events]:
     plane, events = Plane(script), Events()
-    planes: Mapping[Way, BulkPlane] = {DataPlane.DATASYSTEM: plane}
-    return Movements(lambda _kind, which: planes[which], events), plane, events
+    return Movements(lambda _source, _destination: plane), plane, events
 
 
-def start(movements: Movements, moved: Transfer) -> None:
-    movements.start(moved, PLACE, PLACE, timeout=10.0)
+def start(movements: Movements, moved: Transfer, events: Events) -> None:
+    movements.start(moved, PLACE, PLACE, timeout=10.0, events=events)
 
 
 async def takes_a_while_to_end(_: str) -> Mapping[str, float]:
@@ -100,7 +105,7 @@ def test_what_was_moved_is_told_once_and_touched() -> None:
 
     async def run() -> None:
         movements, _, events = scene(at_once)
-        start(movements, transfer(1))
+        start(movements, transfer(1), events)
         await movements.settled("acquisition-1")
         assert events.moved_ids == ["transfer-1"]
         assert movements.outcome("acquisition-1") == (True, True)
@@ -114,12 +119,12 @@ def test_the_next_source_begins_when_the_one_before_has_stopped_writing() -> Non
     async def run() -> None:
         movements, plane, events = scene(takes_a_while_to_end)
         first, second, third = transfer(1), transfer(2), transfer(3)
-        start(movements, first)
+        start(movements, first, events)
         await asyncio.sleep(0.01)
         movements.stop(first)
-        start(movements, second)
+        start(movements, second, events)
         movements.stop(second)  # it never began
-        start(movements, third)
+        start(movements, third, events)
         assert movements.is_moving("acquisition-1")
         await asyncio.sleep(0.02)
         assert plane.begun == ["transfer-1"], "the killed receiver may still write"
@@ -144,10 +149,10 @@ def test_a_memory_that_somebody_may_write_to_is_never_filled_again() -> None:
     async def run() -> None:
         movements, plane, events = scene(clings)
         first = transfer(1)
-        start(movements, first)
+        start(movements, first, events)
         await asyncio.sleep(0.01)
         movements.stop(first)
-        start(movements, transfer(2))
+        start(movements, transfer(2), events)
         await movements.settled("acquisition-1")
         assert plane.begun == ["transfer-1"]
         assert events.failures == [("transfer-2", True, False)]
@@ -169,10 +174,10 @@ def test_a_failure_is_told_with_what_it_touched_and_may_be_answered_with_the_nex
         def failed(ended: Transfer) -> None:
             movements.stop(ended)  # the core ends the transfer and grants another one, in this very step
             assert not movements.is_moving("acquisition-1"), "the one that tells has ended"
-            start(movements, transfer(2))
+            start(movements, transfer(2), events)
 
         events.on_failure = failed
-        start(movements, transfer(1))
+        start(movements, transfer(1), events)
         await asyncio.sleep(0.01)
         await movements.settled("acquisition-1")
         assert events.failures == [("transfer-1", touched, True)]
@@ -187,7 +192,7 @@ def test_a_defect_of_a_data_plane_is_a_failure_of_the_transfer() -> None:
 
     async def run() -> None:
         movements, _, events = scene(breaks)
-        start(movements, transfer(1))
+        start(movements, transfer(1), events)
         await movements.settled("acquisition-1")
         assert events.failures == [("transfer-1", True, True)]
 
@@ -196,9 +201,9 @@ def test_a_defect_of_a_data_plane_is_a_failure_of_the_transfer() -> None:
 
 def test_acquisitions_do_not_wait_for_each_other_and_all_end_with_the_broker() -> None:
     async def run() -> None:
-        movements, plane, _ = scene(takes_a_while_to_end)
+        movements, plane, events = scene(takes_a_while_to_end)
         for number in range(3):
-            start(movements, transfer(number, f"acquisition-{number}"))
+            start(movements, transfer(number, f"acquisition-{number}"), events)
         await asyncio.sleep(0.01)
         assert plane.writing == 3
         await movements.close()
@@ -209,14 +214,14 @@ def test_acquisitions_do_not_wait_for_each_other_and_all_end_with_the_broker() -
 
 def test_memory_is_left_when_what_was_stopped_has_ended() -> None:
     async def run() -> None:
-        movements, plane, _ = scene(takes_a_while_to_end)
+        movements, plane, events = scene(takes_a_while_to_end)
         first = transfer(1)
-        start(movements, first)
+        start(movements, first, events)
         await asyncio.sleep(0.01)
         movements.stop(first)
         assert plane.writing == 1
-        await movements.left(SOURCE)
+        await movements.readers_gone(SOURCE)
         assert plane.writing == 0
-        await movements.left(SOURCE)
+        await movements.readers_gone(SOURCE)
 
     asyncio.run(run())

@@ -305,7 +305,12 @@ def test_waiters_that_are_alike_are_judged_once(coordinator: Coordinator, monkey
         coordinator.acquire(acquisition(f"waits-{number}", "c"), 1.0)
     judged: list[object] = []
     judge = selection._judge
-    monkeypatch.setattr(selection, "_judge", lambda *candidate: judged.append(candidate) or judge(*candidate))
+
+    def count(source: Publication, receiver: selection.Receiver) -> selection.Candidate[Publication]:
+        judged.append(source)
+        return judge(source, receiver)
+
+    monkeypatch.setattr(selection, "_judge", count)
     publish(coordinator, "b")
     assert len(judged) == 2 * 2, "both sources, once for the free slot and once for all who go on waiting"
 

@@ -17,7 +17,8 @@ import pytest
 
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_brokerd import __version__
-from weight_brokerd.telemetry.metrics import Counts, Metrics
+from weight_brokerd.telemetry.counts import Counts
+from weight_brokerd.telemetry.metrics import Metrics
 
 SERVICE = "weight_broker.v1.InspectionService"
 
