@@ -16,8 +16,7 @@ from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.attach.stage import Stages
 from weight_brokerd.config.loading import Config, load
 from weight_brokerd.core.model import Acquisition, DataPlane, IfAbsent, TransferPath
-from weight_brokerd.core.publications import Offer
-from weight_brokerd.core.publications import Publications
+from weight_brokerd.core.publications import Offer, Publications
 from weight_brokerd.core.transfers import data_plane_between
 from weight_brokerd.kinds.cuda import settings as cuda_settings
 from weight_brokerd.kinds.cuda.settings import cuda_configuration, why_no_gpus
