@@ -130,8 +130,8 @@ class NpuDevices:
             self._planes |= {DataPlane.LOCAL: LocalPlane(cards), DataPlane.DATASYSTEM: datasystem}
             self._memory = DeviceMemory(cards)
             self.worker_address = f"{configuration.worker_host}:{configuration.worker_port}"
+            self._cards = cards  # before it starts: a broker that stops meanwhile ends what it has begun
             await cards.start()
-            self._cards = cards
             self.problem = cards.problem or ("" if cards.health else "the driver knows no device")
         except (OSError, RuntimeError) as error:
             self.problem = str(error)
