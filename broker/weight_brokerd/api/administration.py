@@ -15,6 +15,7 @@ from weight_brokerd.api.caller import identify, require_administrator
 from weight_brokerd.api.inspection import host_message
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.control.broker import Driver
+from weight_brokerd.kinds.place_request import text
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -47,14 +48,14 @@ class AdministrationServicer(AdministrationServiceServicer):
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         """See the proto."""
         instance_id = self._authorise(context)
-        publication = self._driver.evict(instance_id, validation.text("publication_id", request.publication_id))
+        publication = self._driver.evict(instance_id, text("publication_id", request.publication_id))
         return pb.EvictResponse(publication=self._messages.publication(publication))
 
     async def Quarantine(self, request: pb.QuarantineRequest, context: Context) -> pb.QuarantineResponse:
         """See the proto."""
         instance_id = self._authorise(context)
-        publication_id = validation.text("publication_id", request.publication_id)
-        reason = validation.text("reason", request.reason, limit=MAX_REASON_CHARACTERS)
+        publication_id = text("publication_id", request.publication_id)
+        reason = text("reason", request.reason, limit=MAX_REASON_CHARACTERS)
         publication = self._driver.quarantine(instance_id, publication_id, reason)
         return pb.QuarantineResponse(publication=self._messages.publication(publication))
 

@@ -38,16 +38,7 @@ _REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
 def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
     """The broker and its host."""
     counts = driver.counts()
-    devices = driver.devices
-    npus = devices.npus if devices is not None else None
-    worker = None
-    if npus is not None and npus.worker_address:
-        worker = resources_pb2.DatasystemWorker(
-            address=npus.worker_address,
-            reachable=npus.worker_is_there,
-            managed=npus.worker.is_managed,
-            problem=npus.worker.problem,
-        )
+    kinds = driver.kinds
     return resources_pb2.Host(
         host_id=driver.coordinator.host_id,
         hostname=socket.gethostname(),
@@ -63,9 +54,9 @@ def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
         running_transfer_count=counts.running_transfers,
         waiting_acquisition_count=counts.waiting_acquisitions,
         cold_load_lease_count=counts.cold_load_leases,
-        cards=[messages.card(kind, health) for kind, health in devices.health] if devices is not None else (),
-        datasystem_worker=worker,
-        device_problem=devices.problem if devices is not None else "",
+        cards=[messages.card(kind, health) for kind, health in kinds.health],
+        datasystem_worker=next((messages.worker(worker) for worker in kinds.workers), None),
+        device_problem=kinds.problem,
     )
 
 

@@ -8,11 +8,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from weight_broker.digest import DigestCoverage
+from weight_broker.kinds import TRAITS
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_broker_service_pb2 as service
-from weight_broker.v1.weight_set_pb2 import LoadGroup
-from weight_broker.wire import DEVICE_KINDS, coverage_to_wire, key_to_wire
+from weight_broker.v1.weight_set_pb2 import DeviceKind, LoadGroup
+from weight_broker.wire import coverage_to_wire, key_to_wire
 from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.control.broker import Driver
 from weight_brokerd.core.explain import Explanation, Outcome
@@ -31,8 +32,8 @@ from weight_brokerd.core.model import (
 )
 from weight_brokerd.core.selection import Candidate, Refusal
 from weight_brokerd.core.weight_sets import WeightSetRecord
+from weight_brokerd.kinds.kind import WorkerHealth
 
-DEVICE_KIND_NAMES = {value: name for name, value in DEVICE_KINDS.items()}
 PATHS = {
     TransferPath.COPY: pb.TRANSFER_PATH_COPY,
     TransferPath.ZERO_COPY: pb.TRANSFER_PATH_ZERO_COPY,
@@ -123,7 +124,7 @@ class Messages:
             instance_id=publication.instance_id,
             instance_name=publication.instance_name,
             host_id=publication.host_id,
-            device_kind=DEVICE_KINDS[publication.device_kind],
+            device_kind=_device_kind(publication.device_kind),
             device_id=publication.device_id,
             layout_fingerprint=publication.layout.fingerprint,
             tensor_count=len(publication.layout),
@@ -190,11 +191,20 @@ class Messages:
             phase_times=[pb.PhaseTime(phase=PHASES[name], duration=_duration(took)) for name, took in seconds.items()],
         )
 
+    def worker(self, health: WorkerHealth) -> pb.DatasystemWorker:
+        """A datasystem worker."""
+        return pb.DatasystemWorker(
+            address=health.address,
+            reachable=health.is_reachable,
+            managed=health.is_managed,
+            problem=health.problem,
+        )
+
     def card(self, kind: str, health: CardHealth) -> pb.Card:
         """A device."""
         return pb.Card(
             device_id=health.identity,
-            device_kind=DEVICE_KINDS[kind],
+            device_kind=_device_kind(kind),
             device_index=health.device_index,
             soc=health.soc,
             state=_CARD_STATES[health.state],
@@ -247,6 +257,10 @@ class Messages:
             detail=candidate.detail,
             chosen=candidate.publication is explanation.selection.chosen,
         )
+
+
+def _device_kind(kind: str) -> DeviceKind.ValueType:
+    return DeviceKind.ValueType(TRAITS[kind].wire_number)
 
 
 def _load_group(rank: RankOfGroup) -> LoadGroup:

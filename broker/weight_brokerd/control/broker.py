@@ -12,20 +12,21 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 
 import structlog
 
-from weight_broker.errors import InvalidArgument, NotAttached, Reason, from_reason
+from weight_broker.errors import NotAttached, Reason, from_reason
 from weight_brokerd.attach.server import PeerCredentials, Session
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.cards.health import count_by_state
 from weight_brokerd.control.mailboxes import Granted, Mailbox, Mailboxes, Moved
 from weight_brokerd.control.movements import Movements
-from weight_brokerd.control.residency import DeviceResidency
+from weight_brokerd.control.residency import Residency
 from weight_brokerd.control.watch import WatchHub
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import (
-    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
@@ -35,12 +36,13 @@ from weight_brokerd.core.model import (
     Publication,
     PublicationState,
     Transfer,
+    TransferPath,
 )
-from weight_brokerd.dataplane.protocol import MoveFailed, Place
+from weight_brokerd.dataplane.plane import NOWHERE, MoveFailed, Place
 from weight_brokerd.directory.protocol import Directory
 from weight_brokerd.kinds.host.regions import RegionTable
-from weight_brokerd.kinds.published import PublishedMemory, PublishedRegion
-from weight_brokerd.kinds.registry import DeviceKinds
+from weight_brokerd.kinds.published import PublishedMemory
+from weight_brokerd.kinds.registry import Kinds
 from weight_brokerd.telemetry.audit import audit
 from weight_brokerd.telemetry.metrics import Counts
 
@@ -56,19 +58,18 @@ class Driver:
         coordinator: Coordinator,
         regions: RegionTable,
         directory: Directory,
-        devices: DeviceKinds | None = None,
+        kinds: Kinds,
+        stages: Stages,
     ) -> None:
+        """`regions`: what instances hand over on the attach socket; `stages`: the instances that copy by themselves.
+        Both know the kinds that need them."""
         self.coordinator = coordinator
         self.regions = regions
         self.directory = directory
-        self.devices = devices
-        self._residency: DeviceResidency | None = None
-        self._movements: Movements | None = None
-        if devices is not None:
-            self._movements = Movements(devices.plane_of, self)
-            self._residency = DeviceResidency(devices, self._movements.left, self._mapped, self._not_mapped)
-            devices.listen(on_region_lost=self._region_lost)
-            devices.stages.on_lost = self._stage_lost
+        self.kinds = kinds
+        self._stages = stages
+        self._movements = Movements(kinds.route, self)
+        self._residency = Residency(kinds, self._movements.left, self._held, self._refused)
         self.watch = WatchHub()
         self.on_drain: Callable[[], None] = lambda: None
         """Called when a drain begins, whoever wants it."""
@@ -85,7 +86,7 @@ class Driver:
         )
         self._memory: dict[str, PublishedMemory] = {}
         self._destinations: dict[str, Place] = {}
-        """Where the weights are to lie in device memory, by acquisition."""
+        """Where the broker is to move the weights, by acquisition."""
         self._gone: dict[str, asyncio.Event] = {}
         self._idle = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -119,8 +120,7 @@ class Driver:
             return
         del self._sessions[token]
         audit("depart", instance_id=instance_id, reason=reason)
-        if self.devices is not None:
-            self.devices.stages.drop(instance_id)
+        self._stages.drop(instance_id)
         self._carry_out(self.coordinator.depart(instance_id, self.clock()))
         self.regions.drop_instance(instance_id)
 
@@ -154,11 +154,11 @@ class Driver:
 
     def stage_connected(self, instance_id: str, connection: socket.socket) -> None:
         """Takes the instance's stage connection over."""
-        if self.devices is None or instance_id not in self._tokens:
+        if instance_id not in self._tokens:
             connection.close()
             return
         audit("serve_stage", instance_id=instance_id)
-        self.devices.stages.connected(instance_id, connection)
+        self._stages.connected(instance_id, connection)
 
     def session(self, token: bytes) -> Session:
         """The session of a token; raises `NotAttached`."""
@@ -183,24 +183,22 @@ class Driver:
                 size_bytes=publication.layout.content_bytes,
             )
             self._carry_out(decisions)
-        if self._residency is not None:
-            await self._residency.mapped(publication.publication_id)
+        await self._residency.held(publication.publication_id)
         return publication
 
     async def retract(self, instance_id: str, publication_id: str) -> Publication:
         """Withdraws a publication and waits until nobody reads it, and device memory is not mapped any more."""
         residency = self._residency
-        if residency is not None and residency.is_unmapping(instance_id, publication_id):
+        if residency.is_releasing(instance_id, publication_id):
             publication = residency.publication(publication_id)
-            await residency.unmapped(publication_id)
+            await residency.released(publication_id)
             return publication
         publication, decisions = self.coordinator.retract(instance_id, publication_id, self.clock())
         audit("retract", instance_id=instance_id, publication_id=publication_id)
         gone = self._gone.setdefault(publication_id, asyncio.Event())
         self._carry_out(decisions)
         await gone.wait()
-        if residency is not None:
-            await residency.unmapped(publication_id)
+        await residency.released(publication_id)
         return publication
 
     def evict(self, instance_id: str, publication_id: str) -> Publication:
@@ -219,12 +217,11 @@ class Driver:
 
     # Acquisitions
 
-    def begin_acquisition(self, acquisition: Acquisition, destination: Place | None = None) -> Mailbox:
+    def begin_acquisition(self, acquisition: Acquisition, destination: Place = NOWHERE) -> Mailbox:
         """Starts an acquisition; what becomes of it arrives in the queue. `destination` is where the broker is to move
-        the bytes; None if the receiver does it."""
+        the bytes, if it does."""
         decisions = self.coordinator.acquire(acquisition, self.clock())
-        if destination is not None:
-            self._destinations[acquisition.acquisition_id] = destination
+        self._destinations[acquisition.acquisition_id] = destination
         mailbox = self._mailboxes.open(acquisition.acquisition_id)
         self._carry_out(decisions)
         return mailbox
@@ -237,8 +234,8 @@ class Driver:
         """The call is over, however it ended; its reader slot is free, and so is a lease that it never heard of."""
         self._mailboxes.close(acquisition_id)
         self._carry_out(self.coordinator.abandon(acquisition_id, self.clock()))
-        if self._destinations.pop(acquisition_id, None) is not None and self._movements is not None:
-            self._spawn(self._movements.forget(acquisition_id))
+        self._destinations.pop(acquisition_id, None)
+        self._spawn(self._movements.forget(acquisition_id))
 
     def transfer_succeeded(self, instance_id: str, transfer_id: str, arrival: Arrival) -> None:
         """The receiver has every byte."""
@@ -252,8 +249,7 @@ class Driver:
 
     async def settled(self, acquisition_id: str) -> None:
         """Returns when the broker does not write to the acquisition's memory any more."""
-        if self._movements is not None:
-            await self._movements.settled(acquisition_id)
+        await self._movements.settled(acquisition_id)
 
     # What the broker moves (weight_brokerd.control.movements.MovementEvents)
 
@@ -278,9 +274,20 @@ class Driver:
                 self.clock(),
                 touched=failure.touched,
                 quiesced=failure.quiesced,
-                needs_staging=failure.needs_staging and self._may_stage(transfer.publication.device_kind),
+                needs_staging=failure.needs_staging,
             )
         )
+
+    def staged(self, transfer: Transfer) -> None:
+        """The receiver copies from now on: the same transfer is granted again, with the path that it takes."""
+        destination = self._destinations.get(transfer.acquisition_id)
+        if destination is None or transfer.transfer_id not in self.coordinator.transfers.running:
+            return
+        self._destinations[transfer.acquisition_id] = destination.as_staged
+        transfer.path = self.coordinator.acquisitions[transfer.acquisition_id].path = TransferPath.STAGED
+        audit("stage_transfer", transfer_id=transfer.transfer_id)
+        self._carry_out([decide.TransferChanged(transfer)])
+        self._mailboxes.post(transfer.acquisition_id, self._granted(transfer))
 
     # Cold-load leases
 
@@ -338,10 +345,8 @@ class Driver:
 
     async def end_movements(self) -> None:
         """Ends what the broker moves, and lets the cards go."""
-        if self._movements is not None:
-            await self._movements.close()
-        if self._residency is not None:
-            await self._residency.close()
+        await self._movements.close()
+        await self._residency.close()
 
     def close(self) -> None:
         """Ends the Watch calls and stops the timers."""
@@ -352,29 +357,23 @@ class Driver:
 
     def counts(self) -> Counts:
         """How much there is of everything."""
-        core = self.coordinator
-        devices = self.devices
+        core, kinds = self.coordinator, self.kinds
         return Counts(
             instances=len(core.instances),
             publications=len(core.registry),
-            regions=self.regions.region_count + (devices.region_count if devices is not None else 0),
-            region_bytes=self.regions.region_bytes + (devices.region_bytes if devices is not None else 0),
+            regions=kinds.region_count,
+            region_bytes=kinds.region_bytes,
             running_transfers=len(core.transfers.running),
             waiting_acquisitions=sum(1 for one in core.acquisitions.values() if not one.transfer_id),
             cold_load_leases=sum(1 for record in core.weight_sets if record.lease is not None),
-            cards=count_by_state([card for _, card in devices.health] if devices is not None else ()),
+            cards=count_by_state([card for _, card in kinds.health]),
         )
 
     # Decisions
 
     def _carry_out(self, decisions: Iterable[decide.Decision]) -> None:
-        """Carries all of them out, whatever becomes of one; raises at the end what kept a publication from its memory,
-        which is for its publisher to hear."""
-        unmapped: Exception | None = None
+        """Carries all of them out, whatever becomes of one."""
         for decision in decisions:
-            if isinstance(decision, decide.Map):
-                unmapped = self._map(decision.publication)
-                continue
             try:
                 self._carry_out_one(decision)
             except Exception:  # the decisions after it concern others, and nobody would make them again
@@ -382,25 +381,24 @@ class Driver:
                 if isinstance(decision, decide.Grant):
                     self._try_another_source(decision.transfer)
         self._schedule()
-        if unmapped is not None:
-            raise unmapped
 
     def _carry_out_one(self, decision: decide.Decision) -> None:
         match decision:
             case decide.Grant(acquisition_id, transfer):
-                self._mailboxes.post(acquisition_id, self._hold(transfer))
+                self._mailboxes.post(acquisition_id, self._granted(transfer))
                 if transfer.is_brokers:
                     self._move(transfer)
             case decide.TellColdLoad() | decide.Fail():
                 self._mailboxes.post_end(decision)
             case decide.Wait(acquisition_id) | decide.Complete(acquisition_id):
                 self._mailboxes.post(acquisition_id, decision)
+            case decide.Map(publication):
+                self._residency.hold(publication, self._memory[publication.publication_id].place)
             case decide.Unmap(publication):
                 self._unmap(publication)
             case decide.EndTransfer(transfer):
-                self.regions.release(transfer.transfer_id)
-                if self._movements is not None:
-                    self._movements.stop(transfer)
+                self._movements.stop(transfer)
+                self.kinds.of(transfer.publication.device_kind).end(transfer)
                 if not self.coordinator.transfers.running:
                     self._idle.set()
             case decide.ClaimLease(weight_set_id, instance_id):
@@ -417,21 +415,15 @@ class Driver:
     def _move(self, transfer: Transfer) -> None:
         acquisition = self.coordinator.acquisitions[transfer.acquisition_id]
         source = self._memory[transfer.publication.publication_id].place
-        destination = self._destinations.get(transfer.acquisition_id)
-        if source is None or destination is None or self._movements is None or self.devices is None:
-            raise AssertionError(f"{transfer.transfer_id} has nothing that moves it")
-        timeout = min(acquisition.deadline - self.clock(), self.devices.transfer_seconds)
+        destination = self._destinations[transfer.acquisition_id]
+        timeout = min(acquisition.deadline - self.clock(), self.kinds.transfer_seconds)
         self._movements.start(transfer, source, destination, timeout)
 
-    def _hold(self, transfer: Transfer) -> Granted:
+    def _granted(self, transfer: Transfer) -> Granted:
         publication = transfer.publication
-        memory = self._memory[publication.publication_id]
-        if transfer.is_brokers:
-            return Granted(transfer, memory)
-        self.regions.hold(
-            transfer.transfer_id, publication.instance_id, [region.region_id for region in memory.regions]
-        )
-        return Granted(transfer, memory)
+        regions = self.kinds.of(publication.device_kind).grant(transfer)
+        # Serialized messages that follow each other are one message.
+        return Granted(transfer, self._memory[publication.publication_id].digests + regions)
 
     def _try_another_source(self, transfer: Transfer) -> None:
         """The acquisition was granted what it cannot have; it is not to wait for it."""
@@ -443,67 +435,35 @@ class Driver:
                 "the broker could not hold the source's memory",
             )
 
-    def _map(self, publication: Publication) -> Exception | None:
-        """Makes the publication resident, or returns why it cannot be. Device memory takes longer: `publish` waits."""
-        instance_id, regions = publication.instance_id, self._memory[publication.publication_id].regions
-        try:
-            if publication.device_kind != HOST_MEMORY:
-                self._map_on_device(publication)
-                return None
-            for region in regions:
-                self._check_size(instance_id, region)
-            self.regions.hold(publication.publication_id, instance_id, [region.region_id for region in regions])
-            for region in regions:  # the publication holds them now, and they are closed with it
-                self.regions.withdraw(instance_id, region.region_id)
-        except Exception as error:  # noqa: BLE001 - also of a defect the publication must not stay, and it is raised
-            self._carry_out(self.coordinator.mapping_failed(publication, self.clock()))
-            return error
+    def _held(self, publication: Publication, place: Place) -> None:
+        publication_id = publication.publication_id
+        memory = self._memory.get(publication_id)
+        if memory is not None:
+            self._memory[publication_id] = replace(memory, place=place)
+            publication.is_staged = place.is_staged
         self._carry_out(self.coordinator.mapped(publication, self.clock()))
-        return None
+        if place.is_staged and not self._stages.has(publication.instance_id):
+            self.stage_lost(publication.instance_id, "its stage connection has ended")
 
-    def _map_on_device(self, publication: Publication) -> None:
-        place = self._memory[publication.publication_id].place
-        if place is None or self._residency is None:
-            raise AssertionError(f"{publication.publication_id} is in memory that this broker does not serve")
-        self._residency.map(publication, place)
-
-    def _mapped(self, publication: Publication) -> None:
-        self._carry_out(self.coordinator.mapped(publication, self.clock()))
-
-    def _not_mapped(self, publication: Publication) -> None:
+    def _refused(self, publication: Publication) -> None:
         self._carry_out(self.coordinator.mapping_failed(publication, self.clock()))
 
-    def _region_lost(self, region_id: str, why: str) -> None:
-        """A card cannot map a region again after its process was replaced."""
-        if self.devices is None:
-            return
-        for publication_id in self.devices.holders_of(region_id):
+    def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:
+        """Published memory became unreachable (weight_brokerd.kinds.kind.KindEvents)."""
+        for publication_id in publication_ids:
             audit("lose_publication", publication_id=publication_id, why=why)
             self._carry_out(self.coordinator.lose(publication_id, why, self.clock()))
 
-    def _may_stage(self, kind: str) -> bool:
-        """Whether whoever is refused may ask again for the staged path."""
-        return self.devices is not None and self.devices.path_of(kind) == "auto"
-
-    def _stage_lost(self, instance_id: str, reason: str) -> None:
-        """An instance does not copy for others any more."""
+    def stage_lost(self, instance_id: str, reason: str) -> None:
+        """The stage connection of an instance has ended: it copies for no other any more."""
         why = f"its instance copies nothing for others any more: {reason}"
         for publication in self.coordinator.registry.of_instance(instance_id):
             if publication.is_staged and publication.state is not PublicationState.GONE:
                 audit("lose_publication", publication_id=publication.publication_id, why=why)
                 self._carry_out(self.coordinator.lose(publication.publication_id, why, self.clock()))
 
-    def _check_size(self, instance_id: str, region: PublishedRegion) -> None:
-        offered = self.regions.size_bytes(instance_id, region.region_id)
-        if region.size_bytes > offered:
-            raise InvalidArgument(
-                f"regions[{region.region_id}].size_bytes", region.size_bytes, f"at most the {offered} that were offered"
-            )
-
     def _unmap(self, publication: Publication) -> None:
-        self.regions.release(publication.publication_id)
-        if self._residency is not None:
-            self._residency.unmap(publication)
+        self._residency.release(publication)
         self._memory.pop(publication.publication_id, None)
         gone = self._gone.pop(publication.publication_id, None)
         if gone is not None:

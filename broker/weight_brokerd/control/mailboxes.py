@@ -13,7 +13,6 @@ from weight_broker.errors import TransferFailed
 from weight_brokerd.control.movements import Movements
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.model import ColdLoadLease, Transfer
-from weight_brokerd.kinds.published import PublishedMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +20,8 @@ class Granted:
     """A source is reserved for an acquisition; its memory is held for the transfer."""
 
     transfer: Transfer
-    memory: PublishedMemory
+    message: bytes
+    """What the receiver learns of the source's memory: a serialized Granted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Mailboxes:
 
     def __init__(
         self,
-        movements: Movements | None,
+        movements: Movements,
         release_lease: Callable[[ColdLoadLease], None],
         spawn: Callable[[Coroutine[None, None, None]], None],
     ) -> None:
@@ -81,7 +81,7 @@ class Mailboxes:
         if isinstance(decision, decide.TellColdLoad):
             self._unheard[decision.acquisition_id] = decision.lease
         movements = self._movements
-        if movements is None or not movements.is_moving(decision.acquisition_id):
+        if not movements.is_moving(decision.acquisition_id):
             self._post_outcome(decision)
             return
 
@@ -93,7 +93,7 @@ class Mailboxes:
 
     def _post_outcome(self, decision: decide.TellColdLoad | decide.Fail) -> None:
         acquisition_id = decision.acquisition_id
-        touched, quiesced = (False, True) if self._movements is None else self._movements.outcome(acquisition_id)
+        touched, quiesced = self._movements.outcome(acquisition_id)
         if isinstance(decision, decide.Fail):
             decision.error.touched = decision.error.touched or touched
             decision.error.quiesced = decision.error.quiesced and quiesced

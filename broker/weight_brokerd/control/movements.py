@@ -13,8 +13,8 @@ from typing import Protocol
 
 import structlog
 
-from weight_brokerd.core.model import FailureCause, Publication, Transfer, TransferPath
-from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
+from weight_brokerd.core.model import FailureCause, Publication, Transfer
+from weight_brokerd.dataplane.plane import DataPlane, MoveFailed, PhaseSeconds, Place
 
 log = structlog.get_logger()
 
@@ -27,6 +27,9 @@ class MovementEvents(Protocol):
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
         """The movement has failed."""
+
+    def staged(self, transfer: Transfer) -> None:
+        """The card does not map the receiver's memory: its owner copies it, in this transfer and in later ones."""
 
 
 @dataclass(slots=True)
@@ -44,9 +47,9 @@ class _Acquisition:
 class Movements:
     """All of them, by acquisition."""
 
-    def __init__(self, plane_of: Callable[[str, Way], BulkPlane], events: MovementEvents) -> None:
-        """`plane_of`: what moves a kind of device memory, with a data plane or, if it is staged, with that path."""
-        self._plane_of = plane_of
+    def __init__(self, route: Callable[[Place, Place], DataPlane], events: MovementEvents) -> None:
+        """`route`: what moves bytes from the first place to the second."""
+        self._route = route
         self._events = events
         self._acquisitions: dict[str, _Acquisition] = {}
 
@@ -132,12 +135,7 @@ class Movements:
                 raise MoveFailed(
                     "somebody may still write to the memory", cause=FailureCause.RECEIVER, touched=True, quiesced=False
                 )
-            left = timeout - (asyncio.get_running_loop().time() - begun)
-            way = transfer.path if transfer.path is TransferPath.STAGED else transfer.data_plane
-            plane = self._plane_of(transfer.publication.device_kind, way)
-            seconds = await plane.move(
-                transfer.publication.layout, source, destination, timeout=max(left, 0.0), peer=transfer.transfer_id
-            )
+            seconds = await self._bring(mine, transfer, source, destination, begun + timeout)
             mine.touched = True
         except asyncio.CancelledError:
             mine.touched = True
@@ -159,3 +157,27 @@ class Movements:
             self._events.moved(transfer, seconds)
         else:
             self._events.not_moved(transfer, failure)
+
+    async def _bring(
+        self, entry: _Acquisition, transfer: Transfer, source: Place, destination: Place, deadline: float
+    ) -> PhaseSeconds:
+        """Moves the bytes. What the card refuses to map is staged if the receiver offered that."""
+        try:
+            return await self._move_by_route(transfer, source, destination, deadline)
+        except MoveFailed as error:
+            may_stage = error.needs_staging and error.quiesced and destination.stage is not None
+            if not may_stage or entry.transfer is not transfer:
+                raise
+            entry.touched = entry.touched or error.touched
+            log.info("transfer_staged", transfer_id=transfer.transfer_id, why=str(error))
+        self._events.staged(transfer)
+        return await self._move_by_route(transfer, source, destination.as_staged, deadline)
+
+    async def _move_by_route(
+        self, transfer: Transfer, source: Place, destination: Place, deadline: float
+    ) -> PhaseSeconds:
+        remaining = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        plane = self._route(source, destination)
+        return await plane.move(
+            transfer.publication.layout, source, destination, timeout=remaining, peer=transfer.transfer_id
+        )

@@ -1,6 +1,7 @@
-"""Publications in device memory become resident when their card has mapped them, and are gone when it has let go.
+"""Publications become resident when their memory is held, and are gone when it is released.
 
-Both take a while, and both can fail. An instance that is told that its publication is gone may free the memory.
+Where a device has to map and unmap the memory both take a while, and both can fail. An instance that is told that its
+publication is gone may free the memory. Host memory is held at once.
 """
 
 from __future__ import annotations
@@ -8,15 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
-from weight_broker.errors import PublicationNotFound, PublishRefused, RetractTimeout
-from weight_brokerd.cards.errors import CardError, CardRefused
-from weight_brokerd.core.coordinator import STAGE_INSTEAD
+from weight_broker.errors import PublicationNotFound, RetractTimeout
 from weight_brokerd.core.model import Publication
-from weight_brokerd.dataplane.protocol import Place
-from weight_brokerd.kinds.registry import DeviceKinds
+from weight_brokerd.dataplane.plane import Place
+from weight_brokerd.kinds.registry import Kinds
 
 log = structlog.get_logger()
 
@@ -24,124 +24,124 @@ log = structlog.get_logger()
 @dataclass(slots=True)
 class _Residency:
     publication: Publication
-    place: Place
-    mapping: asyncio.Task[None]
-    unmapping: asyncio.Task[None] | None = None
+    holding: asyncio.Future[Place]
+    releasing: asyncio.Task[None] | None = None
 
 
-class DeviceResidency:
-    """All publications in device memory that are mapped, being mapped or being unmapped."""
+class Residency:
+    """All publications whose memory is held, being made readable or being released."""
 
     def __init__(
         self,
-        devices: DeviceKinds,
-        left: Callable[[Publication], Awaitable[None]],
-        on_mapped: Callable[[Publication], None],
+        kinds: Kinds,
+        readers_gone: Callable[[Publication], Awaitable[None]],
+        on_held: Callable[[Publication, Place], None],
         on_refused: Callable[[Publication], None],
     ) -> None:
-        """`left` returns when no transfer that was ended reads the publication any more: a receiver that copies within
-        a card has it mapped too. `on_refused` leads to `unmap`, as every end of a publication does."""
-        self._devices = devices
-        self._left = left
-        self._on_mapped = on_mapped
+        """`readers_gone` returns when no transfer that was ended reads the publication any more: a receiver that copies
+        within a card has it mapped too. `on_refused` leads to `release`, as every end of a publication does."""
+        self._kinds = kinds
+        self._readers_gone = readers_gone
+        self._on_held = on_held
         self._on_refused = on_refused
         self._all: dict[str, _Residency] = {}
 
-    def map(self, publication: Publication, place: Place) -> None:
-        """Begins to map the memory; `mapped` says how that ends."""
-        mapping = asyncio.get_running_loop().create_task(self._map(publication, place))
-        mapping.add_done_callback(_retrieved)
-        self._all[publication.publication_id] = _Residency(publication, place, mapping)
+    def hold(self, publication: Publication, place: Place) -> None:
+        """Begin to make the memory readable; `held` says how that ends. Calls `on_held` or `on_refused` before it
+        returns where nothing has to be waited for."""
+        holding = self._begin_hold(publication, place)
+        self._all[publication.publication_id] = _Residency(publication, holding)
+        if holding.done():
+            self._ended(publication, holding)
+        else:
+            holding.add_done_callback(partial(self._ended, publication))
 
-    async def mapped(self, publication_id: str) -> None:
-        """Returns when the memory is mapped; raises `PublishRefused` if it cannot be, `PublicationNotFound` if it was
-        retracted meanwhile."""
+    async def held(self, publication_id: str) -> None:
+        """Return when the memory is held. Raises `PublishRefused` and others if it cannot be, `PublicationNotFound` if
+        the publication ended meanwhile."""
         residency = self._all.get(publication_id)
         if residency is None:
             return
-        await asyncio.wait({residency.mapping})
-        if residency.mapping.cancelled():
+        await asyncio.wait({residency.holding})
+        if residency.holding.cancelled():
             raise PublicationNotFound(
                 f"publication {publication_id} ended before its memory was mapped",
                 metadata={"publication_id": publication_id},
             )
-        residency.mapping.result()
+        residency.holding.result()
 
-    def unmap(self, publication: Publication) -> None:
-        """Begins to give the memory up; `unmapped` says how that ends."""
+    def release(self, publication: Publication) -> None:
+        """Begin to give the memory up; `released` says how that ends."""
         residency = self._all.get(publication.publication_id)
         if residency is None:
             return
-        if residency.mapping is not asyncio.current_task():
-            residency.mapping.cancel()
-        self._begin_to_unmap(residency)
+        residency.holding.cancel()
+        self._begin_release(residency)
 
-    def is_unmapping(self, instance_id: str, publication_id: str) -> bool:
+    def is_releasing(self, instance_id: str, publication_id: str) -> bool:
         """Whether the publication was this instance's and its memory is still held."""
         residency = self._all.get(publication_id)
         return (
             residency is not None
-            and residency.unmapping is not None
+            and residency.releasing is not None
             and residency.publication.instance_id == instance_id
         )
 
-    async def unmapped(self, publication_id: str) -> None:
-        """Returns when nobody holds the memory any more. Raises `RetractTimeout` if the driver does not let go; the
-        next call tries again."""
+    async def released(self, publication_id: str) -> None:
+        """Return when the memory is held no longer. Raises `RetractTimeout` if the driver does not let go; the next
+        call tries again."""
         residency = self._all.get(publication_id)
-        if residency is None or residency.unmapping is None:
+        if residency is None or residency.releasing is None:
             return
-        if residency.unmapping.done():
-            self._begin_to_unmap(residency)
-        await asyncio.shield(residency.unmapping)
+        if residency.releasing.done():
+            self._begin_release(residency)
+        await asyncio.shield(residency.releasing)
 
     def publication(self, publication_id: str) -> Publication:
-        """One that `is_unmapping`."""
+        """A publication that `is_releasing`."""
         return self._all[publication_id].publication
 
     async def close(self) -> None:
-        """Waits for what is under way. The processes that hold the rest are about to end."""
-        tasks = [task for one in self._all.values() for task in (one.mapping, one.unmapping) if task is not None]
-        for task in tasks:
+        """Wait for what is under way. The processes that hold the rest are about to end."""
+        under_way = {task for entry in self._all.values() for task in (entry.holding, entry.releasing) if task}
+        for task in under_way:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*under_way, return_exceptions=True)
 
-    def _begin_to_unmap(self, residency: _Residency) -> None:
-        residency.unmapping = asyncio.get_running_loop().create_task(self._unmap(residency))
-        residency.unmapping.add_done_callback(_retrieved)
-
-    async def _map(self, publication: Publication, place: Place) -> None:
+    def _begin_hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
         try:
-            memory = self._devices.memory_of(publication.device_kind)
-            await memory.hold(publication.publication_id, place.card, place.regions)
-        except CardError as error:
+            return self._kinds.of(place.kind).hold(publication, place)
+        except Exception as error:  # noqa: BLE001 - `held` raises it; also after a defect the publication must not stay
+            refused: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+            refused.set_exception(error)
+            return refused
+
+    def _ended(self, publication: Publication, holding: asyncio.Future[Place]) -> None:
+        if holding.cancelled():
+            return
+        if holding.exception() is not None:
             self._on_refused(publication)
-            may_stage = isinstance(error, CardRefused) and self._devices.path_of(publication.device_kind) == "auto"
-            raise PublishRefused(
-                f"card {place.card} cannot map the memory: {error}",
-                metadata={"device_id": place.card, **(STAGE_INSTEAD if may_stage else {})},
-            ) from error
-        self._on_mapped(publication)
+        else:
+            self._on_held(publication, holding.result())
 
-    async def _unmap(self, residency: _Residency) -> None:
-        publication_id = residency.publication.publication_id
-        await asyncio.wait({residency.mapping})
-        await self._left(residency.publication)
+    def _begin_release(self, residency: _Residency) -> None:
+        residency.releasing = asyncio.get_running_loop().create_task(self._release(residency))
+        residency.releasing.add_done_callback(_retrieved)
+
+    async def _release(self, residency: _Residency) -> None:
+        publication = residency.publication
+        await asyncio.wait({residency.holding})
+        await self._readers_gone(publication)
         try:
-            region_ids = [region.region_id for region in residency.place.regions]
-            memory = self._devices.memory_of(residency.publication.device_kind)
-            await memory.release(publication_id, region_ids)
-        except CardError as error:
-            log.error("memory_not_released", publication_id=publication_id, error=str(error))
-            raise RetractTimeout(
-                f"the driver does not let go of the memory of publication {publication_id}: {error}; call again, and "
-                "do not free it before",
-                metadata={"publication_id": publication_id},
-            ) from error
-        del self._all[publication_id]
+            await self._kinds.of(publication.device_kind).release(publication.publication_id)
+        except RetractTimeout:
+            raise
+        except Exception:
+            log.exception("internal_error", publication_id=publication.publication_id)
+        del self._all[publication.publication_id]
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:
-    """Whoever waits for the task hears of its error; if nobody does, that is no defect."""
+    """Marks the exception as retrieved: a task without a waiter is normal here."""
     if not task.cancelled():
         task.exception()

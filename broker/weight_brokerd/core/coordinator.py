@@ -20,6 +20,7 @@ from weight_broker.errors import (
     WeightsNotFound,
     from_reason,
 )
+from weight_broker.kinds import TRAITS
 from weight_brokerd.core.decisions import (
     ClaimLease,
     Complete,
@@ -38,7 +39,6 @@ from weight_brokerd.core.decisions import (
 )
 from weight_brokerd.core.load_groups import LoadGroups
 from weight_brokerd.core.model import (
-    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
@@ -534,7 +534,7 @@ class Coordinator:
         that is sent to another source; call `_serve_id` then."""
         self.registry.move(publication, PublicationState.GONE)
         decisions: Decisions = []
-        if publication.device_kind != HOST_MEMORY:
+        if not TRAITS[publication.device_kind].outlives_owner:
             for transfer_id in sorted(publication.readers):
                 decisions += self._source_lost(self.transfers.running[transfer_id], why, now)
         self.weight_sets.tidy(publication.weight_set_id)

@@ -9,12 +9,8 @@ import enum
 from dataclasses import dataclass, field
 
 from weight_broker.key import WeightSetKey
+from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout
-
-HOST_MEMORY = "cpu"
-"""The kind of memory that every process can map by itself."""
-CUDA_MEMORY = "cuda"
-"""The kind of memory whose driver copies between any two devices of a host."""
 
 
 class InstanceState(enum.StrEnum):
@@ -226,7 +222,7 @@ class Transfer:
     @property
     def is_brokers(self) -> bool:
         """Whether the broker moves the bytes; on host memory the receiver does."""
-        return self.publication.device_kind != HOST_MEMORY
+        return TRAITS[self.publication.device_kind].broker_copies
 
 
 @dataclass(frozen=True, slots=True)

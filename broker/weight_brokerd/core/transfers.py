@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
+from weight_broker.kinds import TRAITS, Reach
 from weight_brokerd.core.model import (
-    CUDA_MEMORY,
-    HOST_MEMORY,
     Acquisition,
     DataPlane,
     Publication,
@@ -53,5 +52,6 @@ class TransferLog:
 
 def data_plane_between(publication: Publication, acquisition: Acquisition) -> DataPlane:
     """What moves the bytes: a copy within a device, between processes of one host's memory, and between its GPUs."""
-    copied = publication.device_kind in (HOST_MEMORY, CUDA_MEMORY) or publication.device_id == acquisition.device_id
+    is_within = TRAITS[publication.device_kind].copies_within is Reach.HOST
+    copied = is_within or publication.device_id == acquisition.device_id
     return DataPlane.LOCAL if copied else DataPlane.DATASYSTEM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -16,6 +16,7 @@ from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.health import Health, add_reflection
 from weight_brokerd.api.server import SERVICE_NAMES, add_services
 from weight_brokerd.attach.server import AttachServer
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.cards.health import CardState
 from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.loading import Config
@@ -29,7 +30,7 @@ from weight_brokerd.daemon.notify import Notifier
 from weight_brokerd.daemon.runtime_directory import RuntimeDirectory
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.kinds.host.regions import RegionTable
-from weight_brokerd.kinds.setup import make_devices
+from weight_brokerd.kinds.setup import make_kinds
 from weight_brokerd.telemetry.metrics import Metrics
 
 MAXIMUM_MESSAGE_BYTES = 64 << 20
@@ -71,13 +72,12 @@ class Application:
         generations = identity.generation_range(lock.generation_mark())
         lock.write(generations.stop)
         self._regions = RegionTable(regions_per_instance=config.limits.regions_per_instance)
-        self._devices = make_devices(config, directory.path)
+        self._stages = Stages(self._stage_lost)
+        self._kinds = make_kinds(config, directory.path, self._regions, self._stages, self)
         self._driver = self._make_driver(first=generations.start)
         self._metrics = self._make_metrics()
         self._health = Health(SERVICE_NAMES)
         self._driver.on_drain = self._health.stop_serving
-        if self._devices is not None:
-            self._devices.listen_to_health(self._on_device_health)
         self._attach_server = AttachServer(self._driver, host_id=self._host_id, broker_version=__version__)
 
     async def run(self) -> None:
@@ -114,7 +114,9 @@ class Application:
             ),
             first_generation=first,
         )
-        return Driver(coordinator=coordinator, regions=self._regions, directory=directory, devices=self._devices)
+        return Driver(
+            coordinator=coordinator, regions=self._regions, directory=directory, kinds=self._kinds, stages=self._stages
+        )
 
     def _make_metrics(self) -> Metrics | None:
         if not self._config.metrics.listen:
@@ -143,8 +145,7 @@ class Application:
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()
-        if self._devices is not None:  # the driver of a device can take long to answer; host memory is served meanwhile
-            self._devices.start()
+        self._kinds.start()  # the driver of a device can take long to answer; host memory is served meanwhile
         return server
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
@@ -171,17 +172,22 @@ class Application:
             f"{counts.instances} instances, {counts.publications} publications "
             f"({counts.region_bytes / 1e9:.1f} GB), {counts.running_transfers} transfers"
         )
-        if self._devices is not None:
-            cards = [card for _, card in self._devices.health]
-            ready = sum(card.state is CardState.READY for card in cards)
-            text += f", {ready} of {len(cards)} cards ready" if cards or self._devices.problem else ""
-        return text
+        cards = [card for _, card in self._kinds.health]
+        ready = sum(card.state is CardState.READY for card in cards)
+        return text + (f", {ready} of {len(cards)} cards ready" if cards or self._kinds.problem else "")
 
-    def _on_device_health(self) -> None:
-        devices = self._devices
-        if devices is None:
-            return
-        for _, card in devices.health:
+    # What kinds of memory and stage connections tell (weight_brokerd.kinds.kind.KindEvents)
+
+    def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:
+        """Published memory became unreachable."""
+        self._driver.memory_lost(kind, publication_ids, why)
+
+    def _stage_lost(self, instance_id: str, why: str) -> None:
+        self._driver.stage_lost(instance_id, why)
+
+    def health_changed(self) -> None:
+        """A device, or what it depends on, serves or does not."""
+        for _, card in self._kinds.health:
             log.info("card", device_id=card.identity, state=card.state.value, problem=card.problem)
             self._health.set_card(card.identity, card.state is CardState.READY)
         self._notifier.status(self._status())
@@ -216,8 +222,8 @@ class Application:
         await server.stop(STOP_SECONDS)
         self._attach_server.close()
         await self._driver.end_movements()
-        if self._devices is not None:
-            await self._devices.close()
+        self._stages.close()
+        await self._kinds.close()
         self._driver.close()
         self._regions.close()
         if self._metrics is not None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from support.kinds import host_driver
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import inspection_service_pb2 as pb
@@ -14,11 +15,9 @@ from weight_brokerd.api.inspection import CHANGES_PER_MESSAGE, CHANGES_PER_STEP,
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.control.broker import Driver
-from weight_brokerd.core.coordinator import Coordinator
-from weight_brokerd.core.model import Limits, Offer
+from weight_brokerd.core.model import Offer
 from weight_brokerd.core.weight_sets import WeightSetRecord
-from weight_brokerd.directory.memory import MemoryDirectory
-from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.kinds.published import PublishedMemory
 
 EMPTY = Layout([TensorSpec("empty", "int8", (0,), (1,), 0)])
@@ -56,17 +55,13 @@ class Host:
     """A driver with one instance that publishes."""
 
     def __init__(self) -> None:
-        self.driver = Driver(
-            coordinator=Coordinator(host_id="host", limits=Limits()),
-            regions=RegionTable(regions_per_instance=8),
-            directory=MemoryDirectory(host_id="host", lease_seconds=60, first_token=1),
-        )
+        self.driver = host_driver()
         self.messages = CountingMessages(self.driver)
         self.instance_id = self.driver.attach(PeerCredentials(1, 0, 0, frozenset()), "one", "").instance_id
 
     async def publish(self, model: str) -> str:
         offer = Offer(WeightSetKey(model), EMPTY, self.instance_id, "cpu", "", 0, f"request {model}")
-        return (await self.driver.publish(offer, PublishedMemory((), b""))).publication_id
+        return (await self.driver.publish(offer, PublishedMemory(Place("cpu", ""), b""))).publication_id
 
     def watch(self) -> AsyncIterator[pb.WatchResponse]:
         context: Any = CallContext()

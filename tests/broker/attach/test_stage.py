@@ -61,8 +61,7 @@ class Broker(AttachRoom):
 
         def connect(instance_id: str, connection: Any) -> None:
             if self.stages is None:
-                self.stages = Stages()
-                self.stages.on_lost = lambda instance_id, why: self.lost.append((instance_id, why))
+                self.stages = Stages(lambda instance_id, why: self.lost.append((instance_id, why)))
             self.stages.connected(instance_id, connection)
 
         self.attendance.stage_connected = connect  # type: ignore[method-assign]

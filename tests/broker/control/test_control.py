@@ -8,18 +8,20 @@ from collections.abc import Iterable
 import pytest
 from structlog.testing import capture_logs
 
+from support.kinds import host_driver, memory_directory
 from weight_broker.errors import BrokerError, Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.attach.peer import PeerCredentials
+from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.control.broker import Driver
 from weight_brokerd.control.mailboxes import Granted
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Acquisition, IfAbsent, LeaseClaim, Limits, Offer, PublicationState, TransferPath
+from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.kinds.host.regions import RegionTable
-from weight_brokerd.kinds.published import PublishedMemory, PublishedRegion
+from weight_brokerd.kinds.published import PublishedMemory
 
 KEY = WeightSetKey("model")
 
@@ -36,12 +38,7 @@ class BrokenDirectory(MemoryDirectory):
 
 
 def driver_with(directory: MemoryDirectory) -> Driver:
-    coordinator = Coordinator(host_id="host", limits=Limits())
-    return Driver(coordinator=coordinator, regions=RegionTable(regions_per_instance=8), directory=directory)
-
-
-def memory_directory() -> MemoryDirectory:
-    return MemoryDirectory(host_id="host", lease_seconds=60, first_token=1)
+    return host_driver(directory=directory)
 
 
 def attach(driver: Driver, name: str) -> str:
@@ -127,17 +124,13 @@ def offer(driver: Driver, name: str, layout: Layout = EMPTY) -> Offer:
     return Offer(KEY, layout, attach(driver, name), "cpu", "", 0, f"request of {name}")
 
 
-NOTHING = PublishedMemory((), b"")
+NOTHING = PublishedMemory(Place("cpu", ""), b"")
 
 
 def test_a_decision_that_cannot_be_carried_out_takes_no_other_with_it() -> None:
     async def run() -> None:
         regions = Regions()
-        driver = Driver(
-            coordinator=Coordinator(host_id="host", limits=Limits(readers_per_publication=1)),
-            regions=regions,
-            directory=memory_directory(),
-        )
+        driver = host_driver(limits=Limits(readers_per_publication=1), regions=regions)
         source = await driver.publish(offer(driver, "source"), NOTHING)
         async with asyncio.timeout(5):
             reading = driver.begin_acquisition(acquisition(driver, "reading"))
@@ -159,9 +152,7 @@ def test_a_decision_that_cannot_be_carried_out_takes_no_other_with_it() -> None:
 def test_a_source_that_the_broker_cannot_hold_is_left_out_and_the_next_one_taken() -> None:
     async def run() -> None:
         regions = Regions()
-        driver = Driver(
-            coordinator=Coordinator(host_id="host", limits=Limits()), regions=regions, directory=memory_directory()
-        )
+        driver = host_driver(regions=regions)
         for name in ("one", "other"):
             await driver.publish(offer(driver, name), NOTHING)
         regions.broken = {"transfer-1"}
@@ -180,10 +171,8 @@ def test_a_source_that_the_broker_cannot_hold_is_left_out_and_the_next_one_taken
 def test_memory_that_is_refused_is_told_to_its_publisher_and_nothing_of_it_stays() -> None:
     async def run() -> None:
         regions = Regions()
-        driver = Driver(
-            coordinator=Coordinator(host_id="host", limits=Limits()), regions=regions, directory=memory_directory()
-        )
-        memory = PublishedMemory((PublishedRegion("never offered", 8),), b"")
+        driver = host_driver(regions=regions)
+        memory = PublishedMemory(Place("cpu", "", (ImportRegion("never offered", 8),)), b"")
         with pytest.raises(BrokerError) as refused:
             await driver.publish(offer(driver, "one", LAYOUT), memory)
         assert refused.value.reason is Reason.REGION_REFUSED
@@ -200,9 +189,7 @@ def test_memory_that_is_refused_is_told_to_its_publisher_and_nothing_of_it_stays
 def test_a_publisher_does_not_hear_of_what_went_wrong_for_those_who_waited_for_it() -> None:
     async def run() -> None:
         regions = Regions()
-        driver = Driver(
-            coordinator=Coordinator(host_id="host", limits=Limits()), regions=regions, directory=memory_directory()
-        )
+        driver = host_driver(regions=regions)
         async with asyncio.timeout(5):
             loading = driver.begin_acquisition(acquisition(driver, "loading"))
             assert isinstance(await loading.get(), decide.TellColdLoad)

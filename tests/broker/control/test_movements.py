@@ -12,10 +12,10 @@ from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.control.movements import Movements
 from weight_brokerd.core.model import DataPlane, FailureCause, Publication, Transfer, TransferPath
-from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
+from weight_brokerd.dataplane.plane import MoveFailed, Place, PlaneName
 
 LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
-PLACE = Place("npu:0", (), ((0, 0),))
+PLACE = Place("npu", "npu:0", (), ((0, 0),))
 SOURCE = Publication(
     "publication-1",
     WeightSetKey("model"),
@@ -42,6 +42,7 @@ class Plane:
     """Moves as a test says: what `script` does for the n-th movement. Notes who writes at a time."""
 
     script: Callable[[str], Awaitable[Mapping[str, float]]]
+    name: PlaneName = PlaneName.DATASYSTEM
     writing: int = 0
     most_writing: int = 0
     begun: list[str] = field(default_factory=list)
@@ -63,11 +64,15 @@ class Events:
     """What the driver hears."""
 
     moved_ids: list[str] = field(default_factory=list)
+    staged_ids: list[str] = field(default_factory=list)
     failures: list[tuple[str, bool, bool]] = field(default_factory=list)
     on_failure: Callable[[Transfer], None] = lambda _: None
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
         self.moved_ids.append(transfer.transfer_id)
+
+    def staged(self, transfer: Transfer) -> None:
+        self.staged_ids.append(transfer.transfer_id)
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
         self.failures.append((transfer.transfer_id, failure.touched, failure.quiesced))
@@ -76,8 +81,7 @@ class Events:
 
 def scene(script: Callable[[str], Awaitable[Mapping[str, float]]]) -> tuple[Movements, Plane, Events]:
     plane, events = Plane(script), Events()
-    planes: Mapping[Way, BulkPlane] = {DataPlane.DATASYSTEM: plane}
-    return Movements(lambda _kind, which: planes[which], events), plane, events
+    return Movements(lambda _source, _destination: plane, events), plane, events
 
 
 def start(movements: Movements, moved: Transfer) -> None:

@@ -18,11 +18,11 @@ from hypothesis.stateful import (
 
 from weight_broker.errors import BrokerError, InvalidArgument, PublicationNotFound, Reason
 from weight_broker.key import WeightSetKey
+from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator, Decisions
 from weight_brokerd.core.model import (
-    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
@@ -256,7 +256,7 @@ class Core(RuleBasedStateMachine):
     @rule(publication_id=publications)
     def lose(self, publication_id: str) -> None:
         publication = self.coordinator.registry.find(publication_id)
-        if publication is not None and publication.device_kind != HOST_MEMORY:
+        if publication is not None and TRAITS[publication.device_kind].broker_copies:
             self.carry_out(self.coordinator.lose(publication_id, "test", self.now))
 
     @rule(data=st.data())
@@ -321,13 +321,13 @@ class Core(RuleBasedStateMachine):
                     self.writing.discard(transfer.transfer_id)
                 case decide.Unmap(publication):
                     readers = self.held.get(publication.publication_id, set())
-                    if publication.device_kind != HOST_MEMORY:  # it may be freed now, so nothing may read it
+                    if TRAITS[publication.device_kind].broker_copies:  # it may be freed now, so nothing may read it
                         assert not readers & self.writing, "device memory was given back while the broker read it"
                         continue
                     died = publication.instance_id not in self.coordinator.instances
                     forced = died or publication.publication_id in self.evicted
                     assert forced or not readers, "memory was given back while somebody read it"
-                case decide.Map(publication) if publication.device_kind != HOST_MEMORY:
+                case decide.Map(publication) if TRAITS[publication.device_kind].broker_copies:
                     self.mapping.append(publication)
                 case decide.Map(publication):
                     self.carry_out(self.coordinator.mapped(publication, self.now))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import pytest
-
 from support.asynchronous import on_a_loop
+from support.kinds import RecordedEvents
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.cards.configuration import CardsConfiguration
-from weight_brokerd.kinds.npu import kind as npu_kind
+from weight_brokerd.kinds.npu.kind import NpuKind
 
 
 class SlowSupervisor:
     """One whose driver does not answer."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self) -> None:
         self.is_starting = asyncio.Event()
         self.is_closed = False
         self.health: list[Any] = []
@@ -34,6 +34,9 @@ class NoWorker:
     is_managed = False
     problem = ""
 
+    async def start(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
     async def close(self) -> None:
         """Nothing to end."""
 
@@ -45,18 +48,17 @@ async def connect() -> CardsConfiguration:
 @on_a_loop
 async def test_a_broker_that_stops_while_it_looks_for_cards_closes_what_it_started() -> None:
     made: list[SlowSupervisor] = []
+    is_made = asyncio.Event()
 
-    def make(*arguments: object) -> SlowSupervisor:
-        made.append(SlowSupervisor(*arguments))
+    def make(*_: object) -> Any:
+        made.append(SlowSupervisor())
+        is_made.set()
         return made[-1]
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(npu_kind, "CardSupervisor", make)
-        devices: Any = npu_kind.NpuDevices(connect, NoWorker(), object())  # type: ignore[arg-type]
-        devices.start()
-        async with asyncio.timeout(5):
-            while not made:
-                await asyncio.sleep(0)
-            await made[0].is_starting.wait()
-            await devices.close()
+    kind = NpuKind(connect, NoWorker(), Stages(lambda _instance_id, _why: None), RecordedEvents(), supervise=make)
+    kind.start()
+    async with asyncio.timeout(5):
+        await is_made.wait()
+        await made[0].is_starting.wait()
+        await kind.close()
     assert made[0].is_closed

@@ -100,8 +100,7 @@ async def test_a_worker_is_started_serves_and_is_gone_after_the_end(state: Path)
 @on_a_loop
 async def test_a_worker_that_dies_is_told_and_started_again_where_it_was(state: Path) -> None:
     changes: list[bool] = []
-    worker = ManagedWorker(SETTINGS, state)
-    worker.on_change = lambda: changes.append(worker.is_ready)
+    worker = ManagedWorker(SETTINGS, state, on_change=lambda: changes.append(worker.is_ready))
     host, port = await worker.start()
     try:
         assert await worker.wait_ready(START_SECONDS), worker.problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from weight_broker.layout import Layout
@@ -15,11 +15,11 @@ from weight_brokerd.cards.plan import pieces as plan
 from weight_brokerd.cards.plan.blobs import Blob, BlobList, Part
 from weight_brokerd.cards.plan.extents import TooScattered
 from weight_brokerd.core.model import FailureCause
-from weight_brokerd.dataplane.protocol import MoveFailed, Place
+from weight_brokerd.dataplane.plane import MoveFailed, PhaseSeconds, Place, PlaneName
 
 
-class Cards(Protocol):
-    """Cards of one kind."""
+class Copier(Protocol):
+    """Devices that one process of a device can copy between."""
 
     async def copy(
         self,
@@ -34,16 +34,20 @@ class Cards(Protocol):
         ...
 
 
-class LocalPlane:
+class CopyPlane:
     """Copies what one process of a card can map."""
 
-    def __init__(self, cards: Cards) -> None:
+    name = PlaneName.COPY
+
+    def __init__(self, cards: Copier, *, may_stage: bool = False) -> None:
+        """`may_stage`: whether what cannot be mapped on the receiver's side may be staged instead."""
         self._cards = cards
+        self._may_stage = may_stage
 
     async def move(
         self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
-    ) -> Mapping[str, float]:
-        """See `weight_brokerd.dataplane.protocol.BulkPlane`."""
+    ) -> PhaseSeconds:
+        """As `weight_brokerd.dataplane.plane.DataPlane`."""
         begun = time.monotonic()
         try:
             pieces = await asyncio.to_thread(plan.pieces, layout, source.placements, destination.placements)
@@ -51,25 +55,32 @@ class LocalPlane:
             raise MoveFailed(str(error), cause=FailureCause.RECEIVER, touched=False) from error
         if not pieces:
             return {}
-        given = _blobs(source.regions, ((one.source_region, one.source_offset, one.size) for one in pieces))
-        taken = _blobs(
-            destination.regions, ((one.destination_region, one.destination_offset, one.size) for one in pieces)
+        source_blobs = _blobs(
+            source.regions, ((piece.source_region, piece.source_offset, piece.size) for piece in pieces)
+        )
+        destination_blobs = _blobs(
+            destination.regions, ((piece.destination_region, piece.destination_offset, piece.size) for piece in pieces)
         )
         regions = {region.region_id: region for region in (*source.regions, *destination.regions)}
         try:
-            done = await self._cards.copy(destination.card, given, taken, list(regions.values()), timeout=timeout)
+            done = await self._cards.copy(
+                destination.device_id, source_blobs, destination_blobs, list(regions.values()), timeout=timeout
+            )
         except CardError as error:
-            mine = {region.region_id for region in destination.regions}
-            is_mine = isinstance(error, ImportRefused) and error.region_id in mine
-            raise MoveFailed(
-                str(error),
-                cause=FailureCause.RECEIVER if is_mine else FailureCause.SOURCE_UNREACHABLE,
-                touched=error.touched,
-                quiesced=error.quiesced,
-                needs_staging=is_mine,
-            ) from error
+            raise self._failed(error, destination) from error
         copying = done.seconds.get("copy", 0.0)
         return {"map": time.monotonic() - begun - copying, "transfer": copying}
+
+    def _failed(self, error: CardError, destination: Place) -> MoveFailed:
+        own = {region.region_id for region in destination.regions}
+        is_receivers = isinstance(error, ImportRefused) and error.region_id in own
+        return MoveFailed(
+            str(error),
+            cause=FailureCause.RECEIVER if is_receivers else FailureCause.SOURCE_UNREACHABLE,
+            touched=error.touched,
+            quiesced=error.quiesced,
+            needs_staging=is_receivers and self._may_stage,
+        )
 
 
 def _blobs(regions: Iterable[ImportRegion], spans: Iterable[tuple[int, int, int]]) -> BlobList:
