@@ -285,7 +285,6 @@ class Driver:
             return
         self._destinations[transfer.acquisition_id] = destination.as_staged
         transfer.path = self.coordinator.acquisitions[transfer.acquisition_id].path = TransferPath.STAGED
-        audit("stage_transfer", transfer_id=transfer.transfer_id)
         self._carry_out([decide.TransferChanged(transfer)])
         self._mailboxes.post(transfer.acquisition_id, self._granted(transfer))
 
