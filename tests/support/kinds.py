@@ -1,17 +1,22 @@
-"""A driver with host memory only, and who hears what kinds of memory tell."""
+"""Brokers without sockets, with host memory only or with scripted cards, and a record of what kinds of memory tell."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from weight_brokerd.attach.stage import Stages
+from support.scripted_cards import ScriptedCards
+from weight_broker.v1 import attach_pb2
+from weight_brokerd.attach.stage import StageGone, Stages
+from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.control.broker import Driver
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.kinds.host.kind import HostKind
 from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.kinds.kind import KindEvents
+from weight_brokerd.kinds.npu.kind import NpuKind
 from weight_brokerd.kinds.registry import Kinds
 
 
@@ -27,6 +32,47 @@ class RecordedEvents:
 
     def health_changed(self) -> None:
         self.health_changes += 1
+
+
+class ServingStages(Stages):
+    """Instances that copy whatever they are asked for."""
+
+    def __init__(self, *instances: str) -> None:
+        self.lost: list[tuple[str, str]] = []
+        super().__init__(lambda instance_id, why: self.lost.append((instance_id, why)))
+        self.instances = set(instances)
+        self.asked: list[tuple[str, str]] = []
+        """(instance, what) of every request."""
+
+    def has(self, instance_id: str) -> bool:
+        return instance_id in self.instances
+
+    async def ask(self, instance_id: str, request: attach_pb2.StageRequest, timeout: float) -> None:
+        if instance_id not in self.instances:
+            raise StageGone("it has no stage connection")
+        self.asked.append((instance_id, request.WhichOneof("request") or ""))
+
+
+class QuietWorker:
+    """A datasystem worker that runs."""
+
+    is_managed = False
+    problem = ""
+
+    async def start(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    async def close(self) -> None:
+        """It is the operator's."""
+
+
+async def _connect() -> CardsConfiguration:
+    return CardsConfiguration("127.0.0.1", 1)
+
+
+def npu_kind(cards: ScriptedCards, stages: Stages, events: KindEvents, path: str = "auto") -> NpuKind:
+    """NPUs on scripted cards; to be started."""
+    return NpuKind(_connect, QuietWorker(), stages, events, path=path, supervise=cards.supervise)
 
 
 def memory_directory() -> MemoryDirectory:
