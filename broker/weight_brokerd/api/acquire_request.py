@@ -57,7 +57,7 @@ def acquisition(
     if layout is None and path is not TransferPath.ZERO_COPY:
         raise InvalidArgument("layout", "not set", "the receiver's layout, unless path is TRANSFER_PATH_ZERO_COPY")
     if_absent = fields.if_absent(request.if_absent)
-    destination = _destination(request, call.instance_id, layout or Layout(()), kind)
+    destination = _destination(request, call.instance_id, layout, kind)
     wait = call.wait_seconds
     if request.HasField("timeout"):
         wait = min(wait, fields.seconds("timeout", request.timeout, limit=fields.MAX_TIMEOUT_SECONDS))
@@ -81,13 +81,13 @@ def acquisition(
 
 
 def _destination(
-    request: weight_broker_service_pb2.AcquireRequest, instance_id: str, layout: Layout, kind: Kind
+    request: weight_broker_service_pb2.AcquireRequest, instance_id: str, layout: Layout | None, kind: Kind
 ) -> Place:
     if not TRAITS[kind.name].broker_copies:
         _require_own_copy(request)
         return Place(kind.name, "")
     is_staged = request.path == resources_pb2.TRANSFER_PATH_STAGED
-    if request.path == resources_pb2.TRANSFER_PATH_ZERO_COPY:
+    if layout is None or request.path == resources_pb2.TRANSFER_PATH_ZERO_COPY:
         raise InvalidArgument("path", request.path, "TRANSFER_PATH_COPY or TRANSFER_PATH_STAGED for device memory")
     if is_staged and (request.regions or request.placements):
         raise InvalidArgument("regions", len(request.regions), "none for TRANSFER_PATH_STAGED")

@@ -107,7 +107,6 @@ class Acquiring:
         if destination is None or transfer.transfer_id not in self._loop.coordinator.transfers.running:
             return
         self._destinations[transfer.acquisition_id] = destination.as_staged
-        audit("stage_transfer", transfer_id=transfer.transfer_id)
         self._loop.carry_out(self._loop.coordinator.staged(transfer.transfer_id))
 
     # Ports
