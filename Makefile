@@ -117,7 +117,7 @@ lint: $(STAMP)  ## ruff, import-linter, buf lint and the breaking-change check
 types: $(STAMP)  ## mypy --strict
 	$(RUN)mypy
 
-# Generated with the oldest supported grpcio-tools, so that old hosts can run the code (docs/ARCHITECTURE.md).
+# Generated with the oldest supported grpcio-tools, so that old hosts can run the code (docs/design/compatibility.md).
 .venv-codegen/bin/python:
 	@$(FIND_PYTHON); "$$found" -m venv .venv-codegen
 	.venv-codegen/bin/pip install --quiet grpcio-tools==1.62.3 mypy-protobuf==3.6.0 protobuf==4.25.9 'setuptools<81'
@@ -134,7 +134,7 @@ check-generated: generate  ## fail if the checked-in generated code differs from
 proto-baseline: $(STAMP)  ## accept proto/ as it is as what later changes must not break
 	$(RUN)buf build --exclude-source-info --output proto/baseline.binpb
 
-benchmark: $(STAMP)  ## measure the budgets of docs/ARCHITECTURE.md and print each as measured / budget
+benchmark: $(STAMP)  ## measure the budgets of docs/design/benchmarks.md and print each as measured / budget
 	$(RUN)python -m benchmarks
 
 benchmark-ascend: $(STAMP)  ## measure what the card processes add to the datasystem's own transfers, on the double (needs gcc)
