@@ -247,6 +247,16 @@ def test_every_budget_has_a_benchmark_and_every_benchmark_a_budget() -> None:
     assert {unquoted(row[2]) for row in BUDGETS.table("What")} == named
 
 
+def test_documents_install_the_versions_that_the_tests_run_with() -> None:
+    groups = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["dependency-groups"]
+    pinned = dict(
+        requirement.split("==") for name in ("torch", "datasystem", "vllm", "sglang") for requirement in groups[name]
+    )
+    shown = [found for document in DOCUMENTS.values() for found in re.findall(r"([\w-]+)==([\w.]+)", document.text)]
+    assert [(name, version) for name, version in shown if pinned.get(name) != version] == []
+    assert shown
+
+
 # References
 
 
