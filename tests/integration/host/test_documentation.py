@@ -57,27 +57,33 @@ RUN_INSTEAD = {
 
 COMING = frozenset(
     {
-        "weight_broker/memory/host/destination.py:TensorFiller.take",
-        "weight_broker/memory/host/kind.py:destination",
+        "weight_broker/memory/host/destination.py:HostDestination.take",
+        "weight_broker/memory/host/kind.py:HostKind.destination",
+        "weight_broker/memory/host/kind.py:HostKind.share",
         "weight_broker/memory/kind.py",
-        "weight_brokerd/api/acquire_request.py:parse",
+        "weight_broker/transfers/exchange.py:Exchange.fill",
+        "weight_broker/transfers/load.py:Load.publish",
+        "weight_brokerd/api/acquire_request.py:acquisition",
+        "weight_brokerd/api/layouts.py:LayoutCache",
         "weight_brokerd/control/acquiring.py:Acquiring.begin",
         "weight_brokerd/control/acquiring.py:Acquiring.succeeded",
         "weight_brokerd/control/executor.py:Executor.carry_out",
         "weight_brokerd/control/leasing.py:Leasing.claim",
-        "weight_brokerd/control/leasing.py:Leasing.claimed",
         "weight_brokerd/control/leasing.py:Leasing.give_back",
         "weight_brokerd/control/publishing.py:Publishing.held",
         "weight_brokerd/control/publishing.py:Publishing.publish",
         "weight_brokerd/control/residency.py:Residency.hold",
         "weight_brokerd/control/sessions.py:Sessions.departed",
+        "weight_brokerd/core/answers.py",
         "weight_brokerd/core/answers.py:judge",
+        "weight_brokerd/core/sources.py",
         "weight_brokerd/core/coordinator.py:Coordinator.held",
         "weight_brokerd/directory/memory.py:MemoryDirectory.claim",
         "weight_brokerd/kinds/host/kind.py:HostKind.grant",
         "weight_brokerd/kinds/host/kind.py:HostKind.hold",
         "weight_brokerd/kinds/npu/kind.py:NpuKind.release",
         "weight_brokerd/kinds/npu/kind.py:NpuKind.route",
+        "tests/broker/control/test_interleavings.py",
         "tests/contracts",
     }
 )
@@ -112,7 +118,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(tmp_path: Path, models: Path) -> Iterator[Reader]:
-    """Somebody in a checkout of their own, with models on the disk."""
+    """A reader with a checkout, and models on the disk."""
     reader = Reader(tmp_path, {"/models/": f"{models}/"})
     yield reader
     reader.leave()
@@ -121,7 +127,7 @@ def reader(tmp_path: Path, models: Path) -> Iterator[Reader]:
 # Examples
 
 
-@pytest.mark.parametrize("name", [name for name, one in DOCUMENTS.items() if one.examples])
+@pytest.mark.parametrize("name", [name for name, document in DOCUMENTS.items() if document.examples])
 def test_everything_that_a_document_shows_works_from_top_to_bottom(name: str, reader: Reader, tmp_path: Path) -> None:
     for language, block in DOCUMENTS[name].examples:
         assert language in FENCES, f"```{language}: say what it is, so that it is run"
@@ -138,7 +144,7 @@ def test_everything_that_a_document_shows_works_from_top_to_bottom(name: str, re
 
 def test_the_lists_of_commands_that_are_not_run_have_nothing_that_no_document_shows() -> None:
     shown = [command for document in DOCUMENTS.values() for command in document.commands]
-    assert [one for one in NOT_RUN if not any(re.fullmatch(one, command.line) for command in shown)] == []
+    assert [line for line in NOT_RUN if not any(re.fullmatch(line, command.line) for command in shown)] == []
     assert RUN_INSTEAD.keys() <= {command.line for command in shown}
 
 
@@ -176,13 +182,16 @@ def test_operations_lists_every_setting_with_its_default_and_its_variable() -> N
         unquoted(row[0]): (ast.literal_eval(unquoted(row[1])), unquoted(row[2])) for row in OPERATIONS.table("Setting")
     }
     settings = [
-        (f"{section.name}.{one.name}", config.environment_variable(section.name, one.name), one)
+        (f"{section.name}.{setting.name}", config.environment_variable(section.name, setting.name), setting)
         for section in fields(config.Config)
-        for one in fields(getattr(config.Config(), section.name))
+        for setting in fields(getattr(config.Config(), section.name))
     ]
-    defaults = {key: list(one.default) if isinstance(one.default, tuple) else one.default for key, _, one in settings}
+    defaults = {
+        key: list(setting.default) if isinstance(setting.default, tuple) else setting.default
+        for key, _, setting in settings
+    }
     assert listed == {key: (defaults[key], variable) for key, variable, _ in settings}
-    other_variables = [one.metadata["also"] for _, _, one in settings if one.metadata["also"]]
+    other_variables = [setting.metadata["also"] for _, _, setting in settings if setting.metadata["also"]]
     assert set(other_variables) <= set(OPERATIONS.code_spans)
 
 
