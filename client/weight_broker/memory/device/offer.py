@@ -6,7 +6,7 @@ import logging
 import uuid
 from typing import TYPE_CHECKING
 
-from weight_broker.connection.stage_server import StageServer
+from weight_broker.connection.stage_server import StagingServer
 from weight_broker.errors import PublishRefused
 from weight_broker.memory.device.access import CopiedTensors, DeviceAccess, Exported
 from weight_broker.memory.device.describe import DescribedDeviceTensors
@@ -29,7 +29,7 @@ class Offer:
         self._exported: Exported | None = None
         self._copied: CopiedTensors | None = None
         self._stage_id = uuid.uuid4().hex
-        self._server: StageServer | None = None
+        self._server: StagingServer | None = None
 
     @property
     def is_exported(self) -> bool:
