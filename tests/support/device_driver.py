@@ -64,6 +64,10 @@ class Memory:
         """Writes all of it."""
         ctypes.memset(self.base, value, PAGE_BYTES)
 
+    def content(self) -> bytes:
+        """All of it."""
+        return ctypes.string_at(self.base, PAGE_BYTES)
+
 
 def tensors(fill: int = 0) -> dict[str, DeviceTensor]:
     """One tensor of a page."""
