@@ -9,10 +9,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import cast
 
 from weight_broker.digest import ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import InvalidArgument
 from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
+from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout, MemoryFormat, TensorSpec
 from weight_broker.load_group import LoadGroup
 from weight_broker.v1 import weight_set_pb2 as pb
@@ -21,10 +23,8 @@ TOKEN_METADATA_KEY = "weight-broker-session-bin"
 MAX_REASON_CHARACTERS = 1024
 """Longest reason or detail that a report carries."""
 
-DEVICE_KINDS = {
-    "cpu": pb.DEVICE_KIND_CPU,
-    "npu": pb.DEVICE_KIND_NPU,
-    "cuda": pb.DEVICE_KIND_CUDA,
+DEVICE_KINDS: dict[str, pb.DeviceKind.ValueType] = {
+    name: cast("pb.DeviceKind.ValueType", traits.wire_number) for name, traits in TRAITS.items()
 }
 """Kinds of memory by their names."""
 
@@ -52,6 +52,11 @@ _COVERAGE_VALUES = {coverage: value for value, coverage in _COVERAGES.items()}
 _KEPT_TENSORS = 20_000
 _last_layout: tuple[weakref.ref[Layout], bytes] | None = None
 """The layout that was translated last, and its message: the same one is asked for many times in a row."""
+
+
+def device_kind_to_wire(kind: str) -> pb.DeviceKind.ValueType:
+    """The kind of memory as a message value."""
+    return cast("pb.DeviceKind.ValueType", TRAITS[kind].wire_number)
 
 
 def load_group_to_wire(group: LoadGroup) -> pb.LoadGroup:

@@ -13,7 +13,13 @@ from weight_broker._version import __version__
 from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
 from weight_broker.errors import BrokerError
 
-_COMMANDS = {"demo": "weight_broker.demo.run", "doctor": "weight_broker.cli.doctor.run"}
+_COMMANDS = {
+    "demo": "weight_broker.demo.run",
+    "doctor": "weight_broker.cli.doctor.run",
+    "evict": "weight_broker.cli.set_aside",
+    "quarantine": "weight_broker.cli.set_aside",
+}
+"""Where a command is, if its module is not called like it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from weight_broker.cli import output, text
-from weight_broker.demo.instance import Result
+from weight_broker.demo.orders import Result
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,10 +16,10 @@ from weight_broker.cli.progress import Progress
 from weight_broker.demo import available_memory as demo_memory
 from weight_broker.demo import page_cache
 from weight_broker.demo.checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
-from weight_broker.demo.instance import Order, Result
+from weight_broker.demo.orders import Order, Result
 from weight_broker.demo.process import Broker, Instance
 from weight_broker.demo.report import DemoReport
-from weight_broker.demo.scene import Stage, stoppable
+from weight_broker.demo.scene import Scene, stoppable
 from weight_broker.drivers.available_memory import available_bytes
 from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_files
 
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> ExitCode:
     with stoppable():
         progress = Progress(quiet=options.json)
         model_dir = _model(options, progress)
-        with _Stage(model_dir, progress) as stage:
+        with _HostScene(model_dir, progress) as stage:
             report, state = stage.play(options.instances)
         failures = report.failures()
         if options.json:
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> ExitCode:
         return ExitCode.FAILED if failures else ExitCode.DONE
 
 
-class _Stage(Stage):
+class _HostScene(Scene):
     """A broker in a directory of its own, and the instances; leaving the block stops all of them."""
 
     def __init__(self, model_dir: Path, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from weight_broker.runtime_directory import MAXIMUM_SOCKET_PATH_BYTES
 _LONGEST_SOCKET_NAME = len("/weight-broker-demo-12345678/run/broker.sock")
 
 
-class Stage:
+class Scene:
     """A directory and processes, the broker first; leaving the block stops all of them."""
 
     def __init__(self) -> None:

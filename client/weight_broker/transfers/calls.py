@@ -15,7 +15,7 @@ from weight_broker.digest import DigestCoverage
 from weight_broker.errors import Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.load_group import LoadGroup
-from weight_broker.memory.shared import Shared
+from weight_broker.memory.kind import Shared
 from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.wire import (

@@ -14,7 +14,7 @@ import pytest
 
 from support.attach_room import AttachRoom
 from support.waiting import eventually
-from weight_broker.connection.stage_server import StageServer
+from weight_broker.connection.stage_server import StagingServer
 from weight_broker.errors import NotAttached
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
@@ -91,14 +91,14 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
 
 
 @pytest.fixture
-def server(broker: Broker) -> Iterator[StageServer]:
-    server = StageServer(broker.path, b"token")
+def server(broker: Broker) -> Iterator[StagingServer]:
+    server = StagingServer(broker.path, b"token")
     yield server
     server.close()
 
 
 def test_chunks_are_copied_when_the_broker_asks_and_the_thread_ends_with_the_last(
-    broker: Broker, server: StageServer
+    broker: Broker, server: StagingServer
 ) -> None:
     tensors = Tensors()
     server.add("s", tensors)
@@ -116,7 +116,7 @@ def test_chunks_are_copied_when_the_broker_asks_and_the_thread_ends_with_the_las
     broker.ask(OPEN).result(10)
 
 
-def test_what_fails_is_answered_and_the_next_request_is_served(broker: Broker, server: StageServer) -> None:
+def test_what_fails_is_answered_and_the_next_request_is_served(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
     eventually(broker.has, within=5)
@@ -130,7 +130,7 @@ def test_what_fails_is_answered_and_the_next_request_is_served(broker: Broker, s
 
 
 def test_removing_waits_for_the_copy_that_runs_and_nothing_is_copied_after_it(
-    broker: Broker, server: StageServer
+    broker: Broker, server: StagingServer
 ) -> None:
     tensors, other = Tensors(), Tensors()
     server.add("s", tensors)
@@ -151,7 +151,7 @@ def test_removing_waits_for_the_copy_that_runs_and_nothing_is_copied_after_it(
     assert tensors.done == [("copy", "b", 5, True)]
 
 
-def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker: Broker, server: StageServer) -> None:
+def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
     eventually(broker.has, within=5)
@@ -167,7 +167,7 @@ def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker:
     eventually(lambda: not server.serves("s"), within=5)
 
 
-def test_the_end_of_the_connection_is_heard_by_whoever_waits(broker: Broker, server: StageServer) -> None:
+def test_the_end_of_the_connection_is_heard_by_whoever_waits(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
     eventually(broker.has, within=5)
@@ -182,7 +182,7 @@ def test_the_end_of_the_connection_is_heard_by_whoever_waits(broker: Broker, ser
     eventually(lambda: not broker.has(), within=5)
 
 
-def test_a_forked_child_serves_nothing_and_takes_nothing_from_its_parent(broker: Broker, server: StageServer) -> None:
+def test_a_forked_child_serves_nothing_and_takes_nothing_from_its_parent(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
     eventually(broker.has, within=5)
@@ -194,7 +194,7 @@ def test_a_forked_child_serves_nothing_and_takes_nothing_from_its_parent(broker:
     assert server.serves("s")
 
 
-def test_whoever_is_not_attached_may_not_serve(broker: Broker, server: StageServer) -> None:
+def test_whoever_is_not_attached_may_not_serve(broker: Broker, server: StagingServer) -> None:
     broker.attendance.refuse(NotAttached("no such token"))
     with pytest.raises(NotAttached, match="no such token"):
         server.add("s", Tensors())

@@ -16,7 +16,7 @@ from weight_broker.demo import checkpoint as demo_checkpoint
 from weight_broker.demo import page_cache
 from weight_broker.demo.available_memory import PROCESS_BYTES, Plan, fitting_size
 from weight_broker.demo.checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
-from weight_broker.demo.instance import Result
+from weight_broker.demo.orders import Result
 from weight_broker.demo.report import DemoReport
 from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_tensors
 

@@ -146,7 +146,7 @@ def test_memory_that_may_still_be_written_to_is_not_loaded_into(
     def poisoned(*args: object, **kwargs: object) -> None:
         raise BrokerError("unknown", touched=True, quiesced=False)
 
-    monkeypatch.setattr(client, "_acquire_and_share", poisoned)
+    monkeypatch.setattr(client._exchange, "fill", poisoned)
     model = Model()
     with pytest.raises(BrokerError) as caught:
         client.acquire_or_load(KEY, model.weights, model.load)
@@ -208,7 +208,7 @@ def test_a_process_without_descriptors_memory_or_threads_for_the_broker_loads_fr
     def fail_here(*arguments: object, **keywords: object) -> object:
         raise error
 
-    monkeypatch.setattr(client, "_acquire_and_share", fail_here)
+    monkeypatch.setattr(client._exchange, "fill", fail_here)
     model = Model()
     report = client.acquire_or_load(KEY, model.weights, model.load, timeout=5)
     assert (report.source, model.loads) == ("disk", 1)

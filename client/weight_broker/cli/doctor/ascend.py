@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weight_broker.cli import status_cards, text
-from weight_broker.cli.doctor.run import Finding, ok, problem, warning
+from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
 from weight_broker.memory.npu import driver as npu_driver
 from weight_broker.v1 import resources_pb2 as pb

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weight_broker._version import __version__
 from weight_broker.cli import status
-from weight_broker.cli.doctor.run import Finding, ok, problem, warning
+from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import Inspector, State
 from weight_broker.errors import BrokerError
 from weight_broker.runtime_directory import ATTACH_SOCKET, ENVIRONMENT_VARIABLE, GRPC_SOCKET, runtime_directory

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from weight_broker.cli import output, text
-from weight_broker.demo.npu.instance import Result
+from weight_broker.demo.orders import CardResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,11 +33,11 @@ _WORDS = ("instance", "card", "source", "plane", "path", "digest")
 class CardReport:
     """What a run of the demo on cards measured."""
 
-    first: Result
+    first: CardResult
     """Instance 1, from disk."""
-    warm: Result
+    warm: CardResult
     """The same from a warm page cache, without a broker."""
-    others: tuple[Result, ...]
+    others: tuple[CardResult, ...]
     """Those that were started at once, and last the one that was started after instance 1 was killed."""
     digests: Mapping[str, str]
     """What each instance had on its card, read back, by the instance's name."""
@@ -49,7 +49,7 @@ class CardReport:
     """Share of the checkpoint that was in the page cache when instance 1 began; None if nobody says."""
 
     @property
-    def all(self) -> tuple[Result, ...]:
+    def all(self) -> tuple[CardResult, ...]:
         """All of them, in the order of the table."""
         return (self.first, self.warm, *self.others)
 
@@ -86,7 +86,7 @@ class CardReport:
             return f"Page cache emptied: {self.cold_share:.1%} of the checkpoint was in it when instance 1 began."
         return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
 
-    def speed_up(self, one: Result, baseline: Result) -> float:
+    def speed_up(self, one: CardResult, baseline: CardResult) -> float:
         """How many times sooner than `baseline` the weights of `one` were in place."""
         return baseline.ready_seconds / one.ready_seconds
 
@@ -127,7 +127,7 @@ class CardReport:
             made.add_row(*(value if name in _WORDS else value.replace(" ", "") for name, value in row.items()))
         return made
 
-    def _row(self, one: Result) -> dict[str, str]:
+    def _row(self, one: CardResult) -> dict[str, str]:
         speed = bytes_per_second(one)
         return {
             "instance": one.name,
@@ -146,12 +146,12 @@ class CardReport:
         }
 
 
-def seconds_of(one: Result, column: str) -> float:
+def seconds_of(one: CardResult, column: str) -> float:
     """Seconds of an acquisition in the phases of a column of `PHASES`."""
     return sum(one.phases.get(name, 0.0) for name in PHASES[column])
 
 
-def bytes_per_second(one: Result) -> float | None:
+def bytes_per_second(one: CardResult) -> float | None:
     """Bandwidth while bytes moved; None if none did."""
     moving = one.disk_seconds if one.source == "disk" else seconds_of(one, "move")
     return one.size_bytes / moving if moving > 0 else None

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.errors import BrokerError
 from weight_broker.integrations.engine.report import EngineLoad
+from weight_broker.transfers.load import SURVIVABLE
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +73,7 @@ def retract(reason: str = "asked to", *, model: nn.Module | None = None, for_sle
                 "retracted weight set %s (%s) in %.3f s", one.key.id, reason, time.monotonic() - begun
             )  # fmt: skip
         one.report.not_published = f"retracted: {reason}"
-        if for_sleep:
-            one.asleep = one.asleep or _contents(one)
-        else:
+        if not for_sleep or not _note_contents(one):
             _published.remove(one)
     return ended
 
@@ -106,6 +104,17 @@ def _contents(one: PublishedModel) -> dict[str, int]:
     return content_digests(_tensors(one))
 
 
+def _note_contents(one: PublishedModel) -> bool:
+    """Whether it is known what goes to sleep, so that it can be published again."""
+    try:
+        one.asleep = one.asleep or _contents(one)
+    except SURVIVABLE as error:
+        one.report.not_published += f", and its content cannot be compared later: {error}"
+        one.logger.warning("weight set %s will not be published again: %s", one.key.id, error)
+        return False
+    return True
+
+
 def _republish(one: PublishedModel) -> int:
     tensors = _tensors(one)
     try:
@@ -114,7 +123,7 @@ def _republish(one: PublishedModel) -> int:
             one.logger.warning("weight set %s is not published again: %s", one.key.id, one.report.not_published)
             return 0
         one.publication = one.client.publish(one.key, tensors, group=one.group)
-    except (BrokerError, OSError, MemoryError) as error:
+    except SURVIVABLE as error:
         one.report.not_published = f"publishing failed: {error}"
         one.logger.warning("weight set %s is not published again: %s", one.key.id, error)
         return 0

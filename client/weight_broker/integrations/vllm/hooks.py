@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from weight_broker.integrations.engine import published
-from weight_broker.integrations.engine.changes import before_change, before_load_weights
-from weight_broker.integrations.engine.wrapping import wrap
+from weight_broker.integrations.engine.changes import before_change, before_load_weights, wrap
 
 _CHANGES = (
     "update_weights",

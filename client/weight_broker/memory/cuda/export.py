@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from weight_broker.drivers import cuda as cuda_module
 from weight_broker.drivers.cuda import Cuda, CudaError
 from weight_broker.errors import PublishRefused
+from weight_broker.memory.described import DescribedTensor
 from weight_broker.memory.device.describe import DescribedDeviceTensors
 from weight_broker.memory.device.tensor import SegmentKind
-from weight_broker.memory.tensors import DescribedTensor
 
 if TYPE_CHECKING:
     from weight_broker.v1 import weight_set_pb2 as pb

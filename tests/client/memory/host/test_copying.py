@@ -22,7 +22,8 @@ from support.held_memory import copying_threads
 from weight_broker.digest import DigestAlgorithm, block_function, combine
 from weight_broker.memory.host import copying
 from weight_broker.memory.host.address_space import address_of
-from weight_broker.memory.host.copying import SMALL_BYTES, TASK_BYTES, DeadlinePassed
+from weight_broker.memory.host.copying import SMALL_BYTES, TASK_BYTES
+from weight_broker.memory.kind import DeadlinePassed
 
 GUARD = 64
 BLOCK = 512 << 10

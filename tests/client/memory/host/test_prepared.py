@@ -15,12 +15,14 @@ import torch
 from support.held_memory import held
 from support.waiting import eventually
 from weight_broker import ColdLoadLease, PublishRefused
+from weight_broker.key import WeightSetKey
 from weight_broker.memory.host import export as host
 from weight_broker.memory.host import prepared
 from weight_broker.memory.host.export import copy_in, export, region_bytes
 from weight_broker.memory.host.prepared import PreparedMemory, prepare
 from weight_broker.memory.tensors import describe
-from weight_broker.transfers.load import prepare_memory
+from weight_broker.transfers.exchange import Exchange
+from weight_broker.transfers.load import Load
 
 SIZE_BYTES = 80 << 20
 
@@ -105,8 +107,10 @@ def test_what_cannot_be_shared_is_not_prepared_for_and_stops_no_loader() -> None
         def prepare_memory(self, size_bytes: int) -> None:
             raise AssertionError(size_bytes)
 
-    prepare_memory(cast(ColdLoadLease, Lease()), {"w": torch.zeros(1, device="meta")})
-    prepare_memory(cast(ColdLoadLease, Lease()), {"w": object()})
+    load = Load(cast(Exchange, None), WeightSetKey("model"), timeout=1, publish=True)
+    load._lease = cast(ColdLoadLease, Lease())
+    load._prepare_for({"w": torch.zeros(1, device="meta")})
+    load._prepare_for({"w": object()})
 
 
 def test_nothing_is_prepared_where_memory_is_not_plenty(monkeypatch: pytest.MonkeyPatch) -> None:

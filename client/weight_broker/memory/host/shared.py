@@ -1,12 +1,11 @@
-"""A weight set in memory that can be handed to others, and what a publication needs of it."""
+"""A weight set in sealed host memory, which can be handed to others."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from weight_broker.digest import ContentDigests
 from weight_broker.layout import Layout
@@ -15,45 +14,6 @@ if TYPE_CHECKING:
     from weight_broker.connection.attach import AttachConnection
     from weight_broker.connection.session import Session
     from weight_broker.v1 import weight_set_pb2 as pb
-
-
-class Shared(Protocol):
-    """Memory that holds a weight set and can be published again and again, to one broker after the other."""
-
-    @property
-    def layout(self) -> Layout:
-        """What is in it."""
-
-    @property
-    def placements(self) -> Sequence[tuple[int, int]]:
-        """(region index, offset in bytes) of each tensor, in the layout's order."""
-
-    @property
-    def digests(self) -> tuple[ContentDigests, ...]:
-        """Digests of the content, best coverage first."""
-
-    @property
-    def needs_retraction(self) -> bool:
-        """Whether others read the publisher's own memory, which must not change before they are done."""
-
-    def regions(self, batch: str) -> list[pb.Region]:
-        """The regions as they are published. `batch` makes ids unique among the publications of this process."""
-
-    @property
-    def is_served(self) -> bool:
-        """Whether the broker gets at it still, provided that its session is not over."""
-
-    def stage(self, session: Session) -> pb.StagedMemory | None:
-        """None, or if the broker does not map the memory: serves it in this session, and says how it is named."""
-
-    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
-        """Gives the broker what it needs beside the message to get at a region."""
-
-    def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
-        """Undoes `hand_over`. Raises `BrokerError`."""
-
-    def close(self) -> None:
-        """Ends the sharing; idempotent. Raises `RetractTimeout` if somebody still has the memory mapped: call again."""
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
