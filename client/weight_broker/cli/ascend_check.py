@@ -21,10 +21,10 @@ from weight_broker.cli import demo_npu, demo_npu_report, doctor_ascend, text
 from weight_broker.cli.ascend_steps import CardProcess, Row, Steps, measure
 from weight_broker.cli.demo_checkpoint import parse_size
 from weight_broker.cli.demo_npu_report import CardReport
-from weight_broker.cli.demo_stage import stoppable
 from weight_broker.cli.doctor import Finding, Verdict
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.interruption import held, stoppable
 from weight_broker.cli.progress import Progress
 from weight_broker.errors import BrokerError
 from weight_broker.memory import npu_driver
@@ -101,9 +101,10 @@ def _steps(stage: demo_npu.CardStage, host: pb.Host, options: argparse.Namespace
     started: list[CardProcess] = []
 
     def start(name: str, card: int) -> CardProcess:
-        process = CardProcess(name, card, stage.directory, variables)
-        started.append(process)
-        stage.processes.append(process)
+        with held():
+            process = CardProcess(name, card, stage.directory, variables)
+            started.append(process)
+            stage.processes.append(process)
         return process
 
     by_torch = importlib.util.find_spec("torch_npu") is not None

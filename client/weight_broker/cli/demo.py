@@ -15,9 +15,10 @@ from weight_broker.cli.demo_checkpoint import DEFAULT_SIZE, ensure_checkpoint, m
 from weight_broker.cli.demo_instance import Order, Result
 from weight_broker.cli.demo_process import Broker, Instance
 from weight_broker.cli.demo_report import DemoReport
-from weight_broker.cli.demo_stage import Stage, stoppable
+from weight_broker.cli.demo_stage import Stage
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.memory.capacity import available_bytes
 
@@ -43,19 +44,18 @@ def run(options: argparse.Namespace) -> ExitCode:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f"the demo needs {', '.join(missing)}: pip install 'weight-broker[demo]'", ExitCode.USAGE)
-    with stoppable():
-        progress = Progress(quiet=options.json)
-        model_dir = _model(options, progress)
-        with _Stage(model_dir, progress) as stage:
-            report, state = stage.play(options.instances)
-        failures = report.failures()
-        if options.json:
-            output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
-        else:
-            _print(report, state)
-        for failure in failures:
-            print(f"weight-broker: {failure}", file=sys.stderr)
-        return ExitCode.FAILED if failures else ExitCode.DONE
+    progress = Progress(quiet=options.json)
+    model_dir = _model(options, progress)
+    with _Stage(model_dir, progress) as stage:
+        report, state = stage.play(options.instances)
+    failures = report.failures()
+    if options.json:
+        output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
+    else:
+        _print(report, state)
+    for failure in failures:
+        print(f"weight-broker: {failure}", file=sys.stderr)
+    return ExitCode.FAILED if failures else ExitCode.DONE
 
 
 class _Stage(Stage):
@@ -70,8 +70,9 @@ class _Stage(Stage):
     def play(self, count: int) -> tuple[DemoReport, State]:
         """Runs everything; returns what was measured and the broker's state while all instances were alive."""
         with self._progress.step("starting a broker"):
-            broker = Broker(self.runtime_directory, self.directory, WEIGHT_BROKER_CARDS_ENABLED="off")
-            self.processes.append(broker)
+            with held():
+                broker = Broker(self.runtime_directory, self.directory, WEIGHT_BROKER_CARDS_ENABLED="off")
+                self.processes.append(broker)
             broker.wait_until_ready()
         first = self._instance("instance 1", zero_copy=True)
         self._import([first])
@@ -101,8 +102,9 @@ class _Stage(Stage):
     def _instance(self, name: str, *, zero_copy: bool, broker: bool = True) -> Instance:
         directory = str(self.runtime_directory) if broker else None
         order = Order(name, str(self._model_dir), directory, zero_copy, _INSTANCE_SECONDS)
-        instance = Instance(order, self.directory)
-        self.processes.append(instance)
+        with held():
+            instance = Instance(order, self.directory)
+            self.processes.append(instance)
         return instance
 
     def _import(self, instances: list[Instance]) -> None:
