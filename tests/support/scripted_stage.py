@@ -40,7 +40,7 @@ def open_memfds() -> int:
 
 
 def assert_set(event: threading.Event) -> None:
-    assert event.wait(20)
+    assert event.wait(60)
 
 
 class Stage:
@@ -70,7 +70,7 @@ class Stage:
                 elif isinstance(step, pb.AcquireResponse):
                     yield step
                     if step.WhichOneof("event") == "granted":
-                        self.reports.append(self.broker.transfer_reports.get(timeout=20))
+                        self.reports.append(self.broker.transfer_reports.get(timeout=60))
                 else:
                     step()
 

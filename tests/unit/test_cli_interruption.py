@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,11 @@ def handlers_are_given_back() -> Iterator[None]:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def run(command: Callable[[], object]) -> None:
-    """Runs the command as the command line does."""
+def run(*steps: Callable[[], object]) -> None:
+    """Runs a command of these steps as the command line does."""
     with interruption.stoppable():
-        command()
+        for step in steps:
+            step()
 
 
 def wait_for_the_signal() -> None:
@@ -53,7 +55,7 @@ def wait_for_the_signal() -> None:
 @SIGNALS
 def test_a_signal_ends_the_command(number: signal.Signals) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(lambda: [signal.raise_signal(number), pytest.fail("it goes on")])
+        run(partial(signal.raise_signal, number), partial(pytest.fail, "it goes on"))
 
 
 @SIGNALS
@@ -62,14 +64,14 @@ def test_a_signal_during_an_import_ends_the_command_once_the_import_is_complete(
 ) -> None:
     monkeypatch.setattr("weight_broker.number_for_test", number, raising=False)
     with pytest.raises(KeyboardInterrupt):
-        run(lambda: [importlib.import_module(module), wait_for_the_signal()])
+        run(partial(importlib.import_module, module), wait_for_the_signal)
     assert sys.modules[module].complete
 
 
 def test_a_signal_during_the_last_import_is_not_forgotten(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("weight_broker.number_for_test", signal.SIGTERM, raising=False)
     with pytest.raises(KeyboardInterrupt):
-        run(lambda: importlib.import_module(module))
+        run(partial(importlib.import_module, module))
 
 
 def test_what_is_made_while_signals_are_held_is_noted_before_one_ends_the_command() -> None:
@@ -79,10 +81,9 @@ def test_what_is_made_while_signals_are_held_is_noted_before_one_ends_the_comman
         with interruption.held():
             signal.raise_signal(signal.SIGTERM)
             made.append("a process")
-        wait_for_the_signal()
 
     with pytest.raises(KeyboardInterrupt):
-        run(make)
+        run(make, wait_for_the_signal)
     assert made == ["a process"]
 
 

@@ -95,9 +95,9 @@ def test_a_killed_receiver_takes_no_source_from_anybody_and_leaves_nothing(scene
     receiver.kill()
     outcome = other.call(instance.acquire, "model")
     assert (outcome.error, outcome.source) == ("", "first")
-    eventually(lambda: not cards(scene.broker)["npu:1"].fetch_count, within=5)
+    eventually(lambda: not cards(scene.broker)["npu:1"].fetch_count)
     scene.cann.clear()
-    eventually(lambda: not scene.cann.used_bytes()[1], within=10)
+    eventually(lambda: not scene.cann.used_bytes()[1])
     assert first.call(instance.retract, "model").error == ""
     wait_until_idle(scene.broker)
 
@@ -155,10 +155,10 @@ def test_a_killed_broker_leaves_nobody_sure_of_the_memory_and_a_new_one_has_the_
     scene.broker.kill()
     outcome = acquiring(30)
     assert (outcome.error, outcome.touched, outcome.quiesced) == ("BrokerUnavailable", True, False)
-    eventually(lambda: not any(map(is_alive, children)), within=5)
+    eventually(lambda: not any(map(is_alive, children)))
     scene.cann.clear()
     scene.broker.start()
-    eventually(lambda: published_on(scene.broker) == [("first", "npu:0")], within=15)
+    eventually(lambda: published_on(scene.broker) == [("first", "npu:0")])
     other = scene.receiver("other", 2)
     outcome = other.call(instance.acquire, "model")
     assert (outcome.error, outcome.source) == ("", "first")
@@ -240,10 +240,10 @@ def test_a_worker_that_is_killed_costs_a_bounded_time_and_comes_back(
         outcome = receiver.call(instance.acquire, "model", timeout=50.0)
         assert time.monotonic() - begun < ENGINE_WAITS / 2
         assert (outcome.error, outcome.quiesced) == ("TransferFailed", True)
-        eventually(lambda: not scene.broker.host().datasystem_worker.reachable, within=5)
+        eventually(lambda: not scene.broker.host().datasystem_worker.reachable)
         same_card = scene.receiver("same card", 0)
         worker.start()
-        eventually(lambda: scene.broker.host().datasystem_worker.reachable, within=10)
+        eventually(lambda: scene.broker.host().datasystem_worker.reachable)
         assert published_on(scene.broker) == [("first", "npu:0")]
         for process in (receiver, same_card):
             eventually(partial(is_filled, process), within=60, every=0.5)

@@ -171,7 +171,7 @@ async def test_a_worker_ends_with_its_killed_broker_and_the_next_one_starts_clea
     assert is_running(pid)
     broker.kill()
     broker.wait()
-    await asyncio.to_thread(eventually, lambda: not is_running(pid), within=10)
+    await asyncio.to_thread(eventually, lambda: not is_running(pid))
     async with managed(state) as worker:
         await worker.start()
         assert await worker.wait_ready(START_SECONDS), worker.problem
