@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -91,8 +90,6 @@ async def test_a_worker_is_started_serves_and_is_gone_after_the_end(state: Path)
         pid = worker.pid
         assert os.readlink(f"/proc/{pid}/exe").endswith("/datasystem_worker")
         await asyncio.to_thread(round_trip, host, port)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < managed_worker.STOP_SECONDS + managed_worker.KILL_SECONDS
     assert not is_running(pid)
     assert not (state / "datasystem/worker.pid").exists()
 
