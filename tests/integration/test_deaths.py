@@ -39,7 +39,7 @@ def is_copying(reader: InstanceProcess) -> bool:
     return "/memfd:weight-broker" in Path(f"/proc/{reader.pid}/maps").read_text()
 
 
-def test_a_killed_publisher_leaves_every_listing_within_a_second(broker: BrokerProcess, start_instance: Start) -> None:
+def test_a_killed_publisher_leaves_every_listing(broker: BrokerProcess, start_instance: Start) -> None:
     publisher, other = start_instance("publisher"), start_instance("other")
     publisher.call(actions.publish, "model", 1)
     other.call(actions.publish, "other", 2)
@@ -62,9 +62,11 @@ def test_a_publisher_killed_while_it_is_read_does_not_break_the_reader(
     reader.call(actions.slow_copies, 0.05)
     reader.begin(actions.acquire, "model")
     eventually(lambda: is_copying(reader))
+    reader.process.send_signal(signal.SIGSTOP)  # in the middle
     publisher.kill()
     eventually(lambda: not broker.publications())
     assert broker.host().running_transfer_count == 1, "the reader was still reading"
+    reader.process.send_signal(signal.SIGCONT)
     reader.result()
     assert reader.call(actions.current) == actions.expected(1, count=16)
     eventually(lambda: broker.memfds() == 0)
@@ -79,6 +81,7 @@ def test_a_killed_reader_gives_its_slot_back(start_broker: Callable[..., BrokerP
     first.call(actions.slow_copies, 0.5)
     first.begin(actions.acquire, "model")
     eventually(lambda: broker.host().running_transfer_count == 1)
+    first.process.send_signal(signal.SIGSTOP)  # in the middle
     second.begin(actions.acquire, "model")
     eventually(lambda: broker.host().waiting_acquisition_count == 1)
     first.kill()
@@ -94,11 +97,13 @@ def test_a_retraction_waits_for_its_readers(broker: BrokerProcess, start_instanc
     reader.call(actions.slow_copies, 0.05)
     reader.begin(actions.acquire, "model")
     eventually(lambda: broker.host().running_transfer_count == 1)
-    publisher.begin(actions.retract_all)
+    reader.process.send_signal(signal.SIGSTOP)  # in the middle
+    publisher.begin(actions.retract_all, timeout=60.0)
     eventually(lambda: "STATE_RETRACTING" in str(broker.publications()))
     with pytest.raises(WeightsNotFound):
         late.call(actions.acquire, "model")
     assert broker.host().running_transfer_count == 1
+    reader.process.send_signal(signal.SIGCONT)
     publisher.result()
     assert broker.host().running_transfer_count == 0, "the retraction returned before its reader had ended"
     reader.result()
@@ -118,7 +123,7 @@ def test_nothing_leaks_over_many_deaths(broker: BrokerProcess, start_instance: S
         publisher.call(actions.publish, "model", 1)
         survivor.call(actions.acquire, "model")
         reader.call(actions.prepare)
-        reader.call(actions.slow_copies, 0.5)
+        reader.call(actions.slow_copies, 5.0)
         reader.begin(actions.acquire, "model")
         waiter.call(actions.prepare)
         waiter.call(actions.take_lease, "absent")
@@ -162,7 +167,9 @@ def test_a_broker_killed_while_a_reader_copies_costs_the_reader_nothing(
     reader.call(actions.slow_copies, 0.05)
     reader.begin(actions.acquire, "model")
     eventually(lambda: is_copying(reader))
+    reader.process.send_signal(signal.SIGSTOP)  # in the middle
     broker.kill()
+    reader.process.send_signal(signal.SIGCONT)
     reader.result()
     assert reader.call(actions.current) == actions.expected(1, count=16)
 
@@ -191,7 +198,7 @@ def test_a_second_broker_on_the_same_sockets_refuses_and_harms_nothing(
         env={**os.environ, "WEIGHT_BROKER_RUNTIME_DIRECTORY": str(broker.runtime_directory)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert second.returncode == 3
     assert str(broker.pid) in second.stderr, "it names who has the sockets"
@@ -215,7 +222,7 @@ def _wait_for_a_lease(broker: BrokerProcess, loader: InstanceProcess, waiting: I
     for instance in (loader, waiting):
         instance.call(actions.prepare)
     loader.call(actions.take_lease, "model")
-    waiting.begin(actions.acquire_or_load, "model", 1, timeout=170.0)
+    waiting.begin(actions.acquire_or_load, "model", 1, timeout=600.0)
     eventually(lambda: broker.host().waiting_acquisition_count == 1)
 
 
@@ -227,7 +234,7 @@ def test_a_broker_that_freezes_in_a_call_costs_less_than_the_whole_timeout(
     _wait_for_a_lease(broker, loader, waiting)
     os.kill(broker.pid, signal.SIGSTOP)
     try:
-        source, checksum, _ = waiting.result(75.0)
+        source, checksum, _ = waiting.result(120.0)
     finally:
         os.kill(broker.pid, signal.SIGCONT)
     assert (source, checksum) == ("disk", actions.expected(1))
@@ -239,7 +246,7 @@ def test_a_call_may_wait_for_longer_than_pings_take(broker: BrokerProcess, start
     _wait_for_a_lease(broker, loader, waiting)
     time.sleep(75)
     loader.call(actions.publish, "model", 1)
-    source, checksum, _ = waiting.result(30.0)
+    source, checksum, _ = waiting.result(60.0)
     assert (source, checksum) == ("peer", actions.expected(1))
 
 

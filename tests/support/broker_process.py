@@ -43,7 +43,7 @@ class BrokerProcess:
         """What the daemon has logged."""
         return self.log_path.read_text() if self.log_path.exists() else ""
 
-    def start(self, *, wait_seconds: float = 20.0) -> BrokerProcess:
+    def start(self, *, wait_seconds: float = 60.0) -> BrokerProcess:
         """Starts the daemon and waits until its attach socket accepts."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WEIGHT_BROKER_")}
         environment |= {"WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.runtime_directory), **self.environment}

@@ -122,7 +122,7 @@ class RawClient:
 def connect(runtime_directory: Path) -> socket.socket:
     """A connection to the attach socket, of a process that has not said anything yet."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(10)
+    connection.settimeout(60)
     while True:
         try:
             connection.connect(str(runtime_directory / "attach.sock"))

@@ -138,7 +138,7 @@ class Scene:
             self._own = self.client.publish("own", region_id="own")
         return pb.RetractRequest(publication_id=self._own.publication_id)
 
-    def settle(self, within: float = 5.0) -> None:
+    def settle(self, within: float = 60.0) -> None:
         """Waits until no transfer runs: the end of a call that was given up takes a moment to arrive."""
         eventually(lambda: not self.broker.host().running_transfer_count, within=within)
 

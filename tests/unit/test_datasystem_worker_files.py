@@ -21,7 +21,7 @@ from weight_brokerd.processes import start_time
 from weight_brokerd.runtime import StartError
 from weight_brokerd.settings import DatasystemSettings
 
-SECONDS = 10
+SECONDS = 60
 
 
 @pytest.fixture

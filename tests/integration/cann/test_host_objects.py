@@ -114,11 +114,9 @@ async def test_part_of_somebodys_memory_is_a_value(worker: DatasystemWorker, key
 async def test_the_worker_forgets_a_value_when_it_is_told_to(worker: DatasystemWorker, key: str) -> None:
     async with connected(worker) as host_objects:
         await host_objects.put(key, b"soon gone", ttl_seconds=1)
-        for _ in range(100):
-            if await host_objects.exists([key]) == [False]:
-                return
-            await asyncio.sleep(0.1)
-        pytest.fail("it is still there after 10 s")
+        async with asyncio.timeout(60):
+            while await host_objects.exists([key]) == [True]:
+                await asyncio.sleep(0.1)
 
 
 @on_a_loop
@@ -127,7 +125,7 @@ async def test_a_missing_object_is_told_at_once_and_harms_nothing(worker: Datasy
         assert await host_objects.exists([key]) == [False]
         pid = host_objects.pid
         with pytest.raises(ObjectNotFound, match=key):
-            await host_objects.get(key, timeout=2)
+            await host_objects.get(key, timeout=30)
         assert host_objects.pid == pid
         assert host_objects.problem == ""
 
@@ -173,7 +171,7 @@ async def test_requests_at_once_are_all_done(worker: DatasystemWorker, key: str)
 @on_a_loop
 async def test_the_check_stores_reads_and_deletes(worker: DatasystemWorker) -> None:
     async with connected(worker) as host_objects:
-        seconds = await host_objects.check(timeout=20)
+        seconds = await host_objects.check(timeout=60)
         assert seconds.keys() == {"put", "get", "delete"}
 
 
@@ -239,7 +237,7 @@ async def test_who_waits_behind_a_request_that_hangs_is_told_that_his_was_not_be
     async with connected(worker) as host_objects:
         await host_objects.exists([key])
         os.kill(host_objects.pid, signal.SIGSTOP)
-        first = asyncio.create_task(host_objects.put(key, b"x", timeout=2))
+        first = asyncio.create_task(host_objects.put(key, b"x", timeout=5))
         await asyncio.sleep(0.1)
         with pytest.raises(ObjectsTimeout, match="was not begun"):
             await host_objects.exists([key], timeout=0.2)
@@ -268,7 +266,7 @@ async def test_the_end_does_not_wait_for_a_request_that_hangs(worker: Datasystem
         os.kill(pid, signal.SIGSTOP)
         running = asyncio.create_task(host_objects.exists([key], timeout=60))
         await asyncio.sleep(0.1)
-        await asyncio.wait_for(host_objects.close(), 5)
+        await asyncio.wait_for(host_objects.close(), 30)
         with pytest.raises(ObjectError):
             await running
         assert is_gone(pid)
