@@ -89,7 +89,7 @@ async def until(condition: Callable[[], bool]) -> None:
         if condition():
             return
         await asyncio.sleep(0)
-    pytest.fail("the loop has nothing more to do, and it is not so")
+    pytest.fail("it does not come")
 
 
 async def takes_a_while_to_end(_: str) -> Mapping[str, float]:
