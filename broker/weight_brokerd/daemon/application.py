@@ -95,6 +95,7 @@ class Application:
         await self._end(server)
         if heartbeat is not None:
             heartbeat.cancel()
+        await _last_turns()
         log.info("stopped")
 
     # Parts
@@ -227,6 +228,14 @@ class Application:
         if self._metrics is not None:
             await self._metrics.close()
         self._directory.remove_sockets()
+
+
+async def _last_turns() -> None:
+    """Waits for what is left in the loop: a call that was cut off ends some turns after its server has, and gRPC logs a
+    failure, with a traceback, if the loop ends before it."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    if left:
+        await asyncio.wait(left, timeout=STOP_SECONDS)
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from weight_broker._version import __version__
 from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
+from weight_broker.cli.interruption import stoppable
 from weight_broker.errors import BrokerError
 
 _COMMANDS = {
@@ -26,11 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        # A command is imported when it is asked for: --help needs neither gRPC nor torch.
-        module = importlib.import_module(_COMMANDS.get(options.command, f"weight_broker.cli.{options.command}"))
-        code: int = module.run(options)
-        sys.stdout.flush()
-        return code
+        return _run_demo(options) if options.command == "demo" else _run(options)
     except CommandError as error:
         print(f"weight-broker: {error}", file=sys.stderr)
         return error.code
@@ -43,6 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone (`| head`). Without this Python complains again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
+
+
+def _run(options: argparse.Namespace) -> int:
+    # A command is imported when it is asked for: --help needs neither gRPC nor torch.
+    module = importlib.import_module(_COMMANDS.get(options.command, f"weight_broker.cli.{options.command}"))
+    code: int = module.run(options)
+    sys.stdout.flush()
+    return code
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    with stoppable():  # from the first import on, the longest of which are the demo's
+        return _run(options)
 
 
 def parser() -> argparse.ArgumentParser:

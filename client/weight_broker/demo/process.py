@@ -45,7 +45,8 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment | variables,
+                # What its libraries put among temporary files goes with the demo's, also if it is killed.
+                env=environment | {"TMPDIR": str(directory)} | variables,
                 start_new_session=True,
             )
 

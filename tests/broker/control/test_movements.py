@@ -89,6 +89,14 @@ def start(movements: Movements, moved: Transfer, events: Events) -> None:
     movements.start(moved, PLACE, PLACE, timeout=10.0, events=events)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    pytest.fail("it does not come")
+
+
 async def takes_a_while_to_end(_: str) -> Mapping[str, float]:
     """As a receiver that is killed: its end is awaited."""
     try:
@@ -117,19 +125,29 @@ def test_what_was_moved_is_told_once_and_touched() -> None:
 
 def test_the_next_source_begins_when_the_one_before_has_stopped_writing() -> None:
     async def run() -> None:
-        movements, plane, events = scene(takes_a_while_to_end)
+        killed = asyncio.Event()
+
+        async def ends_once_it_is_killed(_: str) -> Mapping[str, float]:
+            try:
+                await asyncio.sleep(600)
+            finally:
+                await killed.wait()
+            return {}
+
+        movements, plane, events = scene(ends_once_it_is_killed)
         first, second, third = transfer(1), transfer(2), transfer(3)
         start(movements, first, events)
-        await asyncio.sleep(0.01)
+        await until(lambda: plane.writing == 1)
         movements.stop(first)
         start(movements, second, events)
         movements.stop(second)  # it never began
         start(movements, third, events)
         assert movements.is_moving("acquisition-1")
-        await asyncio.sleep(0.02)
+        for _ in range(100):
+            await asyncio.sleep(0)
         assert plane.begun == ["transfer-1"], "the killed receiver may still write"
-        await asyncio.sleep(0.1)
-        assert plane.begun == ["transfer-1", "transfer-3"]
+        killed.set()
+        await until(lambda: plane.begun == ["transfer-1", "transfer-3"])
         assert plane.most_writing == 1
         await movements.forget("acquisition-1")
         assert plane.writing == 0
@@ -150,7 +168,7 @@ def test_a_memory_that_somebody_may_write_to_is_never_filled_again() -> None:
         movements, plane, events = scene(clings)
         first = transfer(1)
         start(movements, first, events)
-        await asyncio.sleep(0.01)
+        await until(lambda: plane.writing == 1)
         movements.stop(first)
         start(movements, transfer(2), events)
         await movements.settled("acquisition-1")
@@ -178,10 +196,8 @@ def test_a_failure_is_told_with_what_it_touched_and_may_be_answered_with_the_nex
 
         events.on_failure = failed
         start(movements, transfer(1), events)
-        await asyncio.sleep(0.01)
-        await movements.settled("acquisition-1")
+        await until(lambda: events.moved_ids == ["transfer-2"])
         assert events.failures == [("transfer-1", touched, True)]
-        assert events.moved_ids == ["transfer-2"]
 
     asyncio.run(run())
 
@@ -204,8 +220,7 @@ def test_acquisitions_do_not_wait_for_each_other_and_all_end_with_the_broker() -
         movements, plane, events = scene(takes_a_while_to_end)
         for number in range(3):
             start(movements, transfer(number, f"acquisition-{number}"), events)
-        await asyncio.sleep(0.01)
-        assert plane.writing == 3
+        await until(lambda: plane.writing == 3)
         await movements.close()
         assert plane.writing == 0
 
@@ -217,7 +232,7 @@ def test_memory_is_left_when_what_was_stopped_has_ended() -> None:
         movements, plane, events = scene(takes_a_while_to_end)
         first = transfer(1)
         start(movements, first, events)
-        await asyncio.sleep(0.01)
+        await until(lambda: plane.writing == 1)
         movements.stop(first)
         assert plane.writing == 1
         await movements.readers_gone(SOURCE)

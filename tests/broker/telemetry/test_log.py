@@ -137,13 +137,13 @@ def make_server(metrics: Metrics, socket: Path) -> grpc.aio.Server:
 
 def call(channel: grpc.Channel, method: str) -> object:
     return channel.unary_unary(f"/{SERVICE}/{method}", pb.GetHostRequest.SerializeToString)(
-        pb.GetHostRequest(), timeout=5
+        pb.GetHostRequest(), timeout=60
     )
 
 
 def call_stream(channel: grpc.Channel, method: str) -> Any:
     return channel.unary_stream(f"/{SERVICE}/{method}", pb.GetHostRequest.SerializeToString)(
-        pb.GetHostRequest(), timeout=5
+        pb.GetHostRequest(), timeout=60
     )
 
 

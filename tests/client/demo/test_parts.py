@@ -127,7 +127,7 @@ def test_two_that_write_at_once_both_get_a_whole_model(tmp_path: Path) -> None:
             nonlocal waited
             if not waited:
                 waited = True
-                together.wait(30)
+                together.wait(60)
 
         found.append(ensure_checkpoint(SIZE, report, directory=tmp_path))
 

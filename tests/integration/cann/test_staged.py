@@ -47,7 +47,7 @@ def test_what_cannot_be_mapped_is_staged_bit_for_bit(
     assert second.call(instance.digest, "model") == first.call(instance.digest, "model")
     assert first.call(instance.retract, "model").error == ""
     wait_until_idle(broker)
-    eventually(lambda: not first.call(instance.stage_threads) and not second.call(instance.stage_threads), within=5)
+    eventually(lambda: not first.call(instance.stage_threads) and not second.call(instance.stage_threads))
     assert "imports" not in {**first.live, **second.live}
     assert device_host.cann.violations() == []
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from weight_broker.cli import output, status, text
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.demo import checkpoint as demo_checkpoint
 from weight_broker.demo import page_cache
@@ -25,7 +26,7 @@ from weight_broker.demo.npu import memory as npu_memory
 from weight_broker.demo.npu.report import LEGEND, CardReport
 from weight_broker.demo.orders import CardOrder, CardResult
 from weight_broker.demo.process import Answering, Broker
-from weight_broker.demo.scene import Scene, stoppable
+from weight_broker.demo.scene import Scene
 from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_files
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
@@ -41,28 +42,27 @@ _WORKER_VARIABLES = ("DS_WORKER_ADDR", "WEIGHT_BROKER_DATASYSTEM_WORKER_ADDRESS"
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Runs the demo on cards and prints what it measured."""
-    with stoppable():
-        progress = Progress(quiet=options.json)
-        framework = framework_of(options.framework)
-        model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
-        with CardStage(model_dir, framework, progress) as stage:
-            stage.start(options.instances)
-            report, state = stage.play()
-        failures = report.failures()
-        if options.json:
-            output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
-        else:
-            console = output.console()
-            for part in (report.table(), report.cold_sentence(), LEGEND):
-                console.print(part)
-            if not failures:
-                console.print(report.verdict(), style="bold green")
-            console.print("\nweight-broker status, while all of them were alive:", style="bold")
-            for one in status.renderables(state):
-                console.print(one)
-        for failure in failures:
-            print(f"weight-broker: {failure}", file=sys.stderr)
-        return ExitCode.FAILED if failures else ExitCode.DONE
+    progress = Progress(quiet=options.json)
+    framework = framework_of(options.framework)
+    model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
+    with CardStage(model_dir, framework, progress) as stage:
+        stage.start(options.instances)
+        report, state = stage.play()
+    failures = report.failures()
+    if options.json:
+        output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
+    else:
+        console = output.console()
+        for part in (report.table(), report.cold_sentence(), LEGEND):
+            console.print(part)
+        if not failures:
+            console.print(report.verdict(), style="bold green")
+        console.print("\nweight-broker status, while all of them were alive:", style="bold")
+        for one in status.renderables(state):
+            console.print(one)
+    for failure in failures:
+        print(f"weight-broker: {failure}", file=sys.stderr)
+    return ExitCode.FAILED if failures else ExitCode.DONE
 
 
 def framework_of(wanted: str) -> str:
@@ -108,8 +108,9 @@ def start_broker(stage: Scene) -> Broker:
     settings = {"WEIGHT_BROKER_CARDS_ENABLED": "on"}
     if not any(os.environ.get(name) for name in _WORKER_VARIABLES):
         settings["WEIGHT_BROKER_DATASYSTEM_MANAGED"] = "true"
-    broker = Broker(stage.runtime_directory, stage.directory, **settings)
-    stage.processes.append(broker)
+    with held():
+        broker = Broker(stage.runtime_directory, stage.directory, **settings)
+        stage.processes.append(broker)
     broker.wait_until_ready()
     return broker
 
@@ -233,8 +234,9 @@ class CardStage(Scene):
     def _instance(self, name: str, card: int, *, broker: bool = True) -> CardInstance:
         directory = str(self.runtime_directory) if broker else None
         order = CardOrder(name, card, str(self._model_dir), directory, self._framework, _SECONDS)
-        instance = CardInstance(order, self.directory)
-        self.processes.append(instance)
+        with held():
+            instance = CardInstance(order, self.directory)
+            self.processes.append(instance)
         return instance
 
     def _open(self, instances: list[CardInstance]) -> None:
