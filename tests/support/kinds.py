@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from weight_brokerd.core.model import Limits
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.kinds.host.kind import HostKind
 from weight_brokerd.kinds.host.regions import RegionTable
-from weight_brokerd.kinds.kind import KindEvents
+from weight_brokerd.kinds.kind import Kind, KindEvents
 from weight_brokerd.kinds.npu.kind import NpuKind
 from weight_brokerd.kinds.registry import Kinds
 
@@ -43,6 +44,9 @@ class ServingStages(Stages):
         self.instances = set(instances)
         self.asked: list[tuple[str, str]] = []
         """(instance, what) of every request."""
+        self.gate: asyncio.Event | None = None
+        """No instance copies before it is set."""
+        self.moving = 0
 
     def has(self, instance_id: str) -> bool:
         return instance_id in self.instances
@@ -50,7 +54,14 @@ class ServingStages(Stages):
     async def ask(self, instance_id: str, request: attach_pb2.StageRequest, timeout: float) -> None:
         if instance_id not in self.instances:
             raise StageGone("it has no stage connection")
-        self.asked.append((instance_id, request.WhichOneof("request") or ""))
+        what = request.WhichOneof("request") or ""
+        self.asked.append((instance_id, what))
+        if what == "copy_chunk" and self.gate is not None:
+            self.moving += 1
+            try:
+                await self.gate.wait()
+            finally:
+                self.moving -= 1
 
 
 class QuietWorker:
@@ -95,3 +106,16 @@ def host_driver(
         kinds=Kinds([HostKind(table)]),
         stages=Stages(lambda _instance_id, _why: None),
     )
+
+
+def driver_of(*kinds: Kind, stages: Stages | None = None) -> tuple[Driver, Kinds]:
+    """A broker without sockets that serves these kinds."""
+    served = Kinds(kinds)
+    driver = Driver(
+        coordinator=Coordinator(host_id="host", limits=Limits()),
+        regions=RegionTable(regions_per_instance=8),
+        directory=memory_directory(),
+        kinds=served,
+        stages=stages or ServingStages(),
+    )
+    return driver, served

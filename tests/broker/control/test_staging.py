@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from support.asynchronous import on_a_loop
-from support.kinds import RecordedEvents, ServingStages, memory_directory, npu_kind
+from support.kinds import RecordedEvents, ServingStages, driver_of, npu_kind
 from support.scripted_cards import ScriptedCards
 from weight_broker.errors import PublishRefused, Reason
 from weight_broker.key import ParallelRank, WeightSetKey
@@ -18,12 +18,11 @@ from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.control.broker import Driver
 from weight_brokerd.control.mailboxes import AcquisitionEvent, Granted, Mailbox, Moved
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.coordinator import STAGE_INSTEAD, Coordinator
+from weight_brokerd.core.coordinator import STAGE_INSTEAD
 from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
     IfAbsent,
-    Limits,
     Offer,
     Publication,
     PublicationState,
@@ -31,7 +30,6 @@ from weight_brokerd.core.model import (
     TransferPath,
 )
 from weight_brokerd.dataplane.plane import Place, StagedBy
-from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.published import PublishedMemory
 from weight_brokerd.kinds.registry import Kinds
 
@@ -99,14 +97,7 @@ def place(name: str, card: str, stage_owner: str = "") -> Place:
 
 async def scene(path: str = "auto") -> Scene:
     cards, stages = ScriptedCards(*CARDS), ServingStages()
-    kinds = Kinds([npu_kind(cards, stages, RecordedEvents(), path)])
-    driver = Driver(
-        coordinator=Coordinator(host_id="host", limits=Limits()),
-        regions=RegionTable(regions_per_instance=8),
-        directory=memory_directory(),
-        kinds=kinds,
-        stages=stages,
-    )
+    driver, kinds = driver_of(npu_kind(cards, stages, RecordedEvents(), path), stages=stages)
     kinds.start()
     await kinds.ready("npu")
     return Scene(driver, cards, stages, kinds)
