@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from weight_brokerd.cards.configuration import CardsConfiguration
-from weight_brokerd.cards.errors import CardRefused, CardTimeout, ImportRefused
+from weight_brokerd.cards.errors import CardError, CardRefused, CardTimeout, ImportRefused
 from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.cards.messages import Done, ImportRegion, Request
@@ -52,6 +52,8 @@ class ScriptedCards:
         """Regions that the driver does not let go of."""
         self.gate: asyncio.Event | None = None
         """Nothing moves before it is set."""
+        self.failure: CardError | None = None
+        """How the next movements end."""
         self.moved: list[str] = []
         """What was moved, by the name of the call, in order."""
         self.moving = 0
@@ -94,6 +96,8 @@ class ScriptedCards:
 
     async def pause(self) -> None:
         """While bytes move."""
+        if self.failure is not None:
+            raise self.failure
         self.moving += 1
         try:
             await (self.gate.wait() if self.gate is not None else asyncio.sleep(0))

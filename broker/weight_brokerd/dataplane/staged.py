@@ -15,6 +15,7 @@ from typing import Protocol
 
 import structlog
 
+from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
@@ -322,7 +323,7 @@ class _Job:
     async def _open(self, side: _StagedSide) -> None:
         region = weight_set_pb2.Region(
             region_id=side.bucket.region_id,
-            device_kind=weight_set_pb2.DEVICE_KIND_NPU,
+            device_kind=weight_set_pb2.DeviceKind.ValueType(TRAITS[self.destination.kind].wire_number),
             size_bytes=side.bucket.size_bytes,
             device_id=self.destination.device_id if side.cause is FailureCause.RECEIVER else self._source.device_id,
             npu_allocation=weight_set_pb2.NpuAllocation(export_key=bytes.fromhex(side.bucket.export_key)),

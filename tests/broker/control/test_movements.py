@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
+from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.control.movements import Movements
 from weight_brokerd.core.model import DataPlane, FailureCause, TransferPath
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.sources import Holder
 from weight_brokerd.core.transfers import Transfer
-from weight_brokerd.dataplane.plane import MoveFailed, Place, PlaneName
+from weight_brokerd.dataplane.plane import MoveFailed, Place, PlaneName, StagedBy
 
 LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
 PLACE = Place("npu", "npu:0", (), ((0, 0),))
@@ -238,5 +239,51 @@ def test_memory_is_left_when_what_was_stopped_has_ended() -> None:
         await movements.readers_gone(SOURCE)
         assert plane.writing == 0
         await movements.readers_gone(SOURCE)
+
+    asyncio.run(run())
+
+
+def both(owner: str = "b") -> Place:
+    """A receiver that may be mapped and offers to copy."""
+    return replace(PLACE, regions=(ImportRegion("r", 8),), stage=StagedBy(owner, "s"))
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_what_needs_staging_is_moved_again_by_the_staged_route(touched: bool) -> None:
+    async def refuses_first(_: str) -> Mapping[str, float]:
+        if len(plane.begun) == 1:
+            raise MoveFailed("507899", cause=FailureCause.RECEIVER, touched=touched, needs_staging=True)
+        return {"transfer": 1.0}
+
+    routes: list[tuple[bool, bool]] = []
+    plane, events = Plane(refuses_first), Events()
+
+    def route(source: Place, destination: Place) -> Plane:
+        routes.append((source.is_staged, destination.is_staged))
+        return plane
+
+    async def run() -> None:
+        movements = Movements(route)
+        movements.start(transfer(1), PLACE, both(), timeout=10.0, events=events)
+        await movements.settled("acquisition-1")
+        assert routes == [(False, False), (False, True)]
+        assert (events.staged_ids, events.moved_ids, events.failures) == (["transfer-1"], ["transfer-1"], [])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("destination", "quiesced"), [(both(), False), (PLACE, True)], ids=["somebody may write", "nobody copies"]
+)
+def test_what_cannot_be_staged_fails_as_it_is(destination: Place, quiesced: bool) -> None:
+    async def refuses(_: str) -> Mapping[str, float]:
+        raise MoveFailed("507899", cause=FailureCause.RECEIVER, touched=False, quiesced=quiesced, needs_staging=True)
+
+    async def run() -> None:
+        movements, plane, events = scene(refuses)
+        movements.start(transfer(1), PLACE, destination, timeout=10.0, events=events)
+        await movements.settled("acquisition-1")
+        assert (plane.begun, events.staged_ids) == (["transfer-1"], [])
+        assert events.failures == [("transfer-1", False, quiesced)]
 
     asyncio.run(run())

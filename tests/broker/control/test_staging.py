@@ -146,7 +146,7 @@ async def test_a_publisher_that_offered_no_stage_is_told_to_ask_again_where_that
 
 
 @on_a_loop
-async def test_a_publication_whose_instance_stops_copying_meanwhile_is_lost() -> None:
+async def test_a_publication_whose_instance_stops_copying_meanwhile_is_refused() -> None:
     host = await scene()
     host.cards.refused = {"source"}
     instance_id = host.attach("holder")
