@@ -74,7 +74,7 @@ def key_to_wire(key: WeightSetKey) -> pb.WeightSetKey:
         quantization=key.quantization,
         role=_ROLE_VALUES[key.role],
         stage=_STAGE_VALUES[key.stage],
-        rank=pb.ParallelRank(**{one.name: getattr(key.rank, one.name) for one in fields(key.rank)}),
+        rank=pb.ParallelRank(**{item.name: getattr(key.rank, item.name) for item in fields(key.rank)}),
         engine_attributes=[pb.EngineAttribute(name=name, value=value) for name, value in key.engine_attributes.items()],
     )
 
@@ -99,7 +99,7 @@ def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
         quantization=message.quantization,
         role=role,
         stage=stage,
-        rank=ParallelRank(**{one.name: getattr(message.rank, one.name) for one in fields(ParallelRank)}),
+        rank=ParallelRank(**{item.name: getattr(message.rank, item.name) for item in fields(ParallelRank)}),
         engine_attributes=attributes,
     )
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -110,6 +109,7 @@ class Mapper(OnHost):
 class OnDevice(Case):
     """The broker's part is played by this object: it writes to the memory."""
 
+    granted_path: resources_pb2.TransferPath.ValueType | None = None
     staging = StagingPolicy.DIRECT
 
     def __init__(self, acl: Acl) -> None:
@@ -122,7 +122,8 @@ class OnDevice(Case):
         self.digests = digests_to_wire(kind.digests(published))
 
     def bring(self, value: int, deadline: float) -> Received:
-        message = pb.Granted(transfer_id="transfer-1", path=self.path, digests=[self.digests])
+        path = self.granted_path or self.path
+        message = pb.Granted(transfer_id="transfer-1", path=path, digests=[self.digests])
         assert self.destination.take(message, _no_claim, deadline) is None
         self.memory.fill(value)
         return self.destination.verify(message, pb.Moved(size_bytes=SIZE_BYTES), deadline)
@@ -143,6 +144,29 @@ class Staged(OnDevice):
     staging = StagingPolicy.STAGED
 
 
+class Either(OnDevice):
+    """The broker may pick, and maps the memory."""
+
+    path = resources_pb2.TRANSFER_PATH_COPY
+    staging = StagingPolicy.AUTO
+
+
+class EitherStaged(Either):
+    """The broker may pick, and its card refuses to map the memory."""
+
+    granted_path = resources_pb2.TRANSFER_PATH_STAGED
+
+
+class EitherUnexported(Staged):
+    """The driver exports nothing."""
+
+    staging = StagingPolicy.AUTO
+
+    def __init__(self, acl: Acl) -> None:
+        super().__init__(acl)
+        acl.refuses_exports = True
+
+
 @pytest.fixture
 def acl(monkeypatch: pytest.MonkeyPatch) -> Acl:
     driver = Acl()
@@ -160,11 +184,15 @@ def session() -> Session:
     return cast(Session, SimpleNamespace(stage=stage))
 
 
-@pytest.fixture(params=[Filler, Mapper, Direct, Staged])
+@pytest.fixture(params=[Filler, Mapper, Direct, Staged, Either, EitherStaged, EitherUnexported])
 def case(request: pytest.FixtureRequest, acl: Acl) -> Any:
-    made = request.param(acl) if issubclass(request.param, OnDevice) else request.param()
-    yield made
-    made.close()
+    case = made(request.param, acl)
+    yield case
+    case.close()
+
+
+def made(kind_of_case: type[Case], acl: Acl) -> Case:
+    return kind_of_case(acl) if issubclass(kind_of_case, OnDevice) else kind_of_case()
 
 
 def _region(value: int) -> HostRegion:
@@ -188,8 +216,8 @@ def asked(case: Case, session: Session) -> pb.AcquireRequest:
 def test_the_request_says_how_the_bytes_are_to_come(case: Case, session: Session) -> None:
     request = asked(case, session)
     assert request.path == case.path
-    assert (len(request.regions) > 0) is isinstance(case, Direct)
-    assert (request.stage_id != "") is isinstance(case, Staged)
+    assert (len(request.regions) > 0) is isinstance(case, Direct | Either)
+    assert (request.stage_id != "") is isinstance(case, Staged | Either)
 
 
 def test_it_can_be_asked_for_again_in_another_session(case: Case, session: Session) -> None:
@@ -278,11 +306,13 @@ def test_memory_that_stays_mapped_is_not_quiesced_until_it_is_let_go(acl: Acl, s
     assert case.is_clean()
 
 
-@pytest.mark.parametrize(("kind_of_case", "is_filled_here"), [(Direct, False), (Staged, True)])
-def test_a_destination_knows_whether_the_broker_writes(
-    acl: Acl, session: Session, kind_of_case: type[OnDevice], is_filled_here: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind_of_case", "is_only_writer"), [(Filler, True), (Mapper, True), (Direct, False), (Staged, True)]
+)
+def test_a_destination_knows_whether_only_this_process_writes(
+    acl: Acl, session: Session, kind_of_case: type[Case], is_only_writer: bool
 ) -> None:
-    case = kind_of_case(acl)
+    case = made(kind_of_case, acl)
     asked(case, session)
-    assert case.destination.is_filled_here is is_filled_here
-    case.destination.close()
+    assert case.destination.stop() is is_only_writer
+    case.close()

@@ -67,8 +67,3 @@ class Memory:
     def content(self) -> bytes:
         """All of it."""
         return ctypes.string_at(self.base, PAGE_BYTES)
-
-
-def tensors(fill: int = 0) -> dict[str, DeviceTensor]:
-    """One tensor of a page."""
-    return {"w": Memory(fill).tensor()}

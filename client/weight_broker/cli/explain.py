@@ -128,10 +128,10 @@ def _print(answer: pb.ExplainResponse) -> None:
             console.print(f"  {name}: {text.plain(value)}", soft_wrap=True)
     if answer.candidates:
         table = output.table("Candidates", "publication|instance|host|generation|>readers|verdict")
-        for one in answer.candidates:
-            source = one.publication
-            refusal = text.state(pb.Candidate.Refusal.Name(one.refusal)).replace("unspecified", "")
-            verdict = "chosen" if one.chosen else f"{refusal}: {one.detail}" if refusal else "could serve"
+        for candidate in answer.candidates:
+            source = candidate.publication
+            refusal = text.state(pb.Candidate.Refusal.Name(candidate.refusal)).replace("unspecified", "")
+            verdict = "chosen" if candidate.chosen else f"{refusal}: {candidate.detail}" if refusal else "could serve"
             table.add_row(
                 source.publication_id,
                 text.plain(source.instance_name or source.instance_id),

@@ -57,14 +57,14 @@ def _run_demo(options: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    command_line = argparse.ArgumentParser(
         prog="weight-broker",
         description="Shows and administers this host's weight broker.",
         epilog=EXIT_CODES_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--version", action="version", version=f"weight-broker {__version__}")
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command_line.add_argument("--version", action="version", version=f"weight-broker {__version__}")
+    commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_status(commands)
     _add_explain(commands)
     _add(commands, "watch", "print the state, then every change as it happens")
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     _add_evict(commands)
     _add_quarantine(commands)
     _add_demo(commands)
-    return made
+    return command_line
 
 
 _Commands = argparse._SubParsersAction  # argparse has no public name for it

@@ -25,8 +25,8 @@ def run(options: argparse.Namespace) -> ExitCode:
         output.print_json(state_to_json(state))
     else:
         console = output.console()
-        for one in renderables(state):
-            console.print(one)
+        for row in renderables(state):
+            console.print(row)
     return ExitCode.DONE
 
 
@@ -34,10 +34,10 @@ def state_to_json(state: State) -> dict[str, Any]:
     """The state in protobuf's JSON form, and `residency`: which instance has what on which device."""
     return {
         "host": output.message_to_json(state.host),
-        "weight_sets": [output.message_to_json(one) for one in state.weight_sets],
-        "instances": [output.message_to_json(one) for one in state.instances],
-        "cold_load_leases": [output.message_to_json(one) for one in state.leases],
-        "transfers": [output.message_to_json(one) for one in state.transfers],
+        "weight_sets": [output.message_to_json(row) for row in state.weight_sets],
+        "instances": [output.message_to_json(row) for row in state.instances],
+        "cold_load_leases": [output.message_to_json(row) for row in state.leases],
+        "transfers": [output.message_to_json(row) for row in state.transfers],
         "residency": status_cards.residency(state),
     }
 
@@ -49,7 +49,7 @@ def renderables(state: State) -> list[RenderableType]:
     tables = [_weight_sets(state), _publications(state), _instances(state), _leases(state), _transfers(state)]
     found: list[RenderableType] = [Text(host_line(state.host), style="bold red" if state.host.draining else "")]
     found += status_cards.renderables(state)
-    found += [one for one in tables if one.row_count]
+    found += [row for row in tables if row.row_count]
     return found
 
 
@@ -67,19 +67,19 @@ def host_line(host: pb.Host) -> str:
 
 def _weight_sets(state: State) -> Any:
     table = output.table("Weight sets", "id|model|revision|dtype|rank|>size|>sources|>waiting|loading")
-    for one in state.weight_sets:
-        resident = [source for source in one.publications if source.state == pb.Publication.STATE_RESIDENT]
-        largest = max((source.size_bytes for source in one.publications), default=0)
+    for row in state.weight_sets:
+        resident = [source for source in row.publications if source.state == pb.Publication.STATE_RESIDENT]
+        largest = max((source.size_bytes for source in row.publications), default=0)
         table.add_row(
-            one.weight_set_id[:_SHORT_ID],
-            text.plain(one.key.model),
-            text.plain(one.key.revision)[:_SHORT_ID],
-            text.plain(one.key.dtype),
-            rank(one),
-            text.size(largest) if one.publications else "",
+            row.weight_set_id[:_SHORT_ID],
+            text.plain(row.key.model),
+            text.plain(row.key.revision)[:_SHORT_ID],
+            text.plain(row.key.dtype),
+            rank(row),
+            text.size(largest) if row.publications else "",
             str(len(resident)),
-            str(one.waiting_count),
-            text.plain(one.cold_load_lease.instance_name or one.cold_load_lease.instance_id),
+            str(row.waiting_count),
+            text.plain(row.cold_load_lease.instance_name or row.cold_load_lease.instance_id),
         )
     return table
 
@@ -87,67 +87,67 @@ def _weight_sets(state: State) -> Any:
 def _publications(state: State) -> Any:
     table = output.table("Publications", "id|weight set|instance|state|memory|>tensors|>readers|>served|>age")
     for weight_set in state.weight_sets:
-        for one in weight_set.publications:
-            reason = f": {text.plain(one.quarantine_reason)}" if one.quarantine_reason else ""
+        for row in weight_set.publications:
+            reason = f": {text.plain(row.quarantine_reason)}" if row.quarantine_reason else ""
             table.add_row(
-                one.publication_id,
-                one.weight_set_id[:_SHORT_ID],
-                text.plain(one.instance_name or one.instance_id),
-                text.state(pb.Publication.State.Name(one.state)) + reason,
-                status_cards.device(one),
-                str(one.tensor_count),
-                f"{one.reader_count}/{one.reader_limit}",
-                str(one.served_count),
-                text.age(age_seconds(one.publish_time.ToNanoseconds() / 1e9)),
+                row.publication_id,
+                row.weight_set_id[:_SHORT_ID],
+                text.plain(row.instance_name or row.instance_id),
+                text.state(pb.Publication.State.Name(row.state)) + reason,
+                status_cards.device(row),
+                str(row.tensor_count),
+                f"{row.reader_count}/{row.reader_limit}",
+                str(row.served_count),
+                text.age(age_seconds(row.publish_time.ToNanoseconds() / 1e9)),
             )
     return table
 
 
 def _instances(state: State) -> Any:
     table = output.table("Instances", "id|name|>pid|>uid|state|>publications|>attached for")
-    for one in state.instances:
+    for row in state.instances:
         table.add_row(
-            one.instance_id,
-            text.plain(one.name),
-            str(one.pid) if one.pid else "?",
-            str(one.uid),
-            text.state(pb.Instance.State.Name(one.state)),
-            str(one.publication_count),
-            text.age(age_seconds(one.attach_time.ToNanoseconds() / 1e9)),
+            row.instance_id,
+            text.plain(row.name),
+            str(row.pid) if row.pid else "?",
+            str(row.uid),
+            text.state(pb.Instance.State.Name(row.state)),
+            str(row.publication_count),
+            text.age(age_seconds(row.attach_time.ToNanoseconds() / 1e9)),
         )
     return table
 
 
 def _leases(state: State) -> Any:
     table = output.table("Cold-load leases", "weight set|holder|>fencing token|>held for|>ends in")
-    for one in state.leases:
+    for row in state.leases:
         table.add_row(
-            one.weight_set_id[:_SHORT_ID],
-            text.plain(one.instance_name or one.instance_id),
-            str(one.fencing_token),
-            text.age(age_seconds(one.acquire_time.ToNanoseconds() / 1e9)),
-            text.age(max(one.expire_time.ToNanoseconds() / 1e9 - time.time(), 0.0)),
+            row.weight_set_id[:_SHORT_ID],
+            text.plain(row.instance_name or row.instance_id),
+            str(row.fencing_token),
+            text.age(age_seconds(row.acquire_time.ToNanoseconds() / 1e9)),
+            text.age(max(row.expire_time.ToNanoseconds() / 1e9 - time.time(), 0.0)),
         )
     return table
 
 
 def _transfers(state: State) -> Any:
-    names = {one.instance_id: text.plain(one.name or one.instance_id) for one in state.instances}
+    names = {row.instance_id: text.plain(row.name or row.instance_id) for row in state.instances}
     table = output.table("Transfers, newest first", "id|weight set|from|to|by|path|state|>size|>duration|failure")
-    for one in state.transfers:
-        begun, ended = one.start_time.ToNanoseconds() / 1e9, one.end_time.ToNanoseconds() / 1e9
-        duration = ended - begun if one.HasField("end_time") else age_seconds(begun)
+    for row in state.transfers:
+        begun, ended = row.start_time.ToNanoseconds() / 1e9, row.end_time.ToNanoseconds() / 1e9
+        duration = ended - begun if row.HasField("end_time") else age_seconds(begun)
         table.add_row(
-            one.transfer_id,
-            one.weight_set_id[:_SHORT_ID],
-            names.get(one.source_instance_id, one.source_instance_id),
-            names.get(one.receiver_instance_id, one.receiver_instance_id),
-            text.state(pb.DataPlane.Name(one.data_plane)).removeprefix("plane "),
-            path_name(one.path),
-            text.state(pb.Transfer.State.Name(one.state)),
-            text.size(one.size_bytes),
+            row.transfer_id,
+            row.weight_set_id[:_SHORT_ID],
+            names.get(row.source_instance_id, row.source_instance_id),
+            names.get(row.receiver_instance_id, row.receiver_instance_id),
+            text.state(pb.DataPlane.Name(row.data_plane)).removeprefix("plane "),
+            path_name(row.path),
+            text.state(pb.Transfer.State.Name(row.state)),
+            text.size(row.size_bytes),
             text.seconds(max(duration, 0.0)),
-            text.plain(one.failure),
+            text.plain(row.failure),
         )
     return table
 

@@ -21,6 +21,7 @@ from weight_broker.memory.policy import StagingPolicy
 if TYPE_CHECKING:
     from weight_broker.connection.attach import AttachConnection
     from weight_broker.connection.session import Session
+    from weight_broker.v1 import resources_pb2
     from weight_broker.v1 import weight_broker_service_pb2 as service_pb
     from weight_broker.v1 import weight_set_pb2 as pb
 
@@ -92,6 +93,9 @@ class Shared(Protocol):
     def stage(self, session: Session) -> pb.StagedMemory | None:
         """Serves the memory in this session and returns its name there; None if this process copies nothing."""
 
+    def note(self, publication: resources_pb2.Publication) -> None:
+        """The broker's answer: it says in which way the broker reads the memory."""
+
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
         """Gives the broker what it needs beside the message to reach a region."""
 
@@ -113,10 +117,6 @@ class Destination(Protocol):
     def grace_seconds(self) -> float:
         """How long the broker may take after the deadline to end its writing; 0 where it never writes."""
 
-    @property
-    def is_filled_here(self) -> bool:
-        """Whether only this process writes to the memory: nothing does once it has stopped."""
-
     def fill_request(self, request: service_pb.AcquireRequest, session: Session) -> None:
         """Says where the bytes are to go; exports the memory if the broker writes to it. May be called again, for a new
         session. Raises `TransferFailed`."""
@@ -128,6 +128,10 @@ class Destination(Protocol):
     def verify(self, granted: service_pb.Granted, moved: service_pb.Moved, deadline: float) -> Received:
         """Compares what the broker brought with what was published. Raises `IntegrityError`, `TransferFailed`,
         `AcquireTimeout`."""
+
+    def stop(self) -> bool:
+        """Ends what this process itself writes to the memory. True if nothing else writes to it: `close` may follow
+        although the broker does not know."""
 
     def keep(self) -> Shared:
         """What arrived, to be published again; its `close` is the caller's from here on."""

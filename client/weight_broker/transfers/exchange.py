@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from weight_broker.connection.session import Attachment, Session
-from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
+from weight_broker.errors import BrokerError, InvalidArgument
 from weight_broker.key import WeightSetKey
-from weight_broker.kinds import TRAITS
-from weight_broker.memory.described import DescribedTensors
-from weight_broker.memory.kind import Destination, Prepared, Shared, Terms, kind_of
-from weight_broker.memory.policy import StagingPolicy
+from weight_broker.memory.kind import Destination, Shared, Terms, kind_of
 from weight_broker.transfers.lease import ColdLoadLease
 from weight_broker.transfers.publication import Publication
 from weight_broker.transfers.report import AcquireReport, AttachedTensors
@@ -30,7 +26,6 @@ PUBLISH_TIMEOUT_SECONDS = 60.0
 Framework = Literal["torch", "numpy"]
 IfAbsent = Literal["fail", "wait", "load"]
 """What to do if nobody holds the weight set."""
-_logger = logging.getLogger("weight_broker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +75,8 @@ class Exchange:
         described = describe(tensors)
         described.require_writable()
         phases = {"describe": time.monotonic() - begun}
-        kind, touched = kind_of(described.device_kind), False
-        try:
-            destination = kind.destination(described, self._terms_first(described))
-            acquired = self._acquire(request, destination, begun, phases)
-        except BrokerError as error:
-            if not self._may_stage(described, error):
-                raise
-            touched = error.touched
-            try:
-                staged = replace(self.terms, staging=StagingPolicy.STAGED)
-                acquired = self._acquire(request, kind.destination(described, staged), begun, phases)
-            except BrokerError as second:
-                second.touched = second.touched or touched
-                raise
+        destination = kind_of(described.device_kind).destination(described, self.terms)
+        acquired = self._acquire(request, destination, begun, phases)
         if isinstance(acquired, ColdLoadLease):
             return acquired
         return Filled(acquired[0].report, acquired[1])
@@ -129,7 +112,7 @@ class Exchange:
         described = describe(tensors)
         self.attachment.session()  # without a broker there is no point in copying
         prepared = lease.prepared if lease is not None else None
-        shared = self._share(described, deadline, prepared)
+        shared = kind_of(described.device_kind).share(described, self.terms, deadline, prepared)
         left = max(deadline - time.monotonic(), 0.001)
         return self.publish_shared(key, shared, lease=lease, group=group, timeout=left)
 
@@ -144,46 +127,11 @@ class Exchange:
     ) -> Publication:
         """Offers memory that is shared already, and takes it over: closes it if the publication fails."""
         deadline = time.monotonic() + timeout
-        token = lease.fencing_token if lease is not None else 0
         publication = Publication(self.attachment, key, shared, group=group)
-        try:
-            publication.announce(deadline=deadline, fencing_token=token)
-        except PublishRefused as error:
-            alternative = self._alternative(shared, error)
-            if alternative is None:
-                raise
-            publication = Publication(self.attachment, key, alternative, group=group)
-            publication.announce(deadline=deadline, fencing_token=token)
+        publication.announce(deadline=deadline, fencing_token=lease.fencing_token if lease is not None else 0)
         if lease is not None:
             lease.fulfilled()
         return publication
-
-    def _terms_first(self, described: DescribedTensors) -> Terms:
-        is_auto = self.terms.staging is StagingPolicy.AUTO and TRAITS[described.device_kind].can_be_staged
-        return replace(self.terms, staging=StagingPolicy.DIRECT) if is_auto else self.terms
-
-    def _may_stage(self, described: DescribedTensors, error: BrokerError) -> bool:
-        may = self._terms_first(described) is not self.terms and error.metadata.get("path") == "staged"
-        if may and error.quiesced:
-            _logger.warning("using a staged transfer: %s", error)
-        return may and error.quiesced
-
-    def _share(self, described: DescribedTensors, deadline: float, prepared: Prepared | None) -> Shared:
-        kind, first = kind_of(described.device_kind), self._terms_first(described)
-        try:
-            return kind.share(described, first, deadline, prepared)
-        except PublishRefused as error:
-            if first is self.terms:
-                raise
-            _logger.warning("using a staged transfer: %s", error)
-            return kind.share(described, replace(self.terms, staging=StagingPolicy.STAGED), deadline, prepared)
-
-    def _alternative(self, shared: Shared, error: PublishRefused) -> Shared | None:
-        from weight_broker.memory.device.shared import DeviceShared
-
-        if not isinstance(shared, DeviceShared) or not self._may_stage(shared.described, error):
-            return None
-        return shared.staged_instead()
 
     def _acquire(
         self, request: Request, destination: Destination, begun: float, phases: dict[str, float]
@@ -240,7 +188,8 @@ def _run(
 def _close_after(destination: Destination, error: BaseException) -> None:
     """The broker's word is that nothing writes any more; the driver's word counts more. What this process fills itself
     is settled once it has stopped, whatever the broker knows."""
-    if isinstance(error, BrokerError) and not error.quiesced and not destination.is_filled_here:
+    is_only_writer = destination.stop()
+    if isinstance(error, BrokerError) and not error.quiesced and not is_only_writer:
         return
     try:
         destination.close()

@@ -190,6 +190,7 @@ class Publication:
             raise
         self.id, self.generation = published.publication_id, published.generation
         self._session, self._regions = session, regions
+        self._shared.note(published)
 
     def _retract(self, session: Session, timeout: float) -> None:
         from weight_broker.transfers import calls

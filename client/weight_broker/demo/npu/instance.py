@@ -114,7 +114,9 @@ def _load(
 
 
 def _sizes(memory: CardMemory) -> list[int]:
-    return [int(getattr(one, "storage_bytes", 0) or getattr(one, "nbytes", 0)) for one in memory.tensors.values()]
+    return [
+        int(getattr(tensor, "storage_bytes", 0) or getattr(tensor, "nbytes", 0)) for tensor in memory.tensors.values()
+    ]
 
 
 def _disk_bytes() -> int | None:

@@ -68,5 +68,5 @@ def _before_rearrangement(method: Callable[..., Any], name: str, self: Any, args
 def _with_subclasses(owner: type[Any]) -> Iterator[type[Any]]:
     yield owner
     subclasses: list[type[Any]] = owner.__subclasses__()
-    for one in subclasses:
-        yield from _with_subclasses(one)
+    for entry in subclasses:
+        yield from _with_subclasses(entry)

@@ -42,14 +42,9 @@ class DeviceDestination:
         self._access = access
         self._policy = policy
         self._offer = Offer(tensors, access, policy)
-        self._is_staged = not policy.allows_direct
+        self._is_staged = False
         """Whether the source that was granted last comes through staging buffers."""
         self._digests: tuple[ContentDigests, ...] = ()
-
-    @property
-    def is_filled_here(self) -> bool:
-        """Whether only this process writes: the broker grants a staged transfer once nothing else does any more."""
-        return self._is_staged
 
     def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
         """Opens the ways to the memory that the policy allows, and names them."""
@@ -98,6 +93,11 @@ class DeviceDestination:
         except Exception as error:  # whatever it was, the caller has to learn that the tensors were written
             raise BrokerError(f"the tensors cannot be verified: {error}", touched=True) from error
 
+    def stop(self) -> bool:
+        """Ends copying here. The broker grants a staged transfer only when it writes to nothing itself."""
+        self._offer.stop_serving()
+        return self._is_staged or not self._offer.is_exported
+
     def keep(self) -> DeviceShared:
         """The verified tensors, reachable in the same ways."""
         if not self._digests:
@@ -117,8 +117,7 @@ class DeviceDestination:
     def _refusal(self, error: PublishRefused) -> TransferFailed:
         direct = self._policy.allows_direct
         what = "the tensors cannot be filled where they are" if direct else "a staged transfer is not possible"
-        metadata = {**error.metadata, "path": "staged"} if direct else error.metadata
-        return TransferFailed(f"{what}: {error.message}", metadata=metadata)
+        return TransferFailed(f"{what}: {error.message}", metadata=error.metadata)
 
 
 def _comparable(offered: Sequence[ContentDigests]) -> ContentDigests:

@@ -47,8 +47,8 @@ def tensor_digests(described: DescribedTensors, digester: BlockDigester, deadlin
         for offset in range(0, size, FULL_BLOCK_BYTES):
             blocks.append((tensor.address + offset, min(FULL_BLOCK_BYTES, size - offset)))
     found = iter(digester.block_digests(blocks, deadline))
-    mine = (list(islice(found, count)) for count in counts)
-    values = tuple(combine(DigestAlgorithm.MULTILINEAR_64, digests) if digests else 0 for digests in mine)
+    by_tensor = (list(islice(found, count)) for count in counts)
+    values = tuple(combine(DigestAlgorithm.MULTILINEAR_64, digests) if digests else 0 for digests in by_tensor)
     return ContentDigests(DigestAlgorithm.MULTILINEAR_64, DigestCoverage.FULL, FULL_BLOCK_BYTES, values)
 
 

@@ -80,12 +80,6 @@ class Offer:
             self.close()
             raise
 
-    def staged_instead(self) -> Offer:
-        """The same tensors, copied by this process only. Raises `PublishRefused`."""
-        offer = Offer(self.tensors, self._access, StagingPolicy.STAGED)
-        offer.open()
-        return offer
-
     def wait_for_device(self) -> None:
         """Waits for whatever the caller does with the tensors. Raises `PublishRefused`."""
         if self._copied is not None:
@@ -101,12 +95,16 @@ class Offer:
         self._server.add(self._stage_id, self._copied)
         return self._stage_id
 
-    def close(self) -> None:
-        """Returns when this process copies no more and the export has ended. Idempotent. Raises `RetractTimeout` while
-        the memory is still mapped: call again."""
+    def stop_serving(self) -> None:
+        """Returns when this process copies no more."""
         server, self._server = self._server, None
         if server is not None:
             server.remove(self._stage_id)
+
+    def close(self) -> None:
+        """Returns when this process copies no more and the export has ended. Idempotent. Raises `RetractTimeout` while
+        the memory is still mapped: call again."""
+        self.stop_serving()
         self._copied = None
         if self._exported is not None:
             self._exported.close()

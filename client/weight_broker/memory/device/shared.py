@@ -16,6 +16,7 @@ from weight_broker.memory.policy import StagingPolicy
 if TYPE_CHECKING:
     from weight_broker.connection.attach import AttachConnection
     from weight_broker.connection.session import Session
+    from weight_broker.v1 import resources_pb2
     from weight_broker.v1 import weight_set_pb2 as pb
 
 
@@ -29,15 +30,8 @@ class DeviceShared:
         self.digests = digests
         self._kind = kind
         self._offer = offer
-
-    @property
-    def described(self) -> DescribedDeviceTensors:
-        """The tensors."""
-        return self._offer.tensors
-
-    def staged_instead(self) -> DeviceShared:
-        """The same tensors, copied by this process only."""
-        return DeviceShared(self._offer.staged_instead(), self._kind, self.digests)
+        self._is_staged = not offer.is_exported
+        """Whether the broker asks this process to copy."""
 
     @property
     def placements(self) -> tuple[tuple[int, int], ...]:
@@ -50,8 +44,8 @@ class DeviceShared:
 
     @property
     def is_served(self) -> bool:
-        """Whether the broker has the memory mapped, or can ask this process to copy."""
-        return self._offer.is_exported or self._offer.is_served
+        """Whether the broker has the memory mapped, or can ask this process to copy, whichever it picked."""
+        return self._offer.is_served or not self._is_staged
 
     def stage(self, session: Session) -> pb.StagedMemory | None:
         """Lets the broker ask for copies in this session, if this process makes any."""
@@ -65,6 +59,10 @@ class DeviceShared:
             device_kind=device_kind_to_wire(self._kind),
             device_id=self._offer.device_id,
         )
+
+    def note(self, publication: resources_pb2.Publication) -> None:
+        """The broker picked one of the ways. Both stay open: it may not have let go of the other yet."""
+        self._is_staged = publication.is_staged or not self._offer.is_exported
 
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
         """The message has all that the broker needs."""

@@ -35,7 +35,6 @@ class HostDestination(ABC):
 
     layout: Layout | None = None
     grace_seconds = 0.0
-    is_filled_here = True
     _source: SharedWeights | None = None
 
     def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
@@ -66,6 +65,10 @@ class HostDestination(ABC):
     def verify(self, granted: pb.Granted, moved: pb.Moved, deadline: float) -> Received:
         """The broker moves no host memory."""
         raise BrokerError("the broker moved what was never granted")
+
+    def stop(self) -> bool:
+        """Nothing writes here any more when `take` returns or raises."""
+        return True
 
     def keep(self) -> SharedWeights:
         """The source's memory: it is sealed, so it is published as it is."""

@@ -13,6 +13,7 @@ from weight_broker.layout import Layout
 if TYPE_CHECKING:
     from weight_broker.connection.attach import AttachConnection
     from weight_broker.connection.session import Session
+    from weight_broker.v1 import resources_pb2
     from weight_broker.v1 import weight_set_pb2 as pb
 
 
@@ -64,6 +65,9 @@ class SharedWeights:
     def stage(self, session: Session) -> pb.StagedMemory | None:
         """The broker holds the memory itself."""
         return None
+
+    def note(self, publication: resources_pb2.Publication) -> None:
+        """There is one way only."""
 
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
         """The memfd goes over the attach socket."""
