@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import bisect
+import enum
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,19 +25,28 @@ from weight_brokerd import __version__
 from weight_brokerd.api import fields as validation
 from weight_brokerd.api.caller import on_end
 from weight_brokerd.api.messages import Messages
-from weight_brokerd.api.paging import Listing, page
 from weight_brokerd.control.control import Control
 from weight_brokerd.core.answers import Question
 from weight_brokerd.core.transfers import Transfer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+DEFAULT_PAGE_SIZE = 100
+MAXIMUM_PAGE_SIZE = 1000
 CHANGES_PER_MESSAGE = 500
 CHANGES_PER_STEP = 50
 """Changes that are built before others get their turn, a publication of a weight set counted as one."""
 MAXIMUM_UINT64 = (1 << 64) - 1
 
 _REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
+
+
+class Listing(enum.Enum):
+    """What is listed; a token of one list is not one of another."""
+
+    WEIGHT_SETS = "w"
+    INSTANCES = "i"
+    TRANSFERS = "t"
 
 
 def host_message(control: Control, messages: Messages) -> resources_pb2.Host:
@@ -74,7 +87,7 @@ class InspectionServicer(InspectionServiceServicer):
         weight_sets = self._control.coordinator.weight_sets
         of_model = weight_sets.of_model(request.model)
         ids = [record.key.id for record in of_model] if request.model else weight_sets.ids()
-        chosen, token = page(Listing.WEIGHT_SETS, ids, request.page_size, request.page_token)
+        chosen, token = _page(Listing.WEIGHT_SETS, ids, request.page_size, request.page_token)
         records = [record for record in map(weight_sets.find, chosen) if record is not None]
         return pb.ListWeightSetsResponse(
             weight_sets=[self._messages.weight_set(record) for record in records], next_page_token=token
@@ -96,7 +109,7 @@ class InspectionServicer(InspectionServiceServicer):
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
         """See the proto."""
         instances = self._control.coordinator.instances
-        chosen, token = page(Listing.INSTANCES, sorted(instances), request.page_size, request.page_token)
+        chosen, token = _page(Listing.INSTANCES, sorted(instances), request.page_size, request.page_token)
         return pb.ListInstancesResponse(
             instances=[self._messages.instance(instances[instance_id]) for instance_id in chosen],
             next_page_token=token,
@@ -108,7 +121,7 @@ class InspectionServicer(InspectionServiceServicer):
             one.transfer_id: one
             for one in self._control.coordinator.transfers.newest_first(running_only=request.running_only)
         }
-        chosen, token = page(Listing.TRANSFERS, list(transfers), request.page_size, request.page_token)
+        chosen, token = _page(Listing.TRANSFERS, list(transfers), request.page_size, request.page_token)
         return pb.ListTransfersResponse(
             transfers=[self._messages.transfer(transfers[transfer_id]) for transfer_id in chosen],
             next_page_token=token,
@@ -207,3 +220,44 @@ async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: b
             weight = 0
             await asyncio.sleep(0)
     return built
+
+
+def _page(listing: Listing, ids: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:
+    """The ids of one page and the token of the next. `ids` are sorted; those of transfers by their number, the newest
+    first. The token names the last id of the page before, so that members that come and go between two pages neither
+    repeat nor hide others. Raises `InvalidArgument`."""
+    if not 0 <= page_size <= MAXIMUM_PAGE_SIZE:
+        raise InvalidArgument("page_size", page_size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAXIMUM_PAGE_SIZE}")
+    size = page_size or DEFAULT_PAGE_SIZE
+    start = 0
+    if page_token:
+        try:
+            start = _start(listing, ids, _last_id(listing, page_token))
+        except ValueError:
+            raise InvalidArgument(
+                "page_token", page_token, "the next_page_token of an earlier answer of the same list, unchanged"
+            ) from None
+    chosen = ids[start : start + size]
+    return chosen, _token(listing, chosen[-1]) if start + size < len(ids) else ""
+
+
+def _start(listing: Listing, ids: Sequence[str], last: str) -> int:
+    if listing is Listing.TRANSFERS:
+        return bisect.bisect_right(ids, -_number(last), key=lambda one: -_number(one))
+    return bisect.bisect_right(ids, last)
+
+
+def _number(transfer_id: str) -> int:
+    return int(transfer_id.rpartition("-")[2])
+
+
+def _token(listing: Listing, last: str) -> str:
+    return base64.urlsafe_b64encode(f"{listing.value}:{last}".encode()).decode()
+
+
+def _last_id(listing: Listing, token: str) -> str:
+    """The id in a token; raises ValueError (as its kinds binascii.Error and UnicodeError) if that is none."""
+    name, _, last = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode().partition(":")
+    if name != listing.value:
+        raise binascii.Error("a token of another list")
+    return last
