@@ -30,6 +30,7 @@ from weight_brokerd.core.model import (
     FailureCause,
     IfAbsent,
     Instance,
+    LeaseClaim,
     Limits,
     TransferPath,
 )
@@ -63,7 +64,6 @@ class CoreMachine(RuleBasedStateMachine):
             host_id="host", limits=Limits(readers_per_publication=2, publications=100), first_generation=7
         )
         self.executor = Executor(self)
-        self.settled_count = 0
         self.leases = LeaseTable()
         self.claims: list[decide.ClaimLease] = []
         self.answers: dict[str, decide.Decision] = {}
@@ -316,10 +316,12 @@ class CoreMachine(RuleBasedStateMachine):
         if self.claims:
             claim = data.draw(st.sampled_from(self.claims))
             self.claims.remove(claim)
-            answer = self.leases.claim(
-                claim.weight_set_id, Holder("host", claim.instance_id), now=self.now, seconds=LEASE_SECONDS
-            )
+            answer = self.claim_of(claim)
             self.carry_out(self.coordinator.lease_claimed(claim.weight_set_id, answer, self.now))
+
+    def claim_of(self, claim: decide.ClaimLease) -> LeaseClaim:
+        holder = Holder("host", claim.instance_id)
+        return self.leases.claim(claim.weight_set_id, holder, now=self.now, seconds=LEASE_SECONDS)
 
     @rule(data=st.data())
     def fail_claim(self, data: st.DataObject) -> None:
@@ -415,7 +417,7 @@ class CoreMachine(RuleBasedStateMachine):
         raise error
 
     def settled(self) -> None:
-        self.settled_count += 1
+        """The timer is this test's."""
 
     def forget_load(self, lease: ColdLoadLease) -> None:
         held = self.loading.get(lease.weight_set_id)
@@ -443,9 +445,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.carry_out(self.coordinator.depart(instance_id, self.now))
         while self.claims:
             claim = self.claims.pop()
-            answer = self.leases.claim(
-                claim.weight_set_id, Holder("host", claim.instance_id), now=self.now, seconds=LEASE_SECONDS
-            )
+            answer = self.claim_of(claim)
             self.carry_out(self.coordinator.lease_claimed(claim.weight_set_id, answer, self.now))
         for lease in self.leases.expire(self.now + 10 * LEASE_SECONDS):
             self.carry_out(self.coordinator.lease_ended(lease, self.now))
