@@ -61,11 +61,11 @@ class ControlRoom:
     def attach(self, name: str) -> str:
         return self.control.sessions.attach(PeerCredentials(1, 0, 0, frozenset()), name, "").instance_id
 
-    def acquisition(self, name: str, *, seconds: float = 60) -> Acquisition:
+    def acquisition(self, name: str, key: WeightSetKey = KEY) -> Acquisition:
         now = self.control.loop.now()
         return Acquisition(
             name,
-            KEY,
+            key,
             None,
             self.attach(name),
             IfAbsent.LOAD,
@@ -73,7 +73,7 @@ class ControlRoom:
             "",
             TransferPath.ZERO_COPY,
             begun_at=now,
-            deadline=now + seconds,
+            deadline=now + 60,
         )
 
     def offer(self, name: str, layout: Layout = EMPTY) -> Offer:
