@@ -6,6 +6,7 @@ that does not fit raises `InvalidArgument` naming the field.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import fields
@@ -17,6 +18,7 @@ from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
 from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout, MemoryFormat, TensorSpec
 from weight_broker.load_group import LoadGroup
+from weight_broker.v1 import resources_pb2
 from weight_broker.v1 import weight_set_pb2 as pb
 
 TOKEN_METADATA_KEY = "weight-broker-session-bin"
@@ -212,3 +214,10 @@ def coverage_from_wire(value: pb.DigestCoverage.ValueType) -> DigestCoverage | N
 def placements_to_wire(placements: Iterable[tuple[int, int]]) -> list[pb.TensorPlacement]:
     """(region index, offset in bytes) of each tensor."""
     return [pb.TensorPlacement(region_index=index, offset_bytes=offset) for index, offset in placements]
+
+
+def lease_end(lease: resources_pb2.ColdLoadLease) -> float:
+    """When a lease ends, in seconds since the epoch by this process's clock: the broker's own may be set otherwise."""
+    if lease.HasField("remaining"):
+        return time.time() + lease.remaining.ToNanoseconds() / 1e9
+    return lease.expire_time.ToNanoseconds() / 1e9

@@ -16,7 +16,7 @@ from weight_broker.cli.inspector import Inspector
 from weight_broker.errors import InvalidArgument
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
-from weight_broker.wire import key_from_wire, key_to_wire
+from weight_broker.wire import DEVICE_KINDS, key_from_wire, key_to_wire
 
 _OPTIONS = ("model", "revision", "dtype", "checkpoint_digest", "quantization", "role", "stage")
 _RANKS = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")
@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> ExitCode:
             request = pb.ExplainRequest(key=key)
         else:
             request = pb.ExplainRequest(weight_set_id=inspector.resolve(options.key))
+        if options.memory is not None:
+            request.device_kind = DEVICE_KINDS[options.memory]
         answer = inspector.explain(request)
     if options.json:
         output.print_json(output.message_to_json(answer))

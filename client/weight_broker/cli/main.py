@@ -13,6 +13,7 @@ from weight_broker._version import __version__
 from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
 from weight_broker.cli.interruption import stoppable
 from weight_broker.errors import BrokerError
+from weight_broker.kinds import TRAITS
 
 _COMMANDS = {
     "demo": "weight_broker.demo.run",
@@ -122,6 +123,11 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
         command.add_argument(f"--{name}", metavar="TEXT", help="field of the key")
     command.add_argument("--role", choices=("target", "draft"), help="field of the key")
     command.add_argument("--stage", choices=("loaded", "runtime"), help="field of the key")
+    command.add_argument(
+        "--memory",
+        choices=tuple(TRAITS),
+        help="kind of memory that receives (default: that in which it is published)",
+    )
     command.add_argument("--attribute", action="append", metavar="NAME=VALUE", help="engine attribute of the key")
 
 

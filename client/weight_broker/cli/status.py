@@ -6,10 +6,14 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from weight_broker.cli import output, status_cards, text
 from weight_broker.cli.failure import ExitCode
 from weight_broker.cli.inspector import Inspector, State, age_seconds
 from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.wire import lease_end
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,7 +61,7 @@ def host_line(host: pb.Host) -> str:
     """The host in one line."""
     return (
         f"{text.plain(host.hostname)}: broker {host.version}, pid {host.pid}, "
-        f"up {text.age(age_seconds(host.start_time.ToNanoseconds() / 1e9))}"
+        f"up {text.age(_since(host.uptime, host.start_time))}"
         f"{', DRAINING' if host.draining else ''}; directory {host.directory}; "
         f"{host.instance_count} instances, {host.publication_count} publications, "
         f"{text.size(host.region_bytes)} in {host.region_count} regions, "
@@ -98,7 +102,7 @@ def _publications(state: State) -> Any:
                 str(row.tensor_count),
                 f"{row.reader_count}/{row.reader_limit}",
                 str(row.served_count),
-                text.age(age_seconds(row.publish_time.ToNanoseconds() / 1e9)),
+                text.age(_since(row.age, row.publish_time)),
             )
     return table
 
@@ -113,7 +117,7 @@ def _instances(state: State) -> Any:
             str(row.uid),
             text.state(pb.Instance.State.Name(row.state)),
             str(row.publication_count),
-            text.age(age_seconds(row.attach_time.ToNanoseconds() / 1e9)),
+            text.age(_since(row.age, row.attach_time)),
         )
     return table
 
@@ -125,8 +129,8 @@ def _leases(state: State) -> Any:
             row.weight_set_id[:_SHORT_ID],
             text.plain(row.instance_name or row.instance_id),
             str(row.fencing_token),
-            text.age(age_seconds(row.acquire_time.ToNanoseconds() / 1e9)),
-            text.age(max(row.expire_time.ToNanoseconds() / 1e9 - time.time(), 0.0)),
+            text.age(_since(row.age, row.acquire_time)),
+            text.age(max(lease_end(row) - time.time(), 0.0)),
         )
     return table
 
@@ -135,8 +139,7 @@ def _transfers(state: State) -> Any:
     names = {row.instance_id: text.plain(row.name or row.instance_id) for row in state.instances}
     table = output.table("Transfers, newest first", "id|weight set|from|to|by|path|state|>size|>duration|failure")
     for row in state.transfers:
-        begun, ended = row.start_time.ToNanoseconds() / 1e9, row.end_time.ToNanoseconds() / 1e9
-        duration = ended - begun if row.HasField("end_time") else age_seconds(begun)
+        duration = _since(row.elapsed, row.start_time)
         table.add_row(
             row.transfer_id,
             row.weight_set_id[:_SHORT_ID],
@@ -166,3 +169,9 @@ def rank(weight_set: pb.WeightSet) -> str:
 def path_name(path: pb.TransferPath.ValueType) -> str:
     """How bytes reach the receiver, for example "zero copy"."""
     return text.state(pb.TransferPath.Name(path)).removeprefix("path ")
+
+
+def _since(measured: Duration, begun: Timestamp) -> float:
+    """Seconds as the broker measured them; from the time of day only where an older broker measured none."""
+    seconds = measured.ToNanoseconds() / 1e9
+    return seconds if seconds > 0 else age_seconds(begun.ToNanoseconds() / 1e9)

@@ -168,6 +168,8 @@ def _run(
     from weight_broker.transfers.acquisition import IF_ABSENT, Acquisition, ColdLoadTold
 
     if_absent = IF_ABSENT[request.if_absent]
+    from weight_broker.wire import lease_end
+
     acquisition = Acquisition(
         session, request.key, destination, if_absent, deadline, begun, phases, request.group
     )  # fmt: skip
@@ -180,7 +182,7 @@ def _run(
         session,
         weight_set_id=lease.weight_set_id,
         fencing_token=lease.fencing_token,
-        expires_at=lease.expire_time.ToNanoseconds() / 1e9,
+        expires_at=lease_end(lease),
         touched=outcome.touched,
     )
 

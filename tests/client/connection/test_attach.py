@@ -17,6 +17,7 @@ import pytest
 
 from support.scripted_broker import TOKEN, ScriptedBroker, refused
 from support.scripted_stage import assert_set
+from support.waiting import eventually
 from weight_broker.connection import attach, session
 from weight_broker.connection.attach import AttachConnection
 from weight_broker.connection.session import Attachment
@@ -88,6 +89,7 @@ def test_the_answer_to_an_interrupted_request_is_not_taken_for_the_next_one(
 
     def late(request: attach_pb2.AttachRequest) -> None:
         if request.WhichOneof("request") == "claim_region":
+            eventually(lambda: connection._owed == 1 and not connection._unsure)  # it waits for the answer
             signal.pthread_kill(caller, signal.SIGUSR1)
             assert_set(interrupted)
 

@@ -158,7 +158,9 @@ def test_memory_of_another_kind_is_no_source_and_explain_says_so(device_host: De
     key = instance.key_of("model")
     with BrokerClient(broker.runtime_directory) as client, pytest.raises(WeightsNotFound):
         client.acquire(key, {"a": numpy.empty(4, "float32")}, wait=False)
-    explained = broker.inspection.Explain(inspection.ExplainRequest(key=key_to_wire(key)), timeout=60)
+    explained = broker.inspection.Explain(
+        inspection.ExplainRequest(key=key_to_wire(key), device_kind=weight_set_pb2.DEVICE_KIND_CPU), timeout=60
+    )
     (candidate,) = explained.candidates
     assert candidate.refusal == inspection.Candidate.REFUSAL_DEVICE_KIND
     assert "it is in npu memory" in candidate.detail
