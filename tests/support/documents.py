@@ -158,7 +158,7 @@ class Reader:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -168,7 +168,7 @@ class Reader:
         self._begin(["bash", "-c", f"{line} wait"], log)
         began = time.monotonic()
         socket = self._runtime_directory / "attach.sock"
-        eventually(lambda: socket.exists() or self._processes[-1].poll() is not None, within=20)
+        eventually(lambda: socket.exists() or self._processes[-1].poll() is not None)
         assert socket.exists(), f"$ {line} (after {time.monotonic() - began:.1f} s)\n{log.read_text()}"
 
     def _begin(self, command: list[str], log: Path) -> None:

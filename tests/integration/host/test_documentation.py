@@ -55,40 +55,6 @@ RUN_INSTEAD = {
 }
 """Commands that run in another form."""
 
-COMING = frozenset(
-    {
-        "weight_broker/memory/host/destination.py:HostDestination.take",
-        "weight_broker/memory/host/kind.py:HostKind.destination",
-        "weight_broker/memory/host/kind.py:HostKind.share",
-        "weight_broker/memory/kind.py",
-        "weight_broker/transfers/exchange.py:Exchange.fill",
-        "weight_broker/transfers/load.py:Load.publish",
-        "weight_brokerd/api/acquire_request.py:acquisition",
-        "weight_brokerd/api/layouts.py:LayoutCache",
-        "weight_brokerd/control/acquiring.py:Acquiring.begin",
-        "weight_brokerd/control/acquiring.py:Acquiring.succeeded",
-        "weight_brokerd/control/executor.py:Executor.carry_out",
-        "weight_brokerd/control/leasing.py:Leasing.claim",
-        "weight_brokerd/control/leasing.py:Leasing.give_back",
-        "weight_brokerd/control/publishing.py:Publishing.held",
-        "weight_brokerd/control/publishing.py:Publishing.publish",
-        "weight_brokerd/control/residency.py:Residency.hold",
-        "weight_brokerd/control/sessions.py:Sessions.departed",
-        "weight_brokerd/core/answers.py",
-        "weight_brokerd/core/answers.py:judge",
-        "weight_brokerd/core/sources.py",
-        "weight_brokerd/core/coordinator.py:Coordinator.held",
-        "weight_brokerd/directory/memory.py:MemoryDirectory.claim",
-        "weight_brokerd/kinds/host/kind.py:HostKind.grant",
-        "weight_brokerd/kinds/host/kind.py:HostKind.hold",
-        "weight_brokerd/kinds/npu/kind.py:NpuKind.release",
-        "weight_brokerd/kinds/npu/kind.py:NpuKind.route",
-        "tests/broker/control/test_interleavings.py",
-        "tests/contracts",
-    }
-)
-"""What documents name and the house does not have yet. Each leaves the list when it arrives."""
-
 FENCES = {"console", "python", "mermaid", "toml", "text"}
 """All but drawings (`mermaid`, `text`) are run."""
 PLACES = {"benchmarks", "broker", "client", "deploy", "docs", "proto", "tests", "weight_broker", "weight_brokerd"}
@@ -284,13 +250,7 @@ def test_every_relative_link_leads_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_file_and_function_that_a_document_names_exists(name: str) -> None:
-    assert [problem for span in references(name) if span not in COMING and (problem := missing(span))] == []
-
-
-def test_names_that_have_arrived_leave_the_list_of_those_that_come() -> None:
-    named = {span for name in DOCUMENTS for span in references(name)}
-    assert sorted(COMING - named) == []
-    assert sorted(span for span in COMING if not missing(span)) == []
+    assert [problem for span in references(name) if (problem := missing(span))] == []
 
 
 def test_architecture_names_enough_functions_to_follow_a_call() -> None:
