@@ -121,7 +121,7 @@ class _Connection:
         self._on_end(self, why)
 
     def _break_off(self, why: str) -> None:
-        log.warning("stage_broken_off", instance_id=self.instance_id, why=why)
+        log.warning("stage_connection_closed", instance_id=self.instance_id, why=why)
         self.end(StageSilent(why))
 
     def _readable(self) -> None:

@@ -239,4 +239,4 @@ async def _last_turns() -> None:
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    log.error("defect", message=context.get("message"), exc_info=context.get("exception"))
+    log.error("internal_error", message=context.get("message"), exc_info=context.get("exception"))

@@ -154,7 +154,7 @@ class StagedPlane:
         except StageSilent:
             return False
         except StageRefused as error:  # then the driver will not let the bucket be freed
-            log.warning("bucket_not_closed", instance_id=staged.instance_id, error=str(error))
+            log.warning("staging_buffer_not_closed", instance_id=staged.instance_id, error=str(error))
         except StageGone:
             pass
         return True
