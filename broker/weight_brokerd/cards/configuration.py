@@ -51,7 +51,7 @@ class CardsConfiguration:
     path: str = "auto"
     """`direct`, `staged` or `auto`: how the memory of instances is read and filled."""
     staging_bytes: int = 64 << 20
-    """Size of one bucket of the staged path."""
+    """Size of one staging buffer."""
     restart_seconds: tuple[float, float] = (0.5, 30.0)
     """Wait before starting a sender that ended again: the first time, and the most."""
 

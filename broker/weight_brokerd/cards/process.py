@@ -83,7 +83,7 @@ class CardProcess(ChildProcess[messages.Message]):
         answered = await self.exchange(request, timeout)
         answered.close()
         received = answered.message
-        if isinstance(received, messages.Refusal):
+        if isinstance(received, messages.RequestRefused):
             if received.started:
                 raise EngineFailed(received.words)
             raise (EngineRefused if received.by_engine else CardRefused)(received.words)
