@@ -24,7 +24,7 @@ class EngineFailed(CardRefused):
 
 
 class CardProcess(ChildProcess[messages.Message]):
-    """One child, with its requests and their errors. `pid` is its pid here; exporters need `ready.bare_tgid`."""
+    """One child, with its requests and their errors. `pid` is its pid in the daemon's namespace."""
 
     def __init__(
         self,

@@ -268,8 +268,6 @@ class ReceiverSide:
     async def _map(self, child: CardProcess, regions: Sequence[ImportRegion], deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
-                for region in regions:
-                    await self._hooks.authorize(region.region_id, child.ready.bare_tgid)
                 seconds = self._configuration.import_seconds
                 importing = (child.ask(region, seconds) for region in regions)
                 outcomes = await asyncio.gather(*importing, return_exceptions=True)

@@ -281,8 +281,7 @@ class SenderSide:
         async with sender.importing:
             if region.region_id in sender.imported or self.regions.get(region.region_id) != region:
                 return
-            await self._hooks.authorize(region.region_id, sender.child.ready.bare_tgid)
-            sender.imported.add(region.region_id)  # before it is: whatever happens, it is to be closed
+            sender.imported.add(region.region_id)  # first: the region must be closed however the import ends
             try:
                 await sender.child.ask(region, self._configuration.import_seconds)
             except TimeoutError:
