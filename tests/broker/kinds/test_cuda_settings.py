@@ -13,7 +13,7 @@ from support.kinds import RecordedEvents
 from weight_broker.drivers.cuda import ARGUMENTS, LIBRARY
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.config.loading import Config, load
 from weight_brokerd.core.model import Acquisition, DataPlane, IfAbsent, TransferPath
 from weight_brokerd.core.publications import Offer, Publications
@@ -30,8 +30,8 @@ def configured(**values: Any) -> Config:
 
 
 def kinds_of(config: Config, directory: Path) -> Kinds:
-    stages = Stages(lambda _instance_id, _why: None)
-    return make_kinds(config, directory, RegionTable(regions_per_instance=8), stages, RecordedEvents())
+    staging = StagingConnections(lambda _instance_id, _why: None)
+    return make_kinds(config, directory, RegionTable(regions_per_instance=8), staging, RecordedEvents())
 
 
 @pytest.fixture
