@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict, ParseError
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector
 from weight_broker.errors import InvalidArgument
@@ -122,30 +122,30 @@ def _print(answer: pb.ExplainResponse) -> None:
     from rich.text import Text
 
     console = output.console()
-    outcome = text.state(pb.ExplainResponse.Outcome.Name(answer.outcome))
-    console.print(Text.assemble((outcome, "bold"), f": {text.plain(answer.summary)}"))
+    outcome = output.state(pb.ExplainResponse.Outcome.Name(answer.outcome))
+    console.print(Text.assemble((outcome, "bold"), f": {output.plain(answer.summary)}"))
     console.print(f"weight set {answer.weight_set_id}")
     if answer.HasField("key"):
         for name, value in _fields(answer.key):
-            console.print(f"  {name}: {text.plain(value)}", soft_wrap=True)
+            console.print(f"  {name}: {output.plain(value)}", soft_wrap=True)
     if answer.candidates:
         table = output.table("Candidates", "publication|instance|host|generation|>readers|verdict")
         for candidate in answer.candidates:
             source = candidate.publication
-            refusal = text.state(pb.Candidate.Refusal.Name(candidate.refusal)).replace("unspecified", "")
+            refusal = output.state(pb.Candidate.Refusal.Name(candidate.refusal)).replace("unspecified", "")
             verdict = "chosen" if candidate.chosen else f"{refusal}: {candidate.detail}" if refusal else "could serve"
             table.add_row(
                 source.publication_id,
-                text.plain(source.instance_name or source.instance_id),
+                output.plain(source.instance_name or source.instance_id),
                 source.host_id,
                 str(source.generation),
                 f"{source.reader_count}/{source.reader_limit}",
-                text.plain(verdict),
+                output.plain(verdict),
             )
         console.print(table)
     if answer.HasField("cold_load_lease"):
         lease = answer.cold_load_lease
-        holder = text.plain(lease.instance_name or lease.instance_id)
+        holder = output.plain(lease.instance_name or lease.instance_id)
         console.print(f"being loaded by {holder} (fencing token {lease.fencing_token}); {answer.waiting_count} wait")
     for miss in answer.near_misses:
         console.print(

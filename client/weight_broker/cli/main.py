@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weight_broker._version import __version__
-from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
-from weight_broker.cli.interruption import stoppable
+from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of, stoppable
 from weight_broker.errors import BrokerError
 from weight_broker.kinds import TRAITS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.administration import administration
 from weight_broker.cli.failure import ExitCode
 from weight_broker.v1 import administration_service_pb2 as pb
@@ -36,10 +36,10 @@ def _quarantine(options: argparse.Namespace) -> ExitCode:
     if options.json:
         output.print_json({"publication": output.message_to_json(publication)})
     else:
-        reason = text.plain(publication.quarantine_reason)
+        reason = output.plain(publication.quarantine_reason)
         print(f"quarantined {publication.publication_id} of {_holder(publication)}: {reason}")
     return ExitCode.DONE
 
 
 def _holder(publication: resources_pb2.Publication) -> str:
-    return text.plain(publication.instance_name or publication.instance_id)
+    return output.plain(publication.instance_name or publication.instance_id)

@@ -6,7 +6,7 @@ import argparse
 import datetime
 from collections.abc import Iterator
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.failure import ExitCode
 from weight_broker.cli.inspector import Inspector
 from weight_broker.cli.status import path_name
@@ -40,8 +40,8 @@ def lines(response: pb.WatchResponse) -> Iterator[str]:
                 yield f"- weight set {change.removed_weight_set_id}"
             case "instance":
                 one = change.instance
-                state = text.state(resources_pb2.Instance.State.Name(one.state))
-                yield f"{sign} instance {one.instance_id} {text.plain(one.name)} (pid {one.pid}): {state}"
+                state = output.state(resources_pb2.Instance.State.Name(one.state))
+                yield f"{sign} instance {one.instance_id} {output.plain(one.name)} (pid {one.pid}): {state}"
             case "removed_instance_id":
                 yield f"- instance {change.removed_instance_id}"
             case "transfer":
@@ -52,23 +52,23 @@ def lines(response: pb.WatchResponse) -> Iterator[str]:
 
 def _weight_set(one: resources_pb2.WeightSet) -> str:
     states = [
-        f"{text.plain(source.instance_name or source.instance_id)} "
-        f"{text.state(resources_pb2.Publication.State.Name(source.state))}"
+        f"{output.plain(source.instance_name or source.instance_id)} "
+        f"{output.state(resources_pb2.Publication.State.Name(source.state))}"
         for source in one.publications
     ]
     parts = [f"sources: {', '.join(states) or 'none'}"]
     if one.HasField("cold_load_lease"):
         holder = one.cold_load_lease.instance_name or one.cold_load_lease.instance_id
-        parts.append(f"loading: {text.plain(holder)}")
+        parts.append(f"loading: {output.plain(holder)}")
     if one.waiting_count:
         parts.append(f"waiting: {one.waiting_count}")
-    return f"weight set {one.weight_set_id} {text.plain(one.key.model)}: {'; '.join(parts)}"
+    return f"weight set {one.weight_set_id} {output.plain(one.key.model)}: {'; '.join(parts)}"
 
 
 def _transfer(one: resources_pb2.Transfer) -> str:
-    state = text.state(resources_pb2.Transfer.State.Name(one.state))
-    failure = f" ({text.plain(one.failure)})" if one.failure else ""
+    state = output.state(resources_pb2.Transfer.State.Name(one.state))
+    failure = f" ({output.plain(one.failure)})" if one.failure else ""
     return (
-        f"transfer {one.transfer_id} of {one.weight_set_id}, {text.size(one.size_bytes)}, {path_name(one.path)}, "
+        f"transfer {one.transfer_id} of {one.weight_set_id}, {output.size(one.size_bytes)}, {path_name(one.path)}, "
         f"{one.source_instance_id} to {one.receiver_instance_id}: {state}{failure}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.demo.orders import Result
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ class DemoReport:
         speed = bytes_per_second(result)
         return {
             "instance": result.name,
-            "source": text.plain(result.source),
+            "source": output.plain(result.source),
             "by": _WAYS.get(result.path, result.path),
-            "ready": text.seconds(result.ready_seconds),
+            "ready": output.seconds(result.ready_seconds),
             "read": _seconds(result.disk_seconds),
             "wait": _seconds(waiting),
             "ask": _seconds(asking),
@@ -108,9 +108,9 @@ class DemoReport:
             "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
             "x cold": f"{self.speed_up(result, self.first):.1f}" if self.is_cold else "-",
             "x warm": f"{self.speed_up(result, self.warm):.1f}",
-            "disk": text.size(result.disk_bytes) if result.disk_bytes is not None else "?",
+            "disk": output.size(result.disk_bytes) if result.disk_bytes is not None else "?",
             "publish": _seconds(result.publish_seconds),
-            "forward": text.seconds(result.forward_seconds),
+            "forward": output.seconds(result.forward_seconds),
             "logits": result.logits_digest[:8],
         }
 
@@ -126,4 +126,4 @@ def _sum(result: Result, phases: tuple[str, ...]) -> float:
 
 
 def _seconds(value: float) -> str:
-    return text.seconds(value) if value >= 1e-6 else "-"
+    return output.seconds(value) if value >= 1e-6 else "-"

@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from weight_broker.cli import output, status, text
-from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.cli import output, status
+from weight_broker.cli.failure import CommandError, ExitCode, held
 from weight_broker.cli.inspector import Inspector, State
-from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.demo import available_memory as demo_memory
 from weight_broker.demo import page_cache
@@ -148,11 +147,11 @@ def _model(options: argparse.Namespace, progress: Progress) -> Path:
         size = demo_memory.fitting_size(DEFAULT_SIZE, plan, available)
         if size != DEFAULT_SIZE and available is not None:
             progress.say(
-                f"a model of {text.size(DEFAULT_SIZE)} needs {text.size(plan.needed_bytes(DEFAULT_SIZE))} of memory, "
-                f"{text.size(available)} are available: taking one of {text.size(size)}"
+                f"a model of {output.size(DEFAULT_SIZE)} needs {output.size(plan.needed_bytes(DEFAULT_SIZE))} of "
+                f"memory, {output.size(available)} are available: using a model of {output.size(size)}"
             )
     shape = model_shape(size)
-    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {text.size(shape.size_bytes)}"
+    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {output.size(shape.size_bytes)}"
     try:
         with progress.bytes_written(title, shape.size_bytes) as report:
             return ensure_checkpoint(size, report)
@@ -164,8 +163,8 @@ def _check_memory(size: int, plan: demo_memory.Plan, available: int | None) -> N
     needed = plan.needed_bytes(size)
     if available is not None and needed > available:
         raise CommandError(
-            f"this needs about {text.size(needed)} of memory and {text.size(available)} are available; take a smaller "
-            "model (--size) or fewer instances (--instances)"
+            f"this needs about {output.size(needed)} of memory and {output.size(available)} are available; take a "
+            "smaller model (--size) or fewer instances (--instances)"
         )
 
 

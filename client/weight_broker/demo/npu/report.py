@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.demo.orders import CardResult
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class CardReport:
         """When there are no failures."""
         return (
             f"All {len(self.digests)} instances had exactly the checkpoint's bytes on their cards: "
-            f"{self.first.tensor_count} tensors, {text.size(self.first.size_bytes)}, SHA-256 {self.expected[:16]}..."
+            f"{self.first.tensor_count} tensors, {output.size(self.first.size_bytes)}, SHA-256 {self.expected[:16]}..."
         )
 
     def cold_sentence(self) -> str:
@@ -134,10 +134,10 @@ class CardReport:
         return {
             "instance": result.name,
             "card": result.device_id,
-            "source": text.plain(result.source),
+            "source": output.plain(result.source),
             "plane": result.data_plane or "-",
             "path": result.path,
-            "ready": text.seconds(result.ready_seconds),
+            "ready": output.seconds(result.ready_seconds),
             "read": _seconds(result.disk_seconds),
             **{name: _seconds(seconds_of(result, name)) for name in PHASES},
             "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
@@ -160,4 +160,4 @@ def bytes_per_second(result: CardResult) -> float | None:
 
 
 def _seconds(value: float) -> str:
-    return text.seconds(value) if value >= 1e-6 else "-"
+    return output.seconds(value) if value >= 1e-6 else "-"

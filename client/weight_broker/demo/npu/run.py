@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from weight_broker.cli import output, status, text
-from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.cli import output, status
+from weight_broker.cli.failure import CommandError, ExitCode, held
 from weight_broker.cli.inspector import Inspector, State
-from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.demo import checkpoint as demo_checkpoint
 from weight_broker.demo import page_cache
@@ -45,7 +44,7 @@ def run(options: argparse.Namespace) -> ExitCode:
     progress = Progress(quiet=options.json)
     framework = framework_of(options.framework)
     model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
-    with CardStage(model_dir, framework, progress) as stage:
+    with CardScene(model_dir, framework, progress) as stage:
         stage.start(options.instances)
         report, state = stage.play()
     failures = report.failures()
@@ -89,7 +88,7 @@ def model(given: Path | None, size: str | None, default_size: int, progress: Pro
         shape = demo_checkpoint.model_shape(demo_checkpoint.parse_size(size) if size is not None else default_size)
     except ValueError as error:
         raise CommandError(str(error), ExitCode.USAGE) from None
-    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {text.size(shape.size_bytes)}"
+    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {output.size(shape.size_bytes)}"
     try:
         with progress.bytes_written(title, shape.size_bytes) as report:
             return demo_checkpoint.ensure_checkpoint(shape.size_bytes, report)
@@ -129,7 +128,7 @@ def wait_for_cards(stage: Scene, tick: Callable[[], None]) -> pb.Host:
                 return host
             if time.monotonic() > deadline:
                 why = host.datasystem_worker.problem or "the datasystem worker is not reachable"
-                raise CommandError(f"no card serves after {_CARDS_SECONDS:.0f} s: {text.plain(why)}")
+                raise CommandError(f"no card serves after {_CARDS_SECONDS:.0f} s: {output.plain(why)}")
             time.sleep(_POLL_SECONDS)
 
 
@@ -147,7 +146,7 @@ class CardInstance(Answering):
         super().__init__(order.name, arguments, directory, **driver_variables())
 
 
-class CardStage(Scene):
+class CardScene(Scene):
     """A broker and instances on cards."""
 
     def __init__(self, model_dir: Path, framework: str, progress: Progress) -> None:
@@ -214,7 +213,7 @@ class CardStage(Scene):
         ready = [one.device_index for one in npus(host) if one.state == pb.Card.STATE_READY]
         wanted = (count or min(INSTANCES, len(ready) - 1)) + 1
         if wanted < 2 or wanted > len(ready):
-            others = "".join(f"\n    {one.device_id}: {text.plain(one.problem)}" for one in npus(host) if one.problem)
+            others = "".join(f"\n    {one.device_id}: {output.plain(one.problem)}" for one in npus(host) if one.problem)
             fix = f"take --instances {len(ready) - 1}" if len(ready) > 1 else "two are the least"
             raise CommandError(f"{max(wanted, 2)} cards are needed and {len(ready)} are ready; {fix}{others}")
         return ready[:wanted]
