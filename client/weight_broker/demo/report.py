@@ -28,11 +28,11 @@ class DemoReport:
     others: tuple[Result, ...]
     """The instances that were started at once."""
     cold_share: float | None
-    """Share of the checkpoint that was in the page cache when instance 1 began; None if nobody says."""
+    """Share of the checkpoint that was in the page cache when instance 1 began; None if the kernel does not say."""
 
     @property
     def all(self) -> tuple[Result, ...]:
-        """All of them, in the order of the table."""
+        """In the order of the table."""
         return (self.first, self.warm, *self.others)
 
     @property
@@ -41,7 +41,7 @@ class DemoReport:
         return self.cold_share is not None and self.cold_share < 0.01
 
     def failures(self) -> list[str]:
-        """Why the demo has failed; empty if it has not."""
+        """Why the demo failed; empty if it did not."""
         found = [f"{result.name}: {problem}" for result in self.all for problem in result.problems]
         found += [
             f"{result.name}: its logits differ from {self.first.name}'s"
@@ -60,11 +60,11 @@ class DemoReport:
         return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
 
     def speed_up(self, result: Result, baseline: Result) -> float:
-        """How many times sooner than `baseline` the weights of `one` were in place."""
+        """How many times sooner than `baseline` the weights of `result` were in place."""
         return baseline.ready_seconds / result.ready_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """For programs."""
         return {
             "cold_page_cache": self.is_cold,
             "page_cache_share": self.cold_share,

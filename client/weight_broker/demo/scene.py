@@ -1,4 +1,4 @@
-"""Where a demo takes place: a directory of its own and processes, of which nothing is left however it ends."""
+"""Where a demo takes place: a temporary directory and processes. Nothing remains, however the demo ends."""
 
 from __future__ import annotations
 
