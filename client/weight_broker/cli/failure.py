@@ -12,7 +12,7 @@ from weight_broker.errors import BrokerError, Reason
 
 
 class ExitCode(enum.IntEnum):
-    """What the process returns; part of the interface."""
+    """Exit status of the process; part of the interface."""
 
     DONE = 0
     FAILED = 1
@@ -51,7 +51,7 @@ _is_pending = False
 
 
 class CommandError(Exception):
-    """Ends the command with a message for people and an exit code."""
+    """Ends the command with a message and an exit code."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.FAILED) -> None:
         super().__init__(message)
@@ -59,14 +59,13 @@ class CommandError(Exception):
 
 
 def exit_code_of(error: BrokerError) -> ExitCode:
-    """The exit code for what the broker answered."""
     return _CODES.get(error.reason, ExitCode.FAILED)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """A signal ends the block. While a module is imported or `held` holds it waits: an exception in the middle of an
-    import is lost (extension modules and the import system's own callbacks drop it) or leaves half a module."""
+    """A signal ends the block. It waits while a module is imported or within `held`: an exception in the middle of an
+    import is lost (extension modules and the import system's callbacks drop it) or leaves half a module."""
     global _is_pending
     before = {number: signal.signal(number, _interrupt) for number in (*_NUMBERS, signal.SIGALRM)}
     try:
@@ -82,7 +81,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A signal waits for the end of the block: between making what has to be removed and noting that it is there."""
+    """A signal waits for the end of the block: for blocks that create a resource and note that it must be removed."""
     _holds.append(None)
     try:
         yield
@@ -92,7 +91,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C does not stop the cleaning up, which is bounded in time."""
+    """Signals are ignored within the block. For cleaning up, which is bounded in time."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (*_NUMBERS, signal.SIGALRM)}
     try:
         yield

@@ -28,7 +28,7 @@ _DEFAULTS_TOO: dict[str, Any] = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A terminal for tables; wide where the output is not a terminal, so that nothing is cut off."""
+    """The console for tables; wide where the output is not a terminal, so that nothing is cut off."""
     try:
         from rich.console import Console
     except ImportError:
@@ -42,7 +42,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(title: str, columns: str) -> Table:
-    """An empty table; `columns` are names separated by "|", one that starts with ">" is aligned to the right."""
+    """An empty table; `columns` are names separated by "|"; ">" before a name aligns it to the right."""
     from rich import box
     from rich.table import Table
 
@@ -51,7 +51,7 @@ def table(title: str, columns: str) -> Table:
     )
     for index, name in enumerate(columns.split("|")):
         right = name.startswith(">")
-        # What a row is called stays in one piece on a narrow terminal.
+        # The first column names the row and is not wrapped.
         table_.add_column(
             name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=index == 0
         )
@@ -64,7 +64,7 @@ def message_to_json(message: Message) -> dict[str, Any]:
 
 
 def print_json(value: object, *, line: bool = False) -> None:
-    """Prints JSON; on one line, at once, if `line`."""
+    """`line`: on one line, flushed."""
     print(json.dumps(value, ensure_ascii=False, indent=None if line else 2), flush=line)
 
 
@@ -103,5 +103,5 @@ def state(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text from an instance without what could drive a terminal or forge lines."""
+    """Text from an instance, without characters that could drive a terminal or forge lines."""
     return "".join(character if unicodedata.category(character)[0] != "C" else "�" for character in text)

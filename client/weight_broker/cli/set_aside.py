@@ -1,4 +1,4 @@
-"""`weight-broker evict` and `weight-broker quarantine`: a publication is not read any more. For administrators."""
+"""`weight-broker evict` and `weight-broker quarantine`: takes a publication out of service. For administrators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weight_broker.v1 import resources_pb2
 
 
 def run(options: argparse.Namespace) -> ExitCode:
-    """Takes the publication out of service, or keeps it in the listings; `PublicationNotFound` if it is unknown."""
+    """Raises `PublicationNotFound`. An evicted publication is gone; a quarantined one stays in the listings."""
     return _evict(options) if options.command == "evict" else _quarantine(options)
 
 

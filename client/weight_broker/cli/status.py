@@ -22,7 +22,6 @@ _SHORT_ID = 12
 
 
 def run(options: argparse.Namespace) -> ExitCode:
-    """Prints the state once."""
     with Inspector(options.runtime_directory, options.timeout) as inspector:
         state = inspector.state(transfer_limit=options.transfers)
     if options.json:
@@ -47,7 +46,7 @@ def state_to_json(state: State) -> dict[str, Any]:
 
 
 def renderables(state: State) -> list[RenderableType]:
-    """The state as a line about the host and tables; those that would be empty are left out."""
+    """A line about the host, then tables; empty tables are left out."""
     from rich.text import Text
 
     tables = [_weight_sets(state), _publications(state), _instances(state), _leases(state), _transfers(state)]
@@ -58,7 +57,6 @@ def renderables(state: State) -> list[RenderableType]:
 
 
 def host_line(host: pb.Host) -> str:
-    """The host in one line."""
     return (
         f"{output.plain(host.hostname)}: broker {host.version}, pid {host.pid}, "
         f"up {output.age(_since(host.uptime, host.start_time))}"
@@ -156,7 +154,7 @@ def _transfers(state: State) -> Any:
 
 
 def rank(weight_set: pb.WeightSet) -> str:
-    """The rank as people write it, for example "tp 1/4"; empty for a model on one device."""
+    """For example "tp 1/4"; empty for a model on one device."""
     ranks = weight_set.key.rank
     found = [
         f"{short} {getattr(ranks, f'{kind}_parallel_rank')}/{getattr(ranks, f'{kind}_parallel_size')}"
@@ -172,6 +170,6 @@ def path_name(path: pb.TransferPath.ValueType) -> str:
 
 
 def _since(measured: Duration, begun: Timestamp) -> float:
-    """Seconds as the broker measured them; from the time of day only where an older broker measured none."""
+    """Seconds as the broker measured them; by the time of day for an older broker, which measured none."""
     seconds = measured.ToNanoseconds() / 1e9
     return seconds if seconds > 0 else age_seconds(begun.ToNanoseconds() / 1e9)

@@ -1,4 +1,4 @@
-"""The part of `weight-broker status` that is about devices: cards, what lies on them, the datasystem worker."""
+"""The devices in `weight-broker status`: cards, resident weight sets, the datasystem worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STYLES = {pb.Card.STATE_DEGRADED: "yellow", pb.Card.STATE_FAILED: "bold red"}
 
 
 def renderables(state: State) -> list[RenderableType]:
-    """Lines and tables; nothing on a host without devices."""
+    """Lines and tables; none on a host without devices."""
     from rich.text import Text
 
     host = state.host
@@ -32,8 +32,7 @@ def renderables(state: State) -> list[RenderableType]:
 
 
 def worker_line(worker: pb.DatasystemWorker) -> str:
-    """The datasystem worker in one line."""
-    who = "managed by the broker" if worker.managed else "somebody else's"
+    who = "managed by the broker" if worker.managed else "external"
     if worker.reachable:
         return f"Datasystem worker {worker.address}, {who}: reachable"
     return f"Datasystem worker {worker.address}, {who}: AWAY" + (
@@ -42,7 +41,7 @@ def worker_line(worker: pb.DatasystemWorker) -> str:
 
 
 def residency(state: State) -> list[dict[str, Any]]:
-    """What lies where: a row for each publication, ordered by device and instance."""
+    """A row for each publication, ordered by device and instance."""
     instances = {card.instance_id: card for card in state.instances}
     rows = [
         {
@@ -62,7 +61,7 @@ def residency(state: State) -> list[dict[str, Any]]:
 
 
 def device(publication: pb.Publication) -> str:
-    """Where a publication lies: the device's identity, or the kind of memory where there is but one of it."""
+    """The device's identity, or the kind of memory for a kind without devices."""
     kind = output.state(weight_set_pb2.DeviceKind.Name(publication.device_kind)).removeprefix("kind ")
     staged = ", staged" if publication.is_staged else ""
     return (output.plain(publication.device_id) or kind) + staged
