@@ -36,6 +36,25 @@ def set_device_in_another_thread(device: int) -> int:
     return 0
 
 
+def fail_without_aclinit() -> str:
+    """What the driver says of a failure in a process that has not called aclInit."""
+    library = ctypes.CDLL("libascendcl.so")
+    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
+    assert library.aclrtSetDevice(0) == 0
+    assert library.aclrtFree(ctypes.c_void_p(1)) != 0
+    return (library.aclGetRecentErrMsg() or b"").decode()
+
+
+def call_without_device(device: int, function: str, *arguments: object) -> int:
+    """The code of a call in a thread that has no device; this one has."""
+    codes: list[int] = []
+    acl.set_device(device)
+    thread = threading.Thread(target=lambda: codes.append(getattr(acl.library(), function)(*arguments)))
+    thread.start()
+    thread.join()
+    return codes[0]
+
+
 def call_in_fork() -> int:
     """The error of aclrtSetDevice in a forked child."""
     child = os.fork()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from doubles.cann.control import CannHost
+from doubles.cann.control import CannHost, card_name
 from support import device_instance as instance
 from support.broker_process import BrokerProcess
 from support.card_process import CardProcess
@@ -45,5 +45,5 @@ class Scene:
 
     def wait_until_moving(self, card: int) -> None:
         """A receiver of the card is fetching."""
-        eventually(lambda: cards(self.broker)[f"npu:{card}"].fetch_count == 1, within=30)
+        eventually(lambda: cards(self.broker)[card_name(card)].fetch_count == 1, within=30)
         time.sleep(0.5)  # it has begun to write

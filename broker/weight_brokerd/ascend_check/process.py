@@ -45,8 +45,9 @@ class _Card:
         self._engine: Engine | None = None
 
     def open(self) -> dict[str, Any]:
-        """Opens the card as the broker's processes do: without aclInit, which the datasystem's client calls."""
+        """Opens the card as the broker's processes do."""
         began = time.monotonic()
+        self._runtime.initialize()
         self._runtime.set_device(self._index)
         seconds = time.monotonic() - began
         self._memory = CardMemory(NpuDriver(self._runtime, self._index))

@@ -74,6 +74,7 @@ def _npus() -> Iterator[Device]:
     from weight_broker.drivers.acl import device_id
 
     runtime = acl.load()
+    runtime.initialize()
     for index in range(runtime.device_count()):
         identity, words, soc = "", "", ""
         try:

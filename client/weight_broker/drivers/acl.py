@@ -34,6 +34,8 @@ IMPORT_WITH_PEER_ACCESS = 1
 _MALLOC_HUGE_FIRST = 0
 _HANDLE_TYPE_NONE = 0
 _HUGE_PAGES = 1
+_HBM_HUGE_PAGES = 4
+"""ACL_HBM_MEM_HUGE. The runtime refuses 0, which is the host's kind of memory."""
 _LOCATION_DEVICE = 1
 
 _POINTER, _SIZE, _FLAGS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
@@ -69,7 +71,7 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
 
 
 class _PhysicalProperties(ctypes.Structure):
-    """aclrtPhysicalMemProp; zeros are: no handle type, pinned, huge pages."""
+    """aclrtPhysicalMemProp; zeros are: no handle type, pinned."""
 
     _fields_ = (
         ("handle_type", _UINT32),
@@ -166,12 +168,15 @@ class Acl:
         that has a part of the cards, the number is the container's and not the host's.
         """
         if self.has("aclrtGetPhyDevIdByLogicDevId"):
-            if self.has("aclrtGetLogicDevIdByUserDevId"):
-                logical = self._out(_INT32(), "aclrtGetLogicDevIdByUserDevId", device, last=True)
-            else:
-                logical = device
-            return self._out(_INT32(), "aclrtGetPhyDevIdByLogicDevId", logical, last=True)
+            # In spite of its name it takes the index of this process, and maps that to the logical number itself.
+            return self._out(_INT32(), "aclrtGetPhyDevIdByLogicDevId", device, last=True)
         return visible_device(device, os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))
+
+    def logical_device(self, device: int) -> int | None:
+        """The number of the card in this process's container, as in shareable handles; None if CANN cannot tell."""
+        if not self.has("aclrtGetLogicDevIdByUserDevId"):
+            return None
+        return self._out(_INT32(), "aclrtGetLogicDevIdByUserDevId", device, last=True)
 
     def soc_name(self) -> str:
         """The kind of processor, for example "Ascend910B4"."""
@@ -189,7 +194,7 @@ class Acl:
         return self._address("aclrtMalloc", size, _MALLOC_HUGE_FIRST)
 
     def free(self, address: int) -> None:
-        """Of `malloc`. Importers close first, then the exporter closes its key, then the memory is freed."""
+        """Of `malloc`. The driver frees it at once, whoever uses it."""
         self._call("aclrtFree", address)
 
     def memcpy(self, destination: int, destination_size: int, source: int, size: int, kind: MemcpyKind) -> None:
@@ -198,7 +203,7 @@ class Acl:
 
     # ---- sharing whole allocations
     def ipc_export_key(self, address: int, size: int, flags: int = EXPORT_VALIDATES_PIDS) -> bytes:
-        """The key of a whole allocation; an allocation has one key at a time."""
+        """A key of an allocation, or of a part of it that begins with a page."""
         key = ctypes.create_string_buffer(KEY_BYTES)
         self._call("aclrtIpcMemGetExportKey", address, size, key, KEY_BYTES, flags)
         return key.value
@@ -212,7 +217,8 @@ class Acl:
         return self._address("aclrtIpcMemImportByKey", key, flags)
 
     def ipc_close(self, key: bytes) -> None:
-        """Gives up the import, or in the exporting process the key."""
+        """Gives up the import, or in the exporting process the key. The driver does not refuse the latter: it takes the
+        memory from every process that has imported it, whatever that process does with it at the time."""
         self._call("aclrtIpcMemClose", key)
 
     # ---- sharing chunks (virtual memory management)
@@ -227,7 +233,9 @@ class Acl:
     def malloc_physical(self, size: int, device: int) -> int:
         """The handle of a fresh chunk of `size` bytes (a multiple of 2 MiB) on a device, for `map` and in the end
         `free_physical`."""
-        properties = _PhysicalProperties(location_id=device, location_type=_LOCATION_DEVICE)
+        properties = _PhysicalProperties(
+            memory_attribute=_HBM_HUGE_PAGES, location_id=device, location_type=_LOCATION_DEVICE
+        )
         return self._address("aclrtMallocPhysical", size, ctypes.byref(properties), 0)
 
     def map(self, address: int, size: int, handle: int) -> None:

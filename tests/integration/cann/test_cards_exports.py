@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from doubles.cann.control import card_name
 from support import acl, card_actions, npu_actions
 from support.acl import CHUNK
 from support.card_process import CardProcess
@@ -31,7 +32,7 @@ class Instance:
     """An inference process with a plain segment and an expandable one."""
 
     def __init__(self, process: CardProcess, card: int, shift: int) -> None:
-        self.process, self.card = process, f"npu:{card}"
+        self.process, self.card = process, card_name(card)
         process.call(acl.set_device, card)
         plain = Segment(process.call(acl.malloc, 8 * MIB), 8 * MIB)
         base, _ = process.call(card_actions.map_chunks, 4, card)
@@ -122,14 +123,14 @@ def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go
 
     async def scenario(cards: CardSupervisor) -> None:
         for region in whole + part:
-            await cards.register("npu:0", region)
+            await cards.register(card_name(0), region)
         for regions in (whole, part):
             for region in regions:
-                await cards.unregister("npu:0", region.region_id)
+                await cards.unregister(card_name(0), region.region_id)
             if regions is whole:
                 for region in part:  # still there
                     every = BlobList((region.region_id,), plan.rounds([plan.Piece(0, 0, 0, 0, MIB)])[0].source)
-                    await cards.offer("npu:0", fresh_key(), every)
+                    await cards.offer(card_name(0), fresh_key(), every)
         pid = cards.health[0].sender_pid
         assert not {"imports", "mappings", "reservations"} & set(scene.host.live(pid))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from weight_broker.drivers import acl
-from weight_broker.drivers.acl import EXPORT_TO_ANY_PROCESS, IMPORT_WITH_PEER_ACCESS, Acl, MemcpyKind, device_id
+from weight_broker.drivers.acl import EXPORT_TO_ANY_PROCESS, Acl, MemcpyKind, device_id
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child.engine import Engine
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
@@ -31,7 +31,7 @@ class NpuDriver:
         if not region.export_key:
             return self._map_chunks(region, undo)
         key = bytes.fromhex(region.export_key)
-        address = self._acl.ipc_import(key, IMPORT_WITH_PEER_ACCESS)
+        address = self._acl.ipc_import(key)
         undo.callback(self._acl.ipc_close, key)
         return address
 
@@ -102,6 +102,7 @@ class NpuCard:
         seconds = {}
         at = time.monotonic()
         runtime = acl.load()
+        runtime.initialize()
         runtime.set_device(self._device)
         identity, soc = device_id(runtime, self._device), runtime.soc_name()
         seconds["set_device"] = time.monotonic() - at
