@@ -28,7 +28,7 @@ def host(device_host: DeviceHost, monkeypatch: pytest.MonkeyPatch) -> DeviceHost
     """A host with 3 cards, whose driver the operator's commands find too."""
     device_host.cann.cards = 3
     for name, value in device_host.cann.environment().items():
-        if name.startswith("CANN_"):
+        if name.startswith(("CANN_", "ASCEND_")):
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("WEIGHT_BROKER_CARDS_LIBRARY_PATH", str(build().libraries))
     return device_host
