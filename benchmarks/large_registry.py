@@ -14,7 +14,7 @@ from benchmarks.weights import equal_shapes, publish_random, random_content, tou
 from weight_broker import BrokerClient, WeightSetKey
 from weight_broker.digest import ContentDigests
 from weight_broker.memory.host.export import export
-from weight_broker.memory.shared import SharedWeights
+from weight_broker.memory.host.shared import SharedWeights
 from weight_broker.memory.tensors import describe
 from weight_broker.v1 import inspection_service_pb2 as inspection
 
@@ -100,7 +100,7 @@ def publish_many(instance: Instance, prefix: str, count: int) -> None:
     ]
     instance.kept["clients"] = clients
     instance.kept["publications"] = [
-        clients[index % len(clients)]._publish_shared(
+        clients[index % len(clients)]._exchange.publish_shared(
             WeightSetKey(f"{prefix}-{index}"),
             SharedWeights(described.layout, [(os.dup(region.fd), region.size_bytes)], region.placements, digests),
         )

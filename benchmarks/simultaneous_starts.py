@@ -21,6 +21,7 @@ from benchmarks.weights import model_shapes, touched
 
 from weight_broker import ColdLoadLease, WeightSetKey
 from weight_broker.demo.checkpoint import model_shape
+from weight_broker.transfers.exchange import Request
 
 INSTANCES = 16
 MOST_ACQUIRES = 3.0
@@ -165,7 +166,7 @@ def start(instance: Instance, kind: str, model: str, file: Path, begin_at: float
             from_disk = report.source == "disk"
             publish_seconds = report.publish_seconds
         case "zero-copy":
-            outcome = instance.client._attach_and_share(key)
+            outcome = instance.client._exchange.map(Request(key), "torch")
             from_disk = isinstance(outcome, ColdLoadLease)
             if isinstance(outcome, ColdLoadLease):
                 outcome.prepare_memory(sum(tensor.nbytes for tensor in tensors.values()))
@@ -174,8 +175,7 @@ def start(instance: Instance, kind: str, model: str, file: Path, begin_at: float
                 instance.kept["publications"].append(instance.client.publish(key, tensors, lease=outcome))
                 publish_seconds = time.monotonic() - loaded
             else:
-                instance.kept["attached"] = outcome[0]
-                outcome[1].close()
+                instance.kept["attached"] = outcome.tensors
         case _:
             load(file, tensors)
             from_disk = True

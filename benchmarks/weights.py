@@ -14,6 +14,8 @@ from benchmarks.harness import Instance
 from weight_broker import BrokerClient, WeightSetKey
 from weight_broker.demo.checkpoint import model_shape
 from weight_broker.memory.host.copying import thread_count
+from weight_broker.memory.host.shared import SharedWeights
+from weight_broker.transfers.exchange import Mapped, Request
 
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = dict[str, torch.Tensor]
@@ -76,9 +78,10 @@ class PlainCopy:
 
 def plain_copy(client: BrokerClient, key: WeightSetKey, tensors: Tensors) -> PlainCopy:
     """Plain copies of a resident weight set into `tensors`."""
-    outcome = client._attach_and_share(key)
-    assert isinstance(outcome, tuple)
-    _, shared = outcome
+    outcome = client._exchange.map(Request(key, keep=True), "torch")
+    assert isinstance(outcome, Mapped)
+    shared = outcome.shared
+    assert isinstance(shared, SharedWeights)
     descriptor, size_bytes = shared.memfds[0]
     mapping = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))

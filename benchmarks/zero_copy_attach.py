@@ -12,6 +12,8 @@ from benchmarks.report import Budget, Row, number, size
 from benchmarks.weights import model_shapes, publish_random, size_of, touched
 
 from weight_broker import BrokerClient, WeightSetKey
+from weight_broker.memory.host.shared import SharedWeights
+from weight_broker.transfers.exchange import Mapped, Request
 
 MOST_MILLISECONDS = 20.0
 
@@ -27,9 +29,10 @@ def run(options: Options) -> list[Row]:
             BrokerClient(broker.runtime_directory, name="receiver") as client,
             BrokerClient(broker.runtime_directory, name="careful", digest_mode="full") as careful,
         ):
-            outcome = client._attach_and_share(key)
-            assert isinstance(outcome, tuple)
-            shared = outcome[1]
+            outcome = client._exchange.map(Request(key, keep=True), "torch")
+            assert isinstance(outcome, Mapped)
+            shared = outcome.shared
+            assert isinstance(shared, SharedWeights)
             descriptor = os.dup(shared.descriptors[0])
             places = [
                 (spec.shape, spec.storage_bytes // 2, offset)

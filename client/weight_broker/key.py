@@ -125,7 +125,7 @@ class WeightSetKey:
             "quantization": self.quantization,
             "role": str(self.role),
             "stage": str(self.stage),
-            "rank": {one.name: getattr(self.rank, one.name) for one in fields(self.rank)},
+            "rank": {field_.name: getattr(self.rank, field_.name) for field_ in fields(self.rank)},
             "engine_attributes": dict(self.engine_attributes),
         }
         return json.dumps(form, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -139,27 +139,29 @@ class WeightSetKey:
         return hash(self.id)
 
     def __reduce__(self) -> tuple[object, ...]:
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values = {field_.name: getattr(self, field_.name) for field_ in fields(self)}
         values["engine_attributes"] = dict(self.engine_attributes)
         return (_rebuild_key, (values,))
 
     def differing_fields(self, other: WeightSetKey) -> tuple[str, ...]:
         """Names of the fields in which the two keys differ, for people."""
         names: list[str] = []
-        for one in fields(self):
-            mine, theirs = getattr(self, one.name), getattr(other, one.name)
-            if mine == theirs:
+        for field_ in fields(self):
+            own, other_value = getattr(self, field_.name), getattr(other, field_.name)
+            if own == other_value:
                 continue
-            if one.name == "rank":
-                names += [part.name for part in fields(mine) if getattr(mine, part.name) != getattr(theirs, part.name)]
-            elif one.name == "engine_attributes":
+            if field_.name == "rank":
+                names += [
+                    part.name for part in fields(own) if getattr(own, part.name) != getattr(other_value, part.name)
+                ]
+            elif field_.name == "engine_attributes":
                 names += [
                     f"engine_attributes[{name}]"
-                    for name in sorted(mine.keys() | theirs.keys())
-                    if mine.get(name) != theirs.get(name)
+                    for name in sorted(own.keys() | other_value.keys())
+                    if own.get(name) != other_value.get(name)
                 ]
             else:
-                names.append(one.name)
+                names.append(field_.name)
         return tuple(names)
 
 

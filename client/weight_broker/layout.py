@@ -165,9 +165,9 @@ def differences(resident: Layout, wanted: Layout, limit: int = 8) -> list[str]:
         if name not in have:
             continue
         for field in ("dtype", "shape", "stride", "storage_bytes", "memory_format", "alias_of"):
-            mine, theirs = getattr(have[name], field), getattr(want[name], field)
-            if mine != theirs:
-                found.append(f"{name}.{field}: resident {_show(mine)}, wanted {_show(theirs)}")
+            own, other_value = getattr(have[name], field), getattr(want[name], field)
+            if own != other_value:
+                found.append(f"{name}.{field}: resident {_show(own)}, wanted {_show(other_value)}")
     return found[:limit] + ([f"and {len(found) - limit} more"] if len(found) > limit else [])
 
 

@@ -6,25 +6,27 @@ that does not fit raises `InvalidArgument` naming the field.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import cast
 
 from weight_broker.digest import ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import InvalidArgument
 from weight_broker.key import ParallelRank, Role, Stage, WeightSetKey
+from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout, MemoryFormat, TensorSpec
 from weight_broker.load_group import LoadGroup
+from weight_broker.v1 import resources_pb2
 from weight_broker.v1 import weight_set_pb2 as pb
 
 TOKEN_METADATA_KEY = "weight-broker-session-bin"
 MAX_REASON_CHARACTERS = 1024
 """Longest reason or detail that a report carries."""
 
-DEVICE_KINDS = {
-    "cpu": pb.DEVICE_KIND_CPU,
-    "npu": pb.DEVICE_KIND_NPU,
-    "cuda": pb.DEVICE_KIND_CUDA,
+DEVICE_KINDS: dict[str, pb.DeviceKind.ValueType] = {
+    name: cast("pb.DeviceKind.ValueType", traits.wire_number) for name, traits in TRAITS.items()
 }
 """Kinds of memory by their names."""
 
@@ -54,6 +56,11 @@ _last_layout: tuple[weakref.ref[Layout], bytes] | None = None
 """The layout that was translated last, and its message: the same one is asked for many times in a row."""
 
 
+def device_kind_to_wire(kind: str) -> pb.DeviceKind.ValueType:
+    """The kind of memory as a message value."""
+    return cast("pb.DeviceKind.ValueType", TRAITS[kind].wire_number)
+
+
 def load_group_to_wire(group: LoadGroup) -> pb.LoadGroup:
     """A rank of an engine as a message."""
     return pb.LoadGroup(group_id=group.group_id, member=group.member, size=group.size)
@@ -69,7 +76,7 @@ def key_to_wire(key: WeightSetKey) -> pb.WeightSetKey:
         quantization=key.quantization,
         role=_ROLE_VALUES[key.role],
         stage=_STAGE_VALUES[key.stage],
-        rank=pb.ParallelRank(**{one.name: getattr(key.rank, one.name) for one in fields(key.rank)}),
+        rank=pb.ParallelRank(**{item.name: getattr(key.rank, item.name) for item in fields(key.rank)}),
         engine_attributes=[pb.EngineAttribute(name=name, value=value) for name, value in key.engine_attributes.items()],
     )
 
@@ -94,7 +101,7 @@ def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
         quantization=message.quantization,
         role=role,
         stage=stage,
-        rank=ParallelRank(**{one.name: getattr(message.rank, one.name) for one in fields(ParallelRank)}),
+        rank=ParallelRank(**{item.name: getattr(message.rank, item.name) for item in fields(ParallelRank)}),
         engine_attributes=attributes,
     )
 
@@ -207,3 +214,10 @@ def coverage_from_wire(value: pb.DigestCoverage.ValueType) -> DigestCoverage | N
 def placements_to_wire(placements: Iterable[tuple[int, int]]) -> list[pb.TensorPlacement]:
     """(region index, offset in bytes) of each tensor."""
     return [pb.TensorPlacement(region_index=index, offset_bytes=offset) for index, offset in placements]
+
+
+def lease_end(lease: resources_pb2.ColdLoadLease) -> float:
+    """When a lease ends, in seconds since the epoch by this process's clock: the broker's own may be set otherwise."""
+    if lease.HasField("remaining"):
+        return time.time() + lease.remaining.ToNanoseconds() / 1e9
+    return lease.expire_time.ToNanoseconds() / 1e9

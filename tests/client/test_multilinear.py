@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from weight_broker import multilinear
 from weight_broker.digest import FULL_BLOCK_BYTES, DigestAlgorithm, combine
-from weight_broker.memory.device.digest import SCRATCH_BYTES, TorchEngine
-from weight_broker.memory.host.copying import DeadlinePassed
+from weight_broker.memory.device.digest import SCRATCH_BYTES, TorchDigester
+from weight_broker.memory.kind import DeadlinePassed
 
 LENGTHS = st.one_of(st.integers(1, 40), st.integers(4090, 4100), st.sampled_from([65535, 65536, FULL_BLOCK_BYTES]))
 WORDS = FULL_BLOCK_BYTES // 4
@@ -34,7 +34,7 @@ def by_the_definition(content: bytes) -> int:
 def by_torch(*contents: bytes) -> list[int]:
     buffers = [ctypes.create_string_buffer(content, max(len(content), 1)) for content in contents]
     blocks = [(ctypes.addressof(buffer), len(content)) for buffer, content in zip(buffers, contents, strict=True)]
-    return TorchEngine("cpu", ctypes.memmove, lambda: None).block_digests(blocks, None)
+    return TorchDigester("cpu", ctypes.memmove, lambda: None).block_digests(blocks, None)
 
 
 def random_bytes(length: int, seed: int) -> bytes:
@@ -67,13 +67,13 @@ def test_torch_digests_blocks_of_all_lengths_at_once_in_their_order() -> None:
 def test_torch_takes_a_block_at_an_odd_address() -> None:
     content = random_bytes(1000, 1)
     buffer = ctypes.create_string_buffer(b"x" + content, 1001)
-    engine = TorchEngine("cpu", ctypes.memmove, lambda: None)
+    engine = TorchDigester("cpu", ctypes.memmove, lambda: None)
     assert engine.block_digests([(ctypes.addressof(buffer) + 1, 1000)], None) == [multilinear.digest(content)]
 
 
 def test_torch_stops_at_the_deadline() -> None:
     with pytest.raises(DeadlinePassed):
-        TorchEngine("cpu", ctypes.memmove, lambda: None).block_digests([(1, 1)], time.monotonic())
+        TorchDigester("cpu", ctypes.memmove, lambda: None).block_digests([(1, 1)], time.monotonic())
 
 
 # ---- what it catches

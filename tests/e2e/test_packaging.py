@@ -25,7 +25,7 @@ SOURCES = {"weight_broker": REPOSITORY / "client", "weight_brokerd": REPOSITORY 
 BASE_INSTALLATION = ("grpcio", "protobuf", "typing-extensions")
 """The two base dependencies, and what grpcio itself depends on."""
 
-COMPILED = "weight_broker/memory/streaming_copy.so.1"
+COMPILED = "weight_broker/memory/host/streaming_copy.so.1"
 
 IMPORT_THE_CLIENT = """
 import importlib, pkgutil, sys

@@ -101,13 +101,15 @@ def acquire(state: State, /, model: str, *, wait: bool = True, timeout: float = 
 
 
 def acquire_or_load(
-    state: State, model: str, seed: int, *, load_seconds: float = 0.0, timeout: float = 120.0, fail: bool = False
+    state: State, model: str, seed: int, *, load_until: str = "", timeout: float = 120.0, fail: bool = False
 ) -> tuple[str, str, int]:
-    """Fills the arrays from a peer or from `content`; returns source, checksum and how often it loaded."""
+    """Fills the arrays from a peer or from `content`; returns source, checksum and how often it loaded. Loading does
+    not end before the file `load_until` exists."""
 
     def load() -> None:
         state.load_count += 1
-        time.sleep(load_seconds)
+        while load_until and not os.path.exists(load_until):
+            time.sleep(0.01)
         if fail:
             raise OSError("the disk is gone")
         fresh = content(seed, len(state.arrays), next(iter(state.arrays.values())).nbytes)

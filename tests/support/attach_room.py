@@ -106,7 +106,7 @@ class AttachRoom:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
-        self.server = asyncio.run_coroutine_threadsafe(self._open(), self.loop).result(10)
+        self.server = asyncio.run_coroutine_threadsafe(self._open(), self.loop).result(60)
 
     async def _open(self) -> AttachServer:
         server = AttachServer(self.attendance, host_id="host-1", broker_version="1.2.3")
@@ -117,10 +117,18 @@ class AttachRoom:
         async def close() -> None:
             self.server.close()
 
-        asyncio.run_coroutine_threadsafe(close(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(close(), self.loop).result(60)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+    def turn(self) -> None:
+        """Returns when the server's loop has looked at everything that there was to look at."""
+
+        async def turn() -> None:
+            await asyncio.sleep(0)
+
+        asyncio.run_coroutine_threadsafe(turn(), self.loop).result(60)
 
     def client(self) -> RawClient:
         """A connection that has said nothing yet."""
@@ -144,7 +152,7 @@ class RawClient:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(5)
+        self.socket.settimeout(60)
         self.socket.connect(str(path))
 
     def __enter__(self) -> RawClient:

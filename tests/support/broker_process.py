@@ -43,7 +43,7 @@ class BrokerProcess:
         """What the daemon has logged."""
         return self.log_path.read_text() if self.log_path.exists() else ""
 
-    def start(self, *, wait_seconds: float = 20.0) -> BrokerProcess:
+    def start(self, *, wait_seconds: float = 60.0) -> BrokerProcess:
         """Starts the daemon and waits until its attach socket accepts."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WEIGHT_BROKER_")}
         environment |= {"WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.runtime_directory), **self.environment}
@@ -96,23 +96,23 @@ class BrokerProcess:
 
     def host(self) -> resources_pb2.Host:
         """What GetHost says."""
-        return self.inspection.GetHost(inspection.GetHostRequest(), timeout=10).host
+        return self.inspection.GetHost(inspection.GetHostRequest(), timeout=60).host
 
     def publications(self) -> list[resources_pb2.Publication]:
         """All publications of all weight sets."""
-        listed = self.inspection.ListWeightSets(inspection.ListWeightSetsRequest(page_size=1000), timeout=10)
+        listed = self.inspection.ListWeightSets(inspection.ListWeightSetsRequest(page_size=1000), timeout=60)
         return [publication for weight_set in listed.weight_sets for publication in weight_set.publications]
 
     def instances(self) -> list[resources_pb2.Instance]:
         """All instances."""
         return list(
-            self.inspection.ListInstances(inspection.ListInstancesRequest(page_size=1000), timeout=10).instances
+            self.inspection.ListInstances(inspection.ListInstancesRequest(page_size=1000), timeout=60).instances
         )
 
     def transfers(self) -> list[resources_pb2.Transfer]:
         """All transfers that are remembered, newest first."""
         return list(
-            self.inspection.ListTransfers(inspection.ListTransfersRequest(page_size=1000), timeout=10).transfers
+            self.inspection.ListTransfers(inspection.ListTransfersRequest(page_size=1000), timeout=60).transfers
         )
 
     def descriptors(self) -> list[str]:

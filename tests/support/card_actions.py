@@ -228,5 +228,5 @@ def destroy_while_another_thread_waits(communicator: int, address: int) -> bool:
     time.sleep(0.2)
     waits = thread.is_alive()
     acl.call("aclrtDestroyStreamForce", stream)
-    thread.join(5)
+    thread.join(60)
     return waits and not thread.is_alive()

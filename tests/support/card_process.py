@@ -54,7 +54,7 @@ class CalledProcess:
             try:
                 kind, value = self._connection.recv()
             except (EOFError, ConnectionResetError):
-                raise RemoteFailure(f"process {self.pid} died: {self.process.wait(10)}") from None
+                raise RemoteFailure(f"process {self.pid} died: {self.process.wait(60)}") from None
             if kind == "refused":
                 raise cast("AclError", value)
             if kind == "failed":
@@ -75,7 +75,7 @@ class CalledProcess:
     def leave(self) -> int:
         """Lets it end by itself, as a program that forgot nothing or everything; returns its exit status."""
         self._connection.close()
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def close(self) -> None:
         """Ends it if it still runs."""

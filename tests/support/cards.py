@@ -139,6 +139,10 @@ class CardScene:
         """A source with content on card 0, and a destination on card 1; of two instances."""
         return self.own(0, size, seed=3, **how), self.own(1, size, **how)
 
+    async def until_moving(self, cards: CardSupervisor, card: int = 1) -> None:
+        """Returns when a receiver of the card has begun to receive."""
+        await until(lambda: any("pending_tasks" in self.host.live(pid) for pid in cards.health[card].receiver_pids))
+
     def run(
         self,
         scenario: Callable[[CardSupervisor], Coroutine[Any, Any, object]],
@@ -191,8 +195,9 @@ async def move(
     return seconds
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits for something that comes by itself."""
+async def until(condition: Callable[[], bool], seconds: float = 40.0) -> None:
+    """Waits for something that comes by itself: for as long as a busy machine may take, and for less than the minute
+    that the engine's own time-out is."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come"

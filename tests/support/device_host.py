@@ -82,7 +82,7 @@ def is_idle(broker: BrokerProcess) -> bool:
     return not any(counts) and not any(card.region_count or card.offer_count or card.fetch_count for card in host.cards)
 
 
-def wait_until_idle(broker: BrokerProcess, within: float = 10.0) -> None:
+def wait_until_idle(broker: BrokerProcess, within: float = 60.0) -> None:
     """Nothing may stay."""
     eventually(lambda: is_idle(broker), within=within)
 

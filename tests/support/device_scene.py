@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
 from doubles.cann.control import CannHost, card_name
 from support import device_instance as instance
@@ -44,6 +44,8 @@ class Scene:
             assert process.call(instance.acquire, "model").error == ""
 
     def wait_until_moving(self, card: int) -> None:
-        """A receiver of the card is fetching."""
-        eventually(lambda: cards(self.broker)[card_name(card)].fetch_count == 1, within=30)
-        time.sleep(0.5)  # it has begun to write
+        """A receiver of the card has begun to write."""
+        eventually(lambda: any("pending_tasks" in self.cann.live(pid) for pid in self._receivers(card)))
+
+    def _receivers(self, card: int) -> Sequence[int]:
+        return cards(self.broker)[card_name(card)].receiver_pids

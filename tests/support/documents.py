@@ -1,4 +1,4 @@
-"""The project's documents: what they say in tables, references and examples, and a way to follow the examples."""
+"""The project's documents: their tables, references and examples, and a way to follow the examples."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Document:
 
     @property
     def anchors(self) -> set[str]:
-        """What a link to a heading of this document may end with."""
+        """The ends of links to headings of this document."""
         kept = (re.sub(r"[^\w\- ]", "", heading).lower() for heading in _HEADING.findall(self.prose))
         return {heading.replace(" ", "-") for heading in kept}
 
@@ -98,7 +98,7 @@ def _trimmed(text: str) -> str:
 
 
 class Reader:
-    """Somebody who follows a document: every command in a shell, every Python block in a prompt that stays open."""
+    """Follows a document: runs every command in a shell, every Python block in a prompt that stays open."""
 
     def __init__(self, directory: Path, replacements: dict[str, str]) -> None:
         """`replacements` are made in everything that is run or compared."""
@@ -158,7 +158,7 @@ class Reader:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -168,7 +168,7 @@ class Reader:
         self._begin(["bash", "-c", f"{line} wait"], log)
         began = time.monotonic()
         socket = self._runtime_directory / "attach.sock"
-        eventually(lambda: socket.exists() or self._processes[-1].poll() is not None, within=20)
+        eventually(lambda: socket.exists() or self._processes[-1].poll() is not None)
         assert socket.exists(), f"$ {line} (after {time.monotonic() - began:.1f} s)\n{log.read_text()}"
 
     def _begin(self, command: list[str], log: Path) -> None:

@@ -52,10 +52,10 @@ def retract_in_child(state: State, /) -> str:
     return _in_child(work)
 
 
-def child_that_lingers(state: State, /, seconds: float) -> int:
-    """Forks a child that does nothing for a while; returns its pid."""
+def child_that_lingers(state: State, /) -> int:
+    """Forks a child that does nothing until it is killed; returns its pid."""
     pid = os.fork()
     if pid == 0:
-        time.sleep(seconds)
+        time.sleep(600)  # and it does not outlive a test that could not kill it for ever
         os._exit(0)
     return pid

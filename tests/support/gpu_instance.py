@@ -97,14 +97,14 @@ def digests(model: str) -> tuple[int, ...]:
     """MULTILINEAR_64 of each tensor, in the layout's order."""
     described = describe(device_instance.model_of(model).tensors)
     assert isinstance(described, DescribedDeviceTensors)
-    return cuda_kind.digest(described, None).values
+    return cuda_kind.KIND.digests(described).values
 
 
 def regions(model: str) -> list[tuple[str, int, str]]:
     """(id, bytes, GPU) of what an export of the model shares."""
     described = describe(device_instance.model_of(model).tensors)
     assert isinstance(described, DescribedDeviceTensors)
-    with_regions = cuda_kind.export(described)
+    with_regions = cuda_kind.KIND.export(described)
     return [(one.region_id, one.size_bytes, one.device_id) for one in with_regions.regions]
 
 

@@ -15,7 +15,7 @@ def check(channel: grpc.Channel, service: str = "") -> int:
         request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
         response_deserializer=health_pb2.HealthCheckResponse.FromString,
     )
-    status: int = call(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+    status: int = call(health_pb2.HealthCheckRequest(service=service), timeout=60).status
     return status
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from support import acl as calls
 from weight_broker.drivers.acl import MemcpyKind, load
 from weight_broker.layout import ITEM_SIZES, MemoryFormat
-from weight_broker.memory.device.digest import TorchEngine
+from weight_broker.memory.device.digest import TorchDigester
 from weight_broker.memory.npu import kind as npu
 from weight_broker.memory.npu.registry import EXPORTS
 
@@ -125,8 +125,8 @@ def digests_by_torch(places: Sequence[Place]) -> tuple[int, ...]:
     def copy(destination: int, source: int, size: int) -> None:
         load().memcpy(destination, size, source, size, MemcpyKind.DEVICE_TO_HOST)
 
-    engine = TorchEngine("cpu", copy, lambda: None)
-    return npu.digest_tensors(npu.describe_device(tensors_of(places)), engine=engine).values
+    engine = TorchDigester("cpu", copy, lambda: None)
+    return npu.digest_tensors(npu.describe_device(tensors_of(places)), digester=engine).values
 
 
 def current_device() -> int | None:

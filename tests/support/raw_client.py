@@ -95,7 +95,7 @@ class RawClient:
         if offer:
             assert not self.offer_region(region_id)
         request = publish_request(model, region_id=region_id, request_id=f"publish {model}")
-        return self.weight_broker.Publish(request, metadata=self.metadata, timeout=10).publication
+        return self.weight_broker.Publish(request, metadata=self.metadata, timeout=60).publication
 
     def acquire(self, model: str = "model", *, timeout: float = 20, **fields: Any) -> Any:
         """The stream of an Acquire call."""
@@ -104,7 +104,7 @@ class RawClient:
 
     def report_success(self, transfer_id: str) -> None:
         """Says that a transfer is done."""
-        self.weight_broker.ReportTransfer(succeeded(transfer_id), metadata=self.metadata, timeout=10)
+        self.weight_broker.ReportTransfer(succeeded(transfer_id), metadata=self.metadata, timeout=60)
 
     def close(self) -> None:
         """Says goodbye, so that nothing is left of this instance."""
@@ -122,7 +122,7 @@ class RawClient:
 def connect(runtime_directory: Path) -> socket.socket:
     """A connection to the attach socket, of a process that has not said anything yet."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(10)
+    connection.settimeout(60)
     while True:
         try:
             connection.connect(str(runtime_directory / "attach.sock"))

@@ -100,11 +100,11 @@ class Scene:
         metadata = self.client.metadata if metadata is None else metadata
         try:
             if name in STREAMS:
-                stream = method(request, metadata=metadata, timeout=20)
+                stream = method(request, metadata=metadata, timeout=60)
                 next(stream)
                 stream.cancel()
             else:
-                method(request, metadata=metadata, timeout=20)
+                method(request, metadata=metadata, timeout=60)
         except grpc.RpcError as error:
             return refusal_of(error)
         return None
@@ -121,7 +121,7 @@ class Scene:
     def _report_load(self) -> pb.ReportLoadRequest:
         absent = acquire_request("absent", if_absent=pb.IF_ABSENT_LOAD)
         if not self._fencing_token:
-            [answer] = self.client.weight_broker.Acquire(absent, metadata=self.client.metadata, timeout=10)
+            [answer] = self.client.weight_broker.Acquire(absent, metadata=self.client.metadata, timeout=60)
             self._fencing_token = answer.cold_load.cold_load_lease.fencing_token
         request = pb.ReportLoadRequest(weight_set_id=key_from_wire(absent.key).id, fencing_token=self._fencing_token)
         request.extend.duration.seconds = 60
@@ -138,7 +138,7 @@ class Scene:
             self._own = self.client.publish("own", region_id="own")
         return pb.RetractRequest(publication_id=self._own.publication_id)
 
-    def settle(self, within: float = 5.0) -> None:
+    def settle(self, within: float = 60.0) -> None:
         """Waits until no transfer runs: the end of a call that was given up takes a moment to arrive."""
         eventually(lambda: not self.broker.host().running_transfer_count, within=within)
 

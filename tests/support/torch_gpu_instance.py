@@ -13,7 +13,7 @@ from weight_broker.drivers import cuda
 from weight_broker.memory import describe
 from weight_broker.memory.cuda import kind as cuda_kind
 from weight_broker.memory.device.describe import DescribedDeviceTensors
-from weight_broker.memory.device.digest import HostEngine, tensor_digests
+from weight_broker.memory.device.digest import HostDigester, tensor_digests
 from weight_broker.transfers.publication import Publication
 
 _tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -93,8 +93,8 @@ def digests(model: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     assert isinstance(described, DescribedDeviceTensors)
     driver = cuda.load()
     with driver.on_device(described.device_index):
-        by_host = tensor_digests(described, HostEngine(driver.read), None).values
-    return cuda_kind.digest(described, None).values, by_host
+        by_host = tensor_digests(described, HostDigester(driver.read), None).values
+    return cuda_kind.KIND.digests(described).values, by_host
 
 
 def missing_functions() -> list[str]:

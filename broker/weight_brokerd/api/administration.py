@@ -14,7 +14,8 @@ from weight_brokerd.api import fields as validation
 from weight_brokerd.api.caller import identify, require_administrator
 from weight_brokerd.api.inspection import host_message
 from weight_brokerd.api.messages import Messages
-from weight_brokerd.control.broker import Driver
+from weight_brokerd.control.control import Control
+from weight_brokerd.kinds.place_request import text
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -24,8 +25,8 @@ MAXIMUM_DRAIN_SECONDS = 24 * 3600.0
 class AdministrationServicer(AdministrationServiceServicer):
     """Lets administrators act."""
 
-    def __init__(self, driver: Driver, messages: Messages, *, admin_gid: int | None, drain_seconds: float) -> None:
-        self._driver = driver
+    def __init__(self, control: Control, messages: Messages, *, admin_gid: int | None, drain_seconds: float) -> None:
+        self._control = control
         self._messages = messages
         self._admin_gid = admin_gid
         self._drain_seconds = drain_seconds
@@ -36,30 +37,30 @@ class AdministrationServicer(AdministrationServiceServicer):
         timeout_seconds = self._drain_seconds
         if request.HasField("timeout"):
             timeout_seconds = validation.seconds("timeout", request.timeout, limit=MAXIMUM_DRAIN_SECONDS)
-        if not await self._driver.drain(timeout_seconds, instance_id):
-            running = len(self._driver.coordinator.transfers.running)
+        if not await self._control.draining.drain(timeout_seconds, instance_id):
+            running = len(self._control.coordinator.transfers.running)
             raise DrainTimeout(
                 f"{running} transfers still run after {timeout_seconds:g} s; the broker stays draining",
                 metadata={"running_transfers": str(running)},
             )
-        return pb.DrainResponse(host=host_message(self._driver, self._messages))
+        return pb.DrainResponse(host=host_message(self._control, self._messages))
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         """See the proto."""
         instance_id = self._authorise(context)
-        publication = self._driver.evict(instance_id, validation.text("publication_id", request.publication_id))
+        publication = self._control.publishing.evict(instance_id, text("publication_id", request.publication_id))
         return pb.EvictResponse(publication=self._messages.publication(publication))
 
     async def Quarantine(self, request: pb.QuarantineRequest, context: Context) -> pb.QuarantineResponse:
         """See the proto."""
         instance_id = self._authorise(context)
-        publication_id = validation.text("publication_id", request.publication_id)
-        reason = validation.text("reason", request.reason, limit=MAX_REASON_CHARACTERS)
-        publication = self._driver.quarantine(instance_id, publication_id, reason)
+        publication_id = text("publication_id", request.publication_id)
+        reason = text("reason", request.reason, limit=MAX_REASON_CHARACTERS)
+        publication = self._control.publishing.quarantine(instance_id, publication_id, reason)
         return pb.QuarantineResponse(publication=self._messages.publication(publication))
 
     def _authorise(self, context: Context) -> str:
         """The administrator's instance id, for the audit."""
-        session = identify(self._driver, context)
+        session = identify(self._control, context)
         require_administrator(session, self._admin_gid)
         return session.instance_id

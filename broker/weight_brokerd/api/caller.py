@@ -11,7 +11,7 @@ import grpc
 from weight_broker.errors import NotAdministrator, NotAttached
 from weight_broker.wire import TOKEN_METADATA_KEY
 from weight_brokerd.attach.server import Session
-from weight_brokerd.control.broker import Driver
+from weight_brokerd.control.control import Control
 
 
 def on_end(context: grpc.aio.ServicerContext[Any, Any], action: Callable[[], None]) -> None:
@@ -23,11 +23,11 @@ def on_end(context: grpc.aio.ServicerContext[Any, Any], action: Callable[[], Non
     context.add_done_callback(cast(Any, ended))  # typeshed declares the callback's type as a class, not a protocol
 
 
-def identify(driver: Driver, context: grpc.aio.ServicerContext[Any, Any]) -> Session:
+def identify(control: Control, context: grpc.aio.ServicerContext[Any, Any]) -> Session:
     """The caller's session; raises `NotAttached`."""
     for name, value in context.invocation_metadata() or ():
         if name == TOKEN_METADATA_KEY:
-            return driver.session(value if isinstance(value, bytes) else value.encode())
+            return control.sessions.session(value if isinstance(value, bytes) else value.encode())
     raise NotAttached(f"this call needs metadata {TOKEN_METADATA_KEY}; attach to attach.sock first")
 
 

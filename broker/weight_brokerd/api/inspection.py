@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import bisect
+import enum
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import grpc
 
 from weight_broker.errors import InvalidArgument, WeightsNotFound
+from weight_broker.kinds import kind_of_wire
 from weight_broker.v1 import inspection_service_pb2 as pb
-from weight_broker.v1 import resources_pb2
+from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceServicer
 from weight_broker.wire import key_from_wire, layout_from_wire, layout_to_wire
 from weight_brokerd import __version__
 from weight_brokerd.api import fields as validation
 from weight_brokerd.api.caller import on_end
 from weight_brokerd.api.messages import Messages
-from weight_brokerd.api.paging import Listing, page
-from weight_brokerd.control.broker import Driver
-from weight_brokerd.core.explain import explain
-from weight_brokerd.core.model import Transfer
+from weight_brokerd.control.control import Control
+from weight_brokerd.core.answers import Question
+from weight_brokerd.core.transfers import Transfer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+DEFAULT_PAGE_SIZE = 100
+MAXIMUM_PAGE_SIZE = 1000
 CHANGES_PER_MESSAGE = 500
 CHANGES_PER_STEP = 50
 """Changes that are built before others get their turn, a publication of a weight set counted as one."""
@@ -35,27 +41,27 @@ MAXIMUM_UINT64 = (1 << 64) - 1
 _REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
 
 
-def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
+class Listing(enum.Enum):
+    """What is listed; a token of one list is not one of another."""
+
+    WEIGHT_SETS = "w"
+    INSTANCES = "i"
+    TRANSFERS = "t"
+
+
+def host_message(control: Control, messages: Messages) -> resources_pb2.Host:
     """The broker and its host."""
-    counts = driver.counts()
-    devices = driver.devices
-    npus = devices.npus if devices is not None else None
-    worker = None
-    if npus is not None and npus.worker_address:
-        worker = resources_pb2.DatasystemWorker(
-            address=npus.worker_address,
-            reachable=npus.worker_is_there,
-            managed=npus.worker.is_managed,
-            problem=npus.worker.problem,
-        )
+    counts = control.counts()
+    kinds = control.kinds
     return resources_pb2.Host(
-        host_id=driver.coordinator.host_id,
+        host_id=control.coordinator.host_id,
         hostname=socket.gethostname(),
         version=__version__,
         pid=os.getpid(),
-        start_time=messages.time(driver.ready_at) if driver.ready_at is not None else None,
-        draining=driver.coordinator.draining,
-        directory=driver.directory.name,
+        start_time=messages.time(control.ready_at) if control.ready_at is not None else None,
+        draining=control.coordinator.draining,
+        uptime=messages.since(control.ready_at) if control.ready_at is not None else None,
+        directory=control.directory.name,
         instance_count=counts.instances,
         publication_count=counts.publications,
         region_count=counts.regions,
@@ -63,25 +69,25 @@ def host_message(driver: Driver, messages: Messages) -> resources_pb2.Host:
         running_transfer_count=counts.running_transfers,
         waiting_acquisition_count=counts.waiting_acquisitions,
         cold_load_lease_count=counts.cold_load_leases,
-        cards=[messages.card(kind, health) for kind, health in devices.health] if devices is not None else (),
-        datasystem_worker=worker,
-        device_problem=devices.problem if devices is not None else "",
+        cards=[messages.card(kind, health) for kind, health in kinds.health],
+        datasystem_worker=next((messages.worker(worker) for worker in kinds.workers), None),
+        device_problem=kinds.problem,
     )
 
 
 class InspectionServicer(InspectionServiceServicer):
     """Reads the coordinator's state."""
 
-    def __init__(self, driver: Driver, messages: Messages) -> None:
-        self._driver = driver
+    def __init__(self, control: Control, messages: Messages) -> None:
+        self._control = control
         self._messages = messages
 
     async def ListWeightSets(self, request: pb.ListWeightSetsRequest, context: Context) -> pb.ListWeightSetsResponse:
         """See the proto."""
-        weight_sets = self._driver.coordinator.weight_sets
+        weight_sets = self._control.coordinator.weight_sets
         of_model = weight_sets.of_model(request.model)
         ids = [record.key.id for record in of_model] if request.model else weight_sets.ids()
-        chosen, token = page(Listing.WEIGHT_SETS, ids, request.page_size, request.page_token)
+        chosen, token = _page(Listing.WEIGHT_SETS, ids, request.page_size, request.page_token)
         records = [record for record in map(weight_sets.find, chosen) if record is not None]
         return pb.ListWeightSetsResponse(
             weight_sets=[self._messages.weight_set(record) for record in records], next_page_token=token
@@ -90,20 +96,20 @@ class InspectionServicer(InspectionServiceServicer):
     async def GetWeightSet(self, request: pb.GetWeightSetRequest, context: Context) -> pb.GetWeightSetResponse:
         """See the proto."""
         weight_set_id = validation.weight_set_id("weight_set_id", request.weight_set_id)
-        record = self._driver.coordinator.weight_sets.find(weight_set_id)
+        record = self._control.coordinator.weight_sets.find(weight_set_id)
         if record is None:
             raise WeightsNotFound(
                 f"weight set {weight_set_id} is neither published nor being loaded nor waited for",
                 metadata={"weight_set_id": weight_set_id},
             )
-        publications = self._driver.coordinator.registry.of_weight_set(weight_set_id)
+        publications = self._control.coordinator.publications.of_weight_set(weight_set_id)
         layout = layout_to_wire(publications[-1].layout) if publications else None
         return pb.GetWeightSetResponse(weight_set=self._messages.weight_set(record), layout=layout)
 
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
         """See the proto."""
-        instances = self._driver.coordinator.instances
-        chosen, token = page(Listing.INSTANCES, sorted(instances), request.page_size, request.page_token)
+        instances = self._control.coordinator.instances
+        chosen, token = _page(Listing.INSTANCES, sorted(instances), request.page_size, request.page_token)
         return pb.ListInstancesResponse(
             instances=[self._messages.instance(instances[instance_id]) for instance_id in chosen],
             next_page_token=token,
@@ -113,9 +119,9 @@ class InspectionServicer(InspectionServiceServicer):
         """See the proto."""
         transfers = {
             one.transfer_id: one
-            for one in self._driver.coordinator.transfers.newest_first(running_only=request.running_only)
+            for one in self._control.coordinator.transfers.newest_first(running_only=request.running_only)
         }
-        chosen, token = page(Listing.TRANSFERS, list(transfers), request.page_size, request.page_token)
+        chosen, token = _page(Listing.TRANSFERS, list(transfers), request.page_size, request.page_token)
         return pb.ListTransfersResponse(
             transfers=[self._messages.transfer(transfers[transfer_id]) for transfer_id in chosen],
             next_page_token=token,
@@ -123,7 +129,7 @@ class InspectionServicer(InspectionServiceServicer):
 
     async def GetHost(self, request: pb.GetHostRequest, context: Context) -> pb.GetHostResponse:
         """See the proto."""
-        return pb.GetHostResponse(host=host_message(self._driver, self._messages))
+        return pb.GetHostResponse(host=host_message(self._control, self._messages))
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
         """See the proto."""
@@ -137,14 +143,22 @@ class InspectionServicer(InspectionServiceServicer):
             case _:
                 raise InvalidArgument("weight_set", None, "key or weight_set_id")
         layout = layout_from_wire(request.layout) if request.HasField("layout") else None
-        return self._messages.explanation(
-            explain(self._driver.coordinator, weight_set_id=weight_set_id, key=key, layout=layout)
-        )
+        kind = self._kind(request.device_kind)
+        return self._messages.explanation(self._control.coordinator.explain(Question(weight_set_id, key, layout, kind)))
+
+    def _kind(self, number: weight_set_pb2.DeviceKind.ValueType) -> str:
+        """The kind of memory that would receive; empty if the request leaves it open."""
+        if number == weight_set_pb2.DEVICE_KIND_UNSPECIFIED:
+            return ""
+        kind = kind_of_wire(number)
+        if kind is None:
+            raise InvalidArgument("device_kind", number, "a kind of memory that this version knows, or none")
+        return kind
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         """See the proto."""
-        watcher = self._driver.watch.open()
-        on_end(context, lambda: self._driver.watch.leave(watcher))
+        watcher = self._control.watch.open()
+        on_end(context, lambda: self._control.watch.leave(watcher))
         async for part in self._snapshot():
             yield part
         while not watcher.closed:
@@ -164,7 +178,7 @@ class InspectionServicer(InspectionServiceServicer):
     async def _snapshot(self) -> AsyncIterator[pb.WatchResponse]:
         """Everything that there is now, each thing as it is when its part is built. What changes meanwhile has been
         marked for the watcher and comes after it; what is gone by then is left out."""
-        core = self._driver.coordinator
+        core = self._control.coordinator
         present = [
             *(partial(self._weight_set, one.key.id) for one in core.weight_sets),
             *(partial(self._instance, one) for one in core.instances),
@@ -178,13 +192,13 @@ class InspectionServicer(InspectionServiceServicer):
             )
 
     def _weight_set(self, weight_set_id: str) -> pb.Change:
-        record = self._driver.coordinator.weight_sets.find(weight_set_id)
+        record = self._control.coordinator.weight_sets.find(weight_set_id)
         if record is None:
             return pb.Change(removed_weight_set_id=weight_set_id)
         return pb.Change(weight_set=self._messages.weight_set(record))
 
     def _instance(self, instance_id: str) -> pb.Change:
-        instance = self._driver.coordinator.instances.get(instance_id)
+        instance = self._control.coordinator.instances.get(instance_id)
         if instance is None:
             return pb.Change(removed_instance_id=instance_id)
         return pb.Change(instance=self._messages.instance(instance))
@@ -206,3 +220,44 @@ async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: b
             weight = 0
             await asyncio.sleep(0)
     return built
+
+
+def _page(listing: Listing, ids: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:
+    """The ids of one page and the token of the next. `ids` are sorted; those of transfers by their number, the newest
+    first. The token names the last id of the page before, so that members that come and go between two pages neither
+    repeat nor hide others. Raises `InvalidArgument`."""
+    if not 0 <= page_size <= MAXIMUM_PAGE_SIZE:
+        raise InvalidArgument("page_size", page_size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAXIMUM_PAGE_SIZE}")
+    size = page_size or DEFAULT_PAGE_SIZE
+    start = 0
+    if page_token:
+        try:
+            start = _start(listing, ids, _last_id(listing, page_token))
+        except ValueError:
+            raise InvalidArgument(
+                "page_token", page_token, "the next_page_token of an earlier answer of the same list, unchanged"
+            ) from None
+    chosen = ids[start : start + size]
+    return chosen, _token(listing, chosen[-1]) if start + size < len(ids) else ""
+
+
+def _start(listing: Listing, ids: Sequence[str], last: str) -> int:
+    if listing is Listing.TRANSFERS:
+        return bisect.bisect_right(ids, -_number(last), key=lambda one: -_number(one))
+    return bisect.bisect_right(ids, last)
+
+
+def _number(transfer_id: str) -> int:
+    return int(transfer_id.rpartition("-")[2])
+
+
+def _token(listing: Listing, last: str) -> str:
+    return base64.urlsafe_b64encode(f"{listing.value}:{last}".encode()).decode()
+
+
+def _last_id(listing: Listing, token: str) -> str:
+    """The id in a token; raises ValueError (as its kinds binascii.Error and UnicodeError) if that is none."""
+    name, _, last = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode().partition(":")
+    if name != listing.value:
+        raise binascii.Error("a token of another list")
+    return last

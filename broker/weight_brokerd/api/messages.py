@@ -8,31 +8,31 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from weight_broker.digest import DigestCoverage
+from weight_broker.kinds import TRAITS
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_broker_service_pb2 as service
-from weight_broker.v1.weight_set_pb2 import LoadGroup
-from weight_broker.wire import DEVICE_KINDS, coverage_to_wire, key_to_wire
+from weight_broker.v1.weight_set_pb2 import DeviceKind, LoadGroup
+from weight_broker.wire import coverage_to_wire, key_to_wire
 from weight_brokerd.cards.health import CardHealth, CardState
-from weight_brokerd.control.broker import Driver
-from weight_brokerd.core.explain import Explanation, Outcome
+from weight_brokerd.control.control import Control
+from weight_brokerd.core.answers import Explanation, Outcome
 from weight_brokerd.core.model import (
     Arrival,
     ColdLoadLease,
     DataPlane,
     Instance,
     InstanceState,
-    Publication,
-    PublicationState,
     RankOfGroup,
-    Transfer,
     TransferPath,
-    TransferState,
 )
-from weight_brokerd.core.selection import Candidate, Refusal
+from weight_brokerd.core.publications import Publication, PublicationState
+from weight_brokerd.core.selection import Candidate
+from weight_brokerd.core.sources import Refusal
+from weight_brokerd.core.transfers import Transfer, TransferState
 from weight_brokerd.core.weight_sets import WeightSetRecord
+from weight_brokerd.kinds.kind import WorkerHealth
 
-DEVICE_KIND_NAMES = {value: name for name, value in DEVICE_KINDS.items()}
 PATHS = {
     TransferPath.COPY: pb.TRANSFER_PATH_COPY,
     TransferPath.ZERO_COPY: pb.TRANSFER_PATH_ZERO_COPY,
@@ -90,27 +90,32 @@ _OUTCOMES = {
 class Messages:
     """Builds messages; knows how the broker's clock relates to the time of day."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, control: Control) -> None:
+        self._control = control
 
     def time(self, clock_time: float) -> Timestamp:
         """The time of day of a time of the broker's clock."""
         timestamp = Timestamp()
-        timestamp.FromNanoseconds(int((clock_time + self._driver.wall_offset) * 1e9))
+        timestamp.FromNanoseconds(int((clock_time + self._control.wall_offset) * 1e9))
         return timestamp
+
+    def since(self, clock_time: float) -> Duration:
+        """How long ago a time of the broker's clock is."""
+        return _duration(self._control.loop.now() - clock_time)
 
     def instance(self, instance: Instance) -> pb.Instance:
         """An instance."""
         return pb.Instance(
             instance_id=instance.instance_id,
-            host_id=self._driver.coordinator.host_id,
+            host_id=self._control.coordinator.host_id,
             name=instance.name,
             pid=instance.pid,
             uid=instance.uid,
             gid=instance.gid,
             state=_INSTANCE_STATES[instance.state],
             attach_time=self.time(instance.attached_at),
-            publication_count=self._driver.coordinator.registry.count_of_instance(instance.instance_id),
+            publication_count=self._control.coordinator.publications.count_of_instance(instance.instance_id),
+            age=self.since(instance.attached_at),
         )
 
     def publication(self, publication: Publication) -> pb.Publication:
@@ -121,9 +126,9 @@ class Messages:
             generation=publication.generation,
             state=_PUBLICATION_STATES[publication.state],
             instance_id=publication.instance_id,
-            instance_name=publication.instance_name,
-            host_id=publication.host_id,
-            device_kind=DEVICE_KINDS[publication.device_kind],
+            instance_name=publication.holder.name,
+            host_id=publication.holder.host_id,
+            device_kind=_device_kind(publication.device_kind),
             device_id=publication.device_id,
             layout_fingerprint=publication.layout.fingerprint,
             tensor_count=len(publication.layout),
@@ -135,6 +140,7 @@ class Messages:
             quarantine_reason=publication.quarantine_reason,
             load_group=_load_group(publication.rank) if publication.rank is not None else None,
             is_staged=publication.is_staged,
+            age=self.since(publication.published_at),
         )
 
     def lease(self, lease: ColdLoadLease) -> pb.ColdLoadLease:
@@ -142,16 +148,18 @@ class Messages:
         return pb.ColdLoadLease(
             weight_set_id=lease.weight_set_id,
             fencing_token=lease.fencing_token,
-            instance_id=lease.instance_id,
-            instance_name=lease.instance_name,
-            host_id=lease.host_id,
+            instance_id=lease.holder.instance_id,
+            instance_name=lease.holder.name,
+            host_id=lease.holder.host_id,
             acquire_time=self.time(lease.acquired_at),
             expire_time=self.time(lease.expires_at),
+            age=self.since(lease.acquired_at),
+            remaining=_duration(max(lease.expires_at - self._control.loop.now(), 0.0)),
         )
 
     def weight_set(self, record: WeightSetRecord) -> pb.WeightSet:
         """A weight set with its publications."""
-        publications = self._driver.coordinator.registry.of_weight_set(record.key.id)
+        publications = self._control.coordinator.publications.of_weight_set(record.key.id)
         return pb.WeightSet(
             weight_set_id=record.key.id,
             key=key_to_wire(record.key),
@@ -180,6 +188,7 @@ class Messages:
             start_time=self.time(transfer.started_at),
             end_time=self.time(transfer.ended_at) if ended else None,
             failure=transfer.failure,
+            elapsed=_duration((transfer.ended_at if ended else self._control.loop.now()) - transfer.started_at),
         )
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> service.Moved:
@@ -190,11 +199,20 @@ class Messages:
             phase_times=[pb.PhaseTime(phase=PHASES[name], duration=_duration(took)) for name, took in seconds.items()],
         )
 
+    def worker(self, health: WorkerHealth) -> pb.DatasystemWorker:
+        """A datasystem worker."""
+        return pb.DatasystemWorker(
+            address=health.address,
+            reachable=health.is_reachable,
+            managed=health.is_managed,
+            problem=health.problem,
+        )
+
     def card(self, kind: str, health: CardHealth) -> pb.Card:
         """A device."""
         return pb.Card(
             device_id=health.identity,
-            device_kind=DEVICE_KINDS[kind],
+            device_kind=_device_kind(kind),
             device_index=health.device_index,
             soc=health.soc,
             state=_CARD_STATES[health.state],
@@ -239,14 +257,18 @@ class Messages:
             ],
         )
 
-    def _candidate(self, candidate: Candidate, explanation: Explanation) -> inspection.Candidate:
+    def _candidate(self, candidate: Candidate[Publication], explanation: Explanation) -> inspection.Candidate:
         refusal = candidate.refusal
         return inspection.Candidate(
-            publication=self.publication(candidate.publication),
+            publication=self.publication(candidate.source),
             refusal=_REFUSALS[refusal] if refusal is not None else inspection.Candidate.REFUSAL_UNSPECIFIED,
             detail=candidate.detail,
-            chosen=candidate.publication is explanation.selection.chosen,
+            chosen=candidate.source is explanation.selection.chosen,
         )
+
+
+def _device_kind(kind: str) -> DeviceKind.ValueType:
+    return DeviceKind.ValueType(TRAITS[kind].wire_number)
 
 
 def _load_group(rank: RankOfGroup) -> LoadGroup:

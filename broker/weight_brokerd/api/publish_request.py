@@ -1,112 +1,90 @@
-"""Requests about device memory that the broker does not map, checked as `weight_brokerd.api.fields` checks."""
+"""Publish, checked as a whole before anything is decided.
+
+Raises `InvalidArgument` naming the field, the value and what was expected; `PublishRefused` for memory that this broker
+does not serve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
-from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused, TransferFailed
-from weight_broker.v1 import resources_pb2, weight_broker_service_pb2
+from weight_broker.errors import InvalidArgument
+from weight_broker.kinds import EMPTY_KIND, TRAITS, kind_of_wire
+from weight_broker.layout import Layout
+from weight_broker.v1 import weight_broker_service_pb2, weight_set_pb2
 from weight_broker.wire import digests_from_wire, key_from_wire
-from weight_brokerd.api import fields as validation
-from weight_brokerd.api.messages import DEVICE_KIND_NAMES
-from weight_brokerd.core.coordinator import STAGE_INSTEAD
-from weight_brokerd.core.model import HOST_MEMORY, Offer
-from weight_brokerd.dataplane.protocol import Place, StagedBy
+from weight_brokerd.api.fields import rank_of_group
+from weight_brokerd.api.layouts import LayoutCache
+from weight_brokerd.core.publications import Offer
+from weight_brokerd.kinds.kind import Kind
+from weight_brokerd.kinds.place_request import PlaceRequest, StageName, text
 from weight_brokerd.kinds.published import PublishedMemory
-from weight_brokerd.kinds.registry import DeviceKinds
+from weight_brokerd.kinds.registry import Kinds
 
 
-def require_path(devices: DeviceKinds | None, kind: str, path: str, refusal: type[BrokerError]) -> None:
-    """Whether a kind of memory may take the path `direct` or `staged`. No devices at all is for others to refuse."""
-    if devices is None or devices.path_of(kind) in ("auto", path):
-        return
-    if path == "direct":
-        raise refusal(f"this broker maps no {kind} memory (cards.path is 'staged')", metadata=STAGE_INSTEAD)
-    fix = " (cards.path is 'direct'); set it to 'auto'" if kind == "npu" else ""
-    raise refusal(f"this broker copies no {kind} memory through buckets{fix}")
-
-
-def require_not_staged(request: weight_broker_service_pb2.AcquireRequest) -> None:
-    """Host memory has no other path."""
-    if request.path == resources_pb2.TRANSFER_PATH_STAGED:
-        raise InvalidArgument("path", request.path, "TRANSFER_PATH_COPY or TRANSFER_PATH_ZERO_COPY for host memory")
-    if request.stage_id:
-        raise InvalidArgument("stage_id", request.stage_id, "empty for host memory")
-
-
-def destination(
-    request: weight_broker_service_pb2.AcquireRequest,
-    kind: str,
-    instance_id: str,
-    devices: DeviceKinds | None,
-    cards: Collection[str],
-) -> Place:
-    """Where the receiver is to copy the bytes to."""
-    require_path(devices, kind, "staged", TransferFailed)
-    if request.regions or request.placements:
-        raise InvalidArgument("regions", len(request.regions), "none for TRANSFER_PATH_STAGED")
-    return _place("stage_id", request.stage_id, instance_id, "device_id", request.device_id, devices, cards)
+async def published_kind(request: weight_broker_service_pb2.PublishRequest, kinds: Kinds) -> Kind:
+    """The kind of memory that the request is about, once its devices are known."""
+    if request.regions:
+        return await kinds.ready(_kind_name("regions[0]", request.regions[0].device_kind), "regions[0]")
+    if not request.HasField("staged"):
+        return await kinds.ready(EMPTY_KIND)
+    return await kinds.ready(_kind_name("staged", request.staged.device_kind), "staged")
 
 
 def offer(
-    request: weight_broker_service_pb2.PublishRequest,
-    instance_id: str,
-    layouts: validation.LayoutCache,
-    devices: DeviceKinds | None,
-    served: Collection[str],
-    cards: Collection[str],
+    request: weight_broker_service_pb2.PublishRequest, instance_id: str, layouts: LayoutCache, kind: Kind
 ) -> tuple[Offer, PublishedMemory]:
-    """What an instance offers to copy. `served` are the kinds of memory, `cards` the identities of the devices."""
-    request_id = validation.text("request_id", request.request_id)
+    """What an instance offers, and where it lies."""
+    request_id = text("request_id", request.request_id)
     key = key_from_wire(request.key)
     layout = layouts.layout(request.layout)
     digests_from_wire(request.digests, len(layout))
-    if request.regions or request.placements:
-        raise InvalidArgument("staged", "set", f"not set beside {len(request.regions)} regions: it is instead of them")
+    place = kind.place(_place_request(request, instance_id, layout, kind.name))
+    digests = weight_broker_service_pb2.Granted(digests=request.digests).SerializeToString()
+    offered = Offer(
+        key=key,
+        layout=layout,
+        instance_id=instance_id,
+        device_kind=place.kind,
+        device_id=place.device_id,
+        fencing_token=request.fencing_token,
+        request_id=request_id,
+        rank=rank_of_group(request.load_group) if request.HasField("load_group") else None,
+    )
+    return offered, PublishedMemory(place, digests)
+
+
+def _kind_name(field: str, number: weight_set_pb2.DeviceKind.ValueType) -> str:
+    name = kind_of_wire(number)
+    if name is None:
+        raise InvalidArgument(f"{field}.device_kind", number, "a known kind of memory")
+    return name
+
+
+def _place_request(
+    request: weight_broker_service_pb2.PublishRequest, instance_id: str, layout: Layout, kind: str
+) -> PlaceRequest:
+    is_mapped = bool(request.regions or request.placements) or not request.HasField("staged")
+    field, device_id = "regions[0].device_id", request.regions[0].device_id if request.regions else ""
+    stage = None
+    if request.HasField("staged"):
+        stage = StageName("staged.stage_id", request.staged.stage_id)
+        _require_same_memory(request, kind)
+        field, device_id = "staged.device_id", request.staged.device_id
+    return PlaceRequest(
+        owner=instance_id,
+        layout=layout,
+        device_field=field,
+        device_id=device_id,
+        regions=request.regions,
+        placements=request.placements,
+        is_mapped=is_mapped,
+        stage=stage,
+    )
+
+
+def _require_same_memory(request: weight_broker_service_pb2.PublishRequest, kind: str) -> None:
+    """What is staged and what the regions say is one thing, offered in two ways."""
     staged = request.staged
-    kind = DEVICE_KIND_NAMES.get(staged.device_kind)
-    if kind is None or kind == HOST_MEMORY:
-        raise InvalidArgument("staged.device_kind", staged.device_kind, "a kind of device memory")
-    if kind not in served:
-        raise PublishRefused(
-            f"the memory is of kind {kind}; this broker serves: {', '.join(sorted(served))}",
-            metadata={"field": "staged.device_kind", "value": kind},
-        )
-    require_path(devices, kind, "staged", PublishRefused)
-    place = _place(
-        "staged.stage_id", staged.stage_id, instance_id, "staged.device_id", staged.device_id, devices, cards
-    )
-    memory = PublishedMemory((), weight_broker_service_pb2.Granted(digests=request.digests).SerializeToString(), place)
-    return (
-        Offer(
-            key=key,
-            layout=layout,
-            instance_id=instance_id,
-            device_kind=kind,
-            device_id=staged.device_id,
-            fencing_token=request.fencing_token,
-            request_id=request_id,
-            is_staged=True,
-            rank=validation.rank_of_group(request.load_group) if request.HasField("load_group") else None,
-        ),
-        memory,
-    )
-
-
-def _place(
-    stage_field: str,
-    stage_id: str,
-    instance_id: str,
-    device_field: str,
-    device_id: str,
-    devices: DeviceKinds | None,
-    cards: Collection[str],
-) -> Place:
-    validation.text(stage_field, stage_id)
-    if device_id not in cards:
-        raise InvalidArgument(device_field, device_id, f"a device of this host: {', '.join(sorted(cards)) or 'none'}")
-    if devices is None or not devices.stages.has(instance_id):
-        raise InvalidArgument(
-            stage_field, stage_id, "a name on a stage connection", hint="Open one first: ServeStage in attach.proto."
-        )
-    return Place(device_id, (), (), StagedBy(instance_id, stage_id))
+    if staged.device_kind != TRAITS[kind].wire_number:
+        raise InvalidArgument("staged.device_kind", staged.device_kind, f"{kind}, as the regions")
+    if request.regions and staged.device_id != request.regions[0].device_id:
+        raise InvalidArgument("staged.device_id", staged.device_id, f"{request.regions[0].device_id!r}, as the regions")

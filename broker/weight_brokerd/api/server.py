@@ -14,7 +14,7 @@ from weight_brokerd.api.inspection import InspectionServicer
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.api.weight_broker import WeightBrokerServicer
 from weight_brokerd.config.loading import Config
-from weight_brokerd.control.broker import Driver
+from weight_brokerd.control.control import Control
 
 SERVICE_NAMES = (
     "weight_broker.v1.WeightBrokerService",
@@ -23,21 +23,21 @@ SERVICE_NAMES = (
 )
 
 
-def add_services(server: grpc.aio.Server, driver: Driver, config: Config) -> None:
+def add_services(server: grpc.aio.Server, control: Control, config: Config) -> None:
     """Adds the broker's own services."""
-    messages = Messages(driver)
+    messages = Messages(control)
     limits = config.limits
     add_WeightBrokerServiceServicer_to_server(
         WeightBrokerServicer(
-            driver,
+            control,
             messages,
             maximum_wait_seconds=limits.maximum_wait_seconds,
             lease_seconds=limits.cold_load_lease_seconds,
         ),
         server,
     )
-    add_InspectionServiceServicer_to_server(InspectionServicer(driver, messages), server)
+    add_InspectionServiceServicer_to_server(InspectionServicer(control, messages), server)
     admin_gid = grp.getgrnam(config.broker.admin_group).gr_gid if config.broker.admin_group else None
     add_AdministrationServiceServicer_to_server(
-        AdministrationServicer(driver, messages, admin_gid=admin_gid, drain_seconds=limits.drain_seconds), server
+        AdministrationServicer(control, messages, admin_gid=admin_gid, drain_seconds=limits.drain_seconds), server
     )

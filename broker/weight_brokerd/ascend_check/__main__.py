@@ -22,12 +22,12 @@ from weight_broker.cli.doctor import ascend as doctor_ascend
 from weight_broker.cli.doctor.run import Finding, Verdict
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.interruption import held, stoppable
 from weight_broker.cli.progress import Progress
 from weight_broker.demo.checkpoint import parse_size
 from weight_broker.demo.npu import report as demo_npu_report
 from weight_broker.demo.npu import run as demo_npu
 from weight_broker.demo.npu.report import CardReport
-from weight_broker.demo.scene import stoppable
 from weight_broker.errors import BrokerError
 from weight_broker.memory.npu import driver as npu_driver
 from weight_broker.v1 import resources_pb2 as pb
@@ -105,9 +105,10 @@ def _steps(stage: demo_npu.CardStage, host: pb.Host, options: argparse.Namespace
     started: list[CardProcess] = []
 
     def start(name: str, card: int) -> CardProcess:
-        process = CardProcess(name, card, stage.directory, variables)
-        started.append(process)
-        stage.processes.append(process)
+        with held():
+            process = CardProcess(name, card, stage.directory, variables)
+            started.append(process)
+            stage.processes.append(process)
         return process
 
     by_torch = importlib.util.find_spec("torch_npu") is not None

@@ -24,9 +24,9 @@ from weight_broker.memory.npu import kind as npu
 from weight_brokerd.cards.child.engine import Engine, EngineError
 from weight_brokerd.cards.child.memory import CardMemory
 from weight_brokerd.cards.child.npu import NpuDriver
-from weight_brokerd.cards.handles import import_request
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.plan.blobs import Blob, BlobList, Part
+from weight_brokerd.kinds.npu.place import import_region
 
 CHUNK_BYTES = 2 << 20
 _CONNECT_MILLISECONDS = 10_000
@@ -108,7 +108,7 @@ class _Card:
         exported = npu.export_segments(described, [self._segments[name]], any_process=True)
         seconds = time.monotonic() - began
         self._exported[name] = exported
-        wanted = [import_request(region.region_id, region) for region in exported.regions]
+        wanted = [import_region("region", region.region_id, region) for region in exported.regions]
         regions = [
             {
                 "region_id": one.region_id,

@@ -31,9 +31,9 @@ class StageSilent(StageGone):
 class Stages:
     """All stage connections, at most one of each instance."""
 
-    def __init__(self) -> None:
-        self.on_lost: Callable[[str, str], None] = lambda _instance_id, _why: None
-        """(instance, why): its stage connection has ended, although the instance has not."""
+    def __init__(self, on_lost: Callable[[str, str], None]) -> None:
+        """`on_lost` (instance, why): its stage connection has ended, although the instance has not."""
+        self._on_lost = on_lost
         self._connections: dict[str, _Connection] = {}
 
     def connected(self, instance_id: str, connection: socket.socket) -> None:
@@ -68,7 +68,7 @@ class Stages:
     def _ended(self, connection: _Connection, why: StageGone) -> None:
         if self._connections.get(connection.instance_id) is connection:
             del self._connections[connection.instance_id]
-            self.on_lost(connection.instance_id, str(why))
+            self._on_lost(connection.instance_id, str(why))
 
 
 class _Connection:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from weight_broker.kinds import MemoryKind
 from weight_brokerd.processes.environment import inherited
 
 
@@ -16,8 +17,8 @@ class CardsConfiguration:
     worker_host: str
     """Of the datasystem worker; GPUs need none."""
     worker_port: int
-    kind: str = "npu"
-    """Or "cuda"."""
+    kind: str = MemoryKind.NPU
+    """Of the memory of the cards; names the module of `weight_brokerd.cards.child` that opens them."""
     credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Arguments of the engine's client: token, client_public_key, client_private_key, server_public_key, access_key,
     secret_key, tenant_id."""

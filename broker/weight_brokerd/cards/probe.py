@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 from weight_broker.drivers.error import DriverError
@@ -24,6 +25,9 @@ class Device:
     soc: str
     problem: str = ""
     """The driver's words if the card cannot be opened."""
+
+
+FindDevices = Callable[[], Iterator[Device]]
 
 
 async def find_devices(configuration: CardsConfiguration) -> tuple[tuple[Device, ...], str]:
@@ -58,8 +62,8 @@ async def find_devices(configuration: CardsConfiguration) -> tuple[tuple[Device,
 def main() -> None:
     """Prints what there is."""
     parser = argparse.ArgumentParser(prog="weight_brokerd.cards.probe")
-    parser.add_argument("--kind", choices=["npu", "cuda"], required=True)
-    find = _gpus if parser.parse_args().kind == "cuda" else _npus
+    parser.add_argument("--kind", required=True, help="a module of weight_brokerd.cards.child that has find_devices")
+    find: FindDevices = importlib.import_module(f"weight_brokerd.cards.child.{parser.parse_args().kind}").find_devices
     devices: list[Device] = []
     problem = ""
     try:
@@ -67,32 +71,6 @@ def main() -> None:
     except DriverError as error:
         problem = str(error)
     sys.stdout.write(json.dumps({"devices": [asdict(device) for device in devices], "problem": problem}))
-
-
-def _npus() -> Iterator[Device]:
-    from weight_broker.drivers import acl
-    from weight_broker.drivers.acl import device_id
-
-    runtime = acl.load()
-    runtime.initialize()
-    for index in range(runtime.device_count()):
-        identity, words, soc = "", "", ""
-        try:
-            identity, soc = device_id(runtime, index), runtime.soc_name()
-            runtime.set_device(index)
-            runtime.reset_device(index)
-        except acl.AclError as error:
-            words = str(error)
-        yield Device(index, identity or f"?{index}", soc, words)
-
-
-def _gpus() -> Iterator[Device]:
-    """Without opening them: a context takes hundreds of megabytes of the GPU and half a second."""
-    from weight_broker.drivers import cuda
-
-    driver = cuda.load()
-    for index in range(driver.device_count()):
-        yield Device(index, driver.device_id(index), driver.device_name(index))
 
 
 if __name__ == "__main__":

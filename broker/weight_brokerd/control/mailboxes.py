@@ -1,6 +1,7 @@
-"""What each acquisition is told, in order.
+"""The answers to each acquisition, in order.
 
-What lets a receiver use its memory for something else - an error, a cold load - is told once nobody writes there.
+An answer that lets a receiver use its memory for something else - an error, a cold load - is posted once nothing writes
+to that memory any more.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from weight_broker.errors import TransferFailed
 from weight_brokerd.control.movements import Movements
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.model import ColdLoadLease, Transfer
-from weight_brokerd.kinds.published import PublishedMemory
+from weight_brokerd.core.model import ColdLoadLease
+from weight_brokerd.core.transfers import Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class Granted:
     """A source is reserved for an acquisition; its memory is held for the transfer."""
 
     transfer: Transfer
-    memory: PublishedMemory
+    message: bytes
+    """What the receiver learns of the source's memory and content, as a serialized Granted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Moved:
     """By phase."""
 
 
-AcquisitionEvent = Granted | Moved | decide.Wait | decide.TellColdLoad | decide.Complete | decide.Fail
+AcquisitionEvent = Granted | Moved | decide.Wait | decide.LoadFromDisk | decide.Complete | decide.Fail
 Mailbox = asyncio.Queue[AcquisitionEvent]
 
 
@@ -42,17 +44,17 @@ class Mailboxes:
 
     def __init__(
         self,
-        movements: Movements | None,
+        movements: Movements,
         release_lease: Callable[[ColdLoadLease], None],
         spawn: Callable[[Coroutine[None, None, None]], None],
     ) -> None:
-        """`release_lease` ends a lease that nobody heard of; `spawn` runs what nobody waits for."""
+        """`release_lease` gives back a lease that did not reach its caller; `spawn` runs a task in the background."""
         self._movements = movements
         self._release_lease = release_lease
         self._spawn = spawn
         self._open: dict[str, Mailbox] = {}
-        self._unheard: dict[str, ColdLoadLease] = {}
-        """Leases whose answer may not have reached its caller yet, by acquisition."""
+        self._unconfirmed: dict[str, ColdLoadLease] = {}
+        """Leases that may not have reached their caller yet, by acquisition."""
 
     def open(self, acquisition_id: str) -> Mailbox:
         """A new one."""
@@ -60,15 +62,15 @@ class Mailboxes:
         return mailbox
 
     def close(self, acquisition_id: str) -> None:
-        """The call is over; a lease that it never heard of goes back."""
+        """The call is over; a lease that did not reach it goes back."""
         self._open.pop(acquisition_id, None)
-        unheard = self._unheard.pop(acquisition_id, None)
-        if unheard is not None:
-            self._release_lease(unheard)
+        lease = self._unconfirmed.pop(acquisition_id, None)
+        if lease is not None:
+            self._release_lease(lease)
 
-    def lease_heard(self, acquisition_id: str) -> None:
-        """The answer of a call that is to load from disk was sent."""
-        self._unheard.pop(acquisition_id, None)
+    def confirm_lease(self, acquisition_id: str) -> None:
+        """The caller has received its lease. Until then the lease returns if the call ends."""
+        self._unconfirmed.pop(acquisition_id, None)
 
     def post(self, acquisition_id: str, event: AcquisitionEvent) -> None:
         """Tells it now."""
@@ -76,12 +78,12 @@ class Mailboxes:
         if mailbox is not None:
             mailbox.put_nowait(event)
 
-    def post_end(self, decision: decide.TellColdLoad | decide.Fail) -> None:
+    def post_end(self, decision: decide.LoadFromDisk | decide.Fail) -> None:
         """Tells it once nobody writes to the receiver's memory any more."""
-        if isinstance(decision, decide.TellColdLoad):
-            self._unheard[decision.acquisition_id] = decision.lease
+        if isinstance(decision, decide.LoadFromDisk):
+            self._unconfirmed[decision.acquisition_id] = decision.lease
         movements = self._movements
-        if movements is None or not movements.is_moving(decision.acquisition_id):
+        if not movements.is_moving(decision.acquisition_id):
             self._post_outcome(decision)
             return
 
@@ -91,14 +93,14 @@ class Mailboxes:
 
         self._spawn(post())
 
-    def _post_outcome(self, decision: decide.TellColdLoad | decide.Fail) -> None:
+    def _post_outcome(self, decision: decide.LoadFromDisk | decide.Fail) -> None:
         acquisition_id = decision.acquisition_id
-        touched, quiesced = (False, True) if self._movements is None else self._movements.outcome(acquisition_id)
+        touched, quiesced = self._movements.outcome(acquisition_id)
         if isinstance(decision, decide.Fail):
             decision.error.touched = decision.error.touched or touched
             decision.error.quiesced = decision.error.quiesced and quiesced
         elif not quiesced:  # nothing may be loaded into that memory
-            self._unheard.pop(acquisition_id, None)
+            self._unconfirmed.pop(acquisition_id, None)
             self._release_lease(decision.lease)
             error = TransferFailed("a failed transfer may still write to the memory", touched=True, quiesced=False)
             decision = decide.Fail(acquisition_id, error)

@@ -13,20 +13,25 @@ from typing import Protocol
 
 import structlog
 
-from weight_brokerd.core.model import FailureCause, Publication, Transfer, TransferPath
-from weight_brokerd.dataplane.protocol import BulkPlane, MoveFailed, Place, Way
+from weight_brokerd.core.model import FailureCause
+from weight_brokerd.core.publications import Publication
+from weight_brokerd.core.transfers import Transfer
+from weight_brokerd.dataplane.plane import DataPlane, MoveFailed, PhaseSeconds, Place
 
 log = structlog.get_logger()
 
 
 class MovementEvents(Protocol):
-    """Who hears how movements end. Not called for one that was stopped."""
+    """How movements end. Not called for one that was stopped."""
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
         """Every byte is where it belongs."""
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
         """The movement has failed."""
+
+    def staged(self, transfer: Transfer) -> None:
+        """The card does not map the receiver's memory: its owner copies it, in this transfer and in later ones."""
 
 
 @dataclass(slots=True)
@@ -44,28 +49,29 @@ class _Acquisition:
 class Movements:
     """All of them, by acquisition."""
 
-    def __init__(self, plane_of: Callable[[str, Way], BulkPlane], events: MovementEvents) -> None:
-        """`plane_of`: what moves a kind of device memory, with a data plane or, if it is staged, with that path."""
-        self._plane_of = plane_of
-        self._events = events
+    def __init__(self, route: Callable[[Place, Place], DataPlane]) -> None:
+        """`route`: what moves bytes from one place to another."""
+        self._route = route
         self._acquisitions: dict[str, _Acquisition] = {}
 
-    def start(self, transfer: Transfer, source: Place, destination: Place, timeout: float) -> None:
-        """Moves the bytes, after what moves into the same memory has ended."""
-        mine = self._acquisitions.setdefault(transfer.acquisition_id, _Acquisition())
-        mine.transfer = transfer
-        work = self._move(mine, list(mine.tasks), transfer, source, destination, timeout)
+    def start(
+        self, transfer: Transfer, source: Place, destination: Place, timeout: float, events: MovementEvents
+    ) -> None:
+        """Move the bytes, after what moves into the same memory has ended."""
+        entry = self._acquisitions.setdefault(transfer.acquisition_id, _Acquisition())
+        entry.transfer = transfer
+        work = self._move(entry, list(entry.tasks), transfer, source, destination, timeout, events)
         task = asyncio.get_running_loop().create_task(work)
-        mine.tasks[task] = transfer
-        task.add_done_callback(lambda ended: mine.tasks.pop(ended, None))
+        entry.tasks[task] = transfer
+        task.add_done_callback(lambda ended: entry.tasks.pop(ended, None))
 
     def stop(self, transfer: Transfer) -> None:
         """Ends a movement; `settled` says when it has ended. Does nothing if it has ended already."""
-        mine = self._acquisitions.get(transfer.acquisition_id)
-        if mine is None or mine.transfer is not transfer:
+        entry = self._acquisitions.get(transfer.acquisition_id)
+        if entry is None or entry.transfer is not transfer:
             return
-        mine.transfer = None
-        for task, moved in mine.tasks.items():
+        entry.transfer = None
+        for task, moved in entry.tasks.items():
             if moved is transfer and task is not asyncio.current_task():
                 task.cancel()
 
@@ -78,28 +84,28 @@ class Movements:
         while tasks := self._others(acquisition_id):
             await asyncio.wait(tasks)
 
-    async def left(self, publication: Publication) -> None:
+    async def readers_gone(self, publication: Publication) -> None:
         """Waits until nothing moves out of the publication's memory any more."""
         while tasks := {
             task
-            for mine in self._acquisitions.values()
-            for task, moved in mine.tasks.items()
+            for entry in self._acquisitions.values()
+            for task, moved in entry.tasks.items()
             if moved.publication is publication and not task.done()
         }:
             await asyncio.wait(tasks)
 
     def outcome(self, acquisition_id: str) -> tuple[bool, bool]:
         """(touched, quiesced) of the acquisition's memory, once it is settled."""
-        mine = self._acquisitions.get(acquisition_id)
-        return (False, True) if mine is None else (mine.touched, mine.quiesced)
+        entry = self._acquisitions.get(acquisition_id)
+        return (False, True) if entry is None else (entry.touched, entry.quiesced)
 
     async def forget(self, acquisition_id: str) -> None:
         """The acquisition is over: nothing is to move into its memory any more."""
-        mine = self._acquisitions.get(acquisition_id)
-        if mine is None:
+        entry = self._acquisitions.get(acquisition_id)
+        if entry is None:
             return
-        if mine.transfer is not None:
-            self.stop(mine.transfer)
+        if entry.transfer is not None:
+            self.stop(entry.transfer)
         await self.settled(acquisition_id)
         self._acquisitions.pop(acquisition_id, None)
 
@@ -109,18 +115,19 @@ class Movements:
 
     def _others(self, acquisition_id: str) -> set[asyncio.Task[None]]:
         """What moves into the acquisition's memory, without the task that asks."""
-        mine = self._acquisitions.get(acquisition_id)
-        tasks = mine.tasks if mine is not None else {}
+        entry = self._acquisitions.get(acquisition_id)
+        tasks = entry.tasks if entry is not None else {}
         return {task for task in tasks if not task.done() and task is not asyncio.current_task()}
 
     async def _move(
         self,
-        mine: _Acquisition,
+        entry: _Acquisition,
         before: Sequence[asyncio.Task[None]],
         transfer: Transfer,
         source: Place,
         destination: Place,
         timeout: float,
+        events: MovementEvents,
     ) -> None:
         begun = asyncio.get_running_loop().time()
         failure: MoveFailed | None = None
@@ -128,34 +135,62 @@ class Movements:
         try:
             if before:
                 await asyncio.wait(before)
-            if not mine.quiesced:
+            if not entry.quiesced:
                 raise MoveFailed(
-                    "somebody may still write to the memory", cause=FailureCause.RECEIVER, touched=True, quiesced=False
+                    "the previous transfer into these tensors is still running; discard the tensors",
+                    cause=FailureCause.RECEIVER,
+                    touched=True,
+                    quiesced=False,
                 )
-            left = timeout - (asyncio.get_running_loop().time() - begun)
-            way = transfer.path if transfer.path is TransferPath.STAGED else transfer.data_plane
-            plane = self._plane_of(transfer.publication.device_kind, way)
-            seconds = await plane.move(
-                transfer.publication.layout, source, destination, timeout=max(left, 0.0), peer=transfer.transfer_id
-            )
-            mine.touched = True
+            seconds = await self._bring(entry, transfer, source, destination, begun + timeout, events)
+            entry.touched = True
         except asyncio.CancelledError:
-            mine.touched = True
+            entry.touched = True
             return
         except MoveFailed as error:
-            mine.touched = mine.touched or error.touched
-            mine.quiesced = mine.quiesced and error.quiesced
+            entry.touched = entry.touched or error.touched
+            entry.quiesced = entry.quiesced and error.quiesced
             failure = error
         except Exception as error:  # whatever it was, the acquisition must not wait for ever
-            log.exception("defect", transfer_id=transfer.transfer_id)
-            mine.touched = True
+            log.exception("internal_error", transfer_id=transfer.transfer_id)
+            entry.touched = True
             failure = MoveFailed(
                 f"the broker failed: {type(error).__name__}", cause=FailureCause.SOURCE_UNREACHABLE, touched=True
             )
-        if mine.transfer is not transfer:  # stopped just now: nobody wants to hear of it
+        if entry.transfer is not transfer:  # stopped just now
             return
-        mine.transfer = None
+        entry.transfer = None
         if failure is None:
-            self._events.moved(transfer, seconds)
+            events.moved(transfer, seconds)
         else:
-            self._events.not_moved(transfer, failure)
+            events.not_moved(transfer, failure)
+
+    async def _bring(
+        self,
+        entry: _Acquisition,
+        transfer: Transfer,
+        source: Place,
+        destination: Place,
+        deadline: float,
+        events: MovementEvents,
+    ) -> PhaseSeconds:
+        """Move the bytes. What the card refuses to map is staged if the receiver offered that."""
+        try:
+            return await self._move_by_route(transfer, source, destination, deadline)
+        except MoveFailed as error:
+            may_stage = error.needs_staging and error.quiesced and destination.stage is not None
+            if not may_stage or entry.transfer is not transfer:
+                raise
+            entry.touched = entry.touched or error.touched
+            log.info("transfer_staged", transfer_id=transfer.transfer_id, why=str(error))
+        events.staged(transfer)
+        return await self._move_by_route(transfer, source, destination.as_staged, deadline)
+
+    async def _move_by_route(
+        self, transfer: Transfer, source: Place, destination: Place, deadline: float
+    ) -> PhaseSeconds:
+        remaining = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        plane = self._route(source, destination)
+        return await plane.move(
+            transfer.publication.layout, source, destination, timeout=remaining, peer=transfer.transfer_id
+        )

@@ -1,6 +1,6 @@
-"""Publications in device memory become resident when their card has mapped them, and are gone when it has let go.
+"""Publications become resident when their memory is held, and are gone when it is released.
 
-Both take a while, and both can fail. An instance that is told that its publication is gone may free the memory.
+Both can take a while, and both can fail. An instance may free the memory once `released` has returned.
 """
 
 from __future__ import annotations
@@ -8,140 +8,150 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
-from weight_broker.errors import PublicationNotFound, PublishRefused, RetractTimeout
-from weight_brokerd.cards.errors import CardError, CardRefused
-from weight_brokerd.core.coordinator import STAGE_INSTEAD
-from weight_brokerd.core.model import Publication
-from weight_brokerd.dataplane.protocol import Place
-from weight_brokerd.kinds.registry import DeviceKinds
+from weight_broker.errors import PublicationNotFound, RetractTimeout
+from weight_brokerd.core.publications import Publication
+from weight_brokerd.dataplane.plane import Place
+from weight_brokerd.kinds.registry import Kinds
 
 log = structlog.get_logger()
+
+
+class ResidencyEvents(Protocol):
+    """How holding ends. Either may be called before `Residency.hold` returns."""
+
+    def held(self, publication: Publication, place: Place) -> None:
+        """The memory is readable, at `place`."""
+
+    def not_held(self, publication: Publication) -> None:
+        """The memory cannot be made readable; `Residency.held` says why."""
 
 
 @dataclass(slots=True)
 class _Residency:
     publication: Publication
     place: Place
-    mapping: asyncio.Task[None]
-    unmapping: asyncio.Task[None] | None = None
+    holding: asyncio.Future[Place]
+    releasing: asyncio.Task[None] | None = None
 
 
-class DeviceResidency:
-    """All publications in device memory that are mapped, being mapped or being unmapped."""
+class Residency:
+    """All publications, of all kinds of memory, that are held, being held or being released."""
 
     def __init__(
-        self,
-        devices: DeviceKinds,
-        left: Callable[[Publication], Awaitable[None]],
-        on_mapped: Callable[[Publication], None],
-        on_refused: Callable[[Publication], None],
+        self, kinds: Kinds, readers_gone: Callable[[Publication], Awaitable[None]], events: ResidencyEvents
     ) -> None:
-        """`left` returns when no transfer that was ended reads the publication any more: a receiver that copies within
-        a card has it mapped too. `on_refused` leads to `unmap`, as every end of a publication does."""
-        self._devices = devices
-        self._left = left
-        self._on_mapped = on_mapped
-        self._on_refused = on_refused
+        """`readers_gone` returns when nothing moves out of a publication's memory any more: a receiver that copies
+        within a card has the memory mapped too."""
+        self._kinds = kinds
+        self._readers_gone = readers_gone
+        self._events = events
         self._all: dict[str, _Residency] = {}
 
-    def map(self, publication: Publication, place: Place) -> None:
-        """Begins to map the memory; `mapped` says how that ends."""
-        mapping = asyncio.get_running_loop().create_task(self._map(publication, place))
-        mapping.add_done_callback(_retrieved)
-        self._all[publication.publication_id] = _Residency(publication, place, mapping)
+    def hold(self, publication: Publication, place: Place) -> None:
+        """Begin to make the memory readable; `held` says how that ends."""
+        holding = self._begin_to_hold(publication, place)
+        self._all[publication.publication_id] = _Residency(publication, place, holding)
+        if holding.done():
+            self._ended(publication, holding)
+        else:
+            holding.add_done_callback(lambda ended: self._ended(publication, ended))
 
-    async def mapped(self, publication_id: str) -> None:
-        """Returns when the memory is mapped; raises `PublishRefused` if it cannot be, `PublicationNotFound` if it was
-        retracted meanwhile."""
+    async def held(self, publication_id: str) -> None:
+        """Return when the memory is readable. Raises what kept it from that; `PublicationNotFound` if the publication
+        was retracted meanwhile."""
         residency = self._all.get(publication_id)
         if residency is None:
             return
-        await asyncio.wait({residency.mapping})
-        if residency.mapping.cancelled():
+        await asyncio.wait({residency.holding})
+        if residency.holding.cancelled():
             raise PublicationNotFound(
                 f"publication {publication_id} ended before its memory was mapped",
                 metadata={"publication_id": publication_id},
             )
-        residency.mapping.result()
+        residency.holding.result()
 
-    def unmap(self, publication: Publication) -> None:
-        """Begins to give the memory up; `unmapped` says how that ends."""
+    def place_of(self, publication: Publication) -> Place:
+        """Where the weights of a resident publication lie."""
+        return self._all[publication.publication_id].place
+
+    def release(self, publication: Publication) -> None:
+        """Begin to let go of the memory; `released` says how that ends."""
         residency = self._all.get(publication.publication_id)
-        if residency is None:
-            return
-        if residency.mapping is not asyncio.current_task():
-            residency.mapping.cancel()
-        self._begin_to_unmap(residency)
+        if residency is not None:
+            residency.holding.cancel()
+            self._begin_to_release(residency)
 
-    def is_unmapping(self, instance_id: str, publication_id: str) -> bool:
+    def is_releasing(self, instance_id: str, publication_id: str) -> bool:
         """Whether the publication was this instance's and its memory is still held."""
         residency = self._all.get(publication_id)
         return (
             residency is not None
-            and residency.unmapping is not None
+            and residency.releasing is not None
             and residency.publication.instance_id == instance_id
         )
 
-    async def unmapped(self, publication_id: str) -> None:
-        """Returns when nobody holds the memory any more. Raises `RetractTimeout` if the driver does not let go; the
+    async def released(self, publication_id: str) -> None:
+        """Return when the memory is not held any more. Raises `RetractTimeout` if the driver does not let go; the
         next call tries again."""
         residency = self._all.get(publication_id)
-        if residency is None or residency.unmapping is None:
+        if residency is None or residency.releasing is None:
             return
-        if residency.unmapping.done():
-            self._begin_to_unmap(residency)
-        await asyncio.shield(residency.unmapping)
+        if residency.releasing.done():
+            self._begin_to_release(residency)
+        await asyncio.shield(residency.releasing)
 
     def publication(self, publication_id: str) -> Publication:
-        """One that `is_unmapping`."""
+        """One that `is_releasing`."""
         return self._all[publication_id].publication
 
     async def close(self) -> None:
-        """Waits for what is under way. The processes that hold the rest are about to end."""
-        tasks = [task for one in self._all.values() for task in (one.mapping, one.unmapping) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Wait for what is under way. The processes that hold the rest are about to end."""
+        pending: list[asyncio.Future[Place] | asyncio.Task[None]] = []
+        for residency in self._all.values():
+            pending += [residency.holding, *([residency.releasing] if residency.releasing is not None else [])]
+        for future in pending:
+            future.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
 
-    def _begin_to_unmap(self, residency: _Residency) -> None:
-        residency.unmapping = asyncio.get_running_loop().create_task(self._unmap(residency))
-        residency.unmapping.add_done_callback(_retrieved)
-
-    async def _map(self, publication: Publication, place: Place) -> None:
+    def _begin_to_hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
         try:
-            memory = self._devices.memory_of(publication.device_kind)
-            await memory.hold(publication.publication_id, place.card, place.regions)
-        except CardError as error:
-            self._on_refused(publication)
-            may_stage = isinstance(error, CardRefused) and self._devices.path_of(publication.device_kind) == "auto"
-            raise PublishRefused(
-                f"card {place.card} cannot map the memory: {error}",
-                metadata={"device_id": place.card, **(STAGE_INSTEAD if may_stage else {})},
-            ) from error
-        self._on_mapped(publication)
+            return self._kinds.of(publication.device_kind).hold(publication, place)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the publisher is to hear it
+            failed: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
 
-    async def _unmap(self, residency: _Residency) -> None:
-        publication_id = residency.publication.publication_id
-        await asyncio.wait({residency.mapping})
-        await self._left(residency.publication)
+    def _ended(self, publication: Publication, holding: asyncio.Future[Place]) -> None:
+        if holding.cancelled():
+            return
+        if holding.exception() is not None:
+            self._events.not_held(publication)
+            return
+        place = holding.result()
+        self._all[publication.publication_id].place = place
+        self._events.held(publication, place)
+
+    def _begin_to_release(self, residency: _Residency) -> None:
+        residency.releasing = asyncio.get_running_loop().create_task(self._release(residency))
+        residency.releasing.add_done_callback(_mark_retrieved)
+
+    async def _release(self, residency: _Residency) -> None:
+        publication = residency.publication
+        await asyncio.wait({residency.holding})
+        await self._readers_gone(publication)
         try:
-            region_ids = [region.region_id for region in residency.place.regions]
-            memory = self._devices.memory_of(residency.publication.device_kind)
-            await memory.release(publication_id, region_ids)
-        except CardError as error:
-            log.error("memory_not_released", publication_id=publication_id, error=str(error))
-            raise RetractTimeout(
-                f"the driver does not let go of the memory of publication {publication_id}: {error}; call again, and "
-                "do not free it before",
-                metadata={"publication_id": publication_id},
-            ) from error
-        del self._all[publication_id]
+            await self._kinds.of(publication.device_kind).release(publication.publication_id)
+        except RetractTimeout as error:
+            log.error("memory_not_released", publication_id=publication.publication_id, error=str(error))
+            raise
+        del self._all[publication.publication_id]
 
 
-def _retrieved(task: asyncio.Task[None]) -> None:
-    """Whoever waits for the task hears of its error; if nobody does, that is no defect."""
+def _mark_retrieved(task: asyncio.Task[None]) -> None:
+    """Mark the exception as retrieved: a task without a waiter is normal here."""
     if not task.cancelled():
         task.exception()

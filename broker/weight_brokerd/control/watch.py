@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sized
 from dataclasses import dataclass, field
 
-from weight_brokerd.core.model import Transfer
+from weight_brokerd.core.transfers import Transfer
 
 MAXIMUM_CHANGES = 10_000
 """Changes of one kind that are kept for a watcher."""

@@ -1,68 +1,55 @@
 """Turns events into decisions: who reads from whom, who loads from disk, who waits.
 
-Every method is one event; it changes the state and returns what follows from it. Nothing here blocks, reads a clock or
-touches a device, so that any interleaving of events can be replayed in a test.
+Every public method is one event: it changes the state, then serves once whatever the event touched, and returns what
+follows. Nothing here blocks, reads a clock or touches a device, so that any interleaving of events can be replayed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from weight_broker.errors import (
-    AcquireTimeout,
-    BrokerError,
     BrokerUnavailable,
-    IntegrityError,
     InvalidArgument,
-    LayoutMismatch,
-    LeaseLost,
-    PublicationNotFound,
     Reason,
     TransferFailed,
-    WeightsNotFound,
     from_reason,
 )
+from weight_brokerd.core import answers
+from weight_brokerd.core.acquisitions import Acquisitions
+from weight_brokerd.core.answers import WAITS, Explanation, Question, Situation, Verdict, Wish, judge
 from weight_brokerd.core.decisions import (
     ClaimLease,
-    Complete,
-    Decision,
-    EndTransfer,
-    Fail,
+    Decisions,
     Grant,
+    Hold,
     InstanceChanged,
-    Map,
+    Move,
     ReleaseLease,
-    TellColdLoad,
     TransferChanged,
-    Unmap,
-    Wait,
     WeightSetChanged,
 )
+from weight_brokerd.core.endings import Endings
 from weight_brokerd.core.load_groups import LoadGroups
 from weight_brokerd.core.model import (
-    HOST_MEMORY,
     Acquisition,
     Arrival,
     ColdLoadLease,
     FailureCause,
-    IfAbsent,
     Instance,
     InstanceState,
     LeaseClaim,
     Limits,
-    Offer,
-    Publication,
-    PublicationState,
-    Transfer,
-    TransferState,
-    WaitReason,
+    TransferPath,
 )
-from weight_brokerd.core.publications import Registry
-from weight_brokerd.core.selection import Receiver, Refusal, Selection, select
-from weight_brokerd.core.transfers import TransferLog
+from weight_brokerd.core.publications import Offer, Publication, Publications, PublicationState
+from weight_brokerd.core.selection import Receiver, Selection, select
+from weight_brokerd.core.sources import Holder
+from weight_brokerd.core.transfers import Transfer, TransferLog, TransferState
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
 
-Decisions = list[Decision]
 STAGE_INSTEAD = {"path": "staged"}
-"""Metadata of an error after which the same may be asked for with the staged path."""
+"""Metadata of an error after which a client that offered no staging may ask again with it."""
 
 
 class Coordinator:
@@ -73,16 +60,17 @@ class Coordinator:
         self.limits = limits
         self.draining = False
         self.instances: dict[str, Instance] = {}
-        self.registry = Registry(
+        self.publications = Publications(
             host_id=host_id,
             first_generation=first_generation,
             limit=limits.publications,
             readers_per_publication=limits.readers_per_publication,
         )
-        self.transfers = TransferLog(limits.transfers_remembered)
-        self.weight_sets = WeightSetIndex(self.registry)
-        self.acquisitions: dict[str, Acquisition] = {}
-        self.groups = LoadGroups(self)
+        self.transfers = TransferLog(host_id, limits.transfers_remembered)
+        self.weight_sets = WeightSetIndex(self.publications)
+        self.acquisitions = Acquisitions(self.publications, self.weight_sets, self.transfers)
+        self.groups = LoadGroups(host_id, self.acquisitions, self.publications, self.weight_sets)
+        self._endings = Endings(self.publications, self.transfers, self.acquisitions)
 
     # Instances
 
@@ -106,34 +94,29 @@ class Coordinator:
         return [InstanceChanged(instance_id)]
 
     def depart(self, instance_id: str, now: float) -> Decisions:
-        """The process died or said goodbye: everything it held ends."""
+        """The process died or said goodbye: its acquisitions end, then what it published, then its leases."""
         if self.instances.pop(instance_id, None) is None:
             return []
-        published = self.registry.of_instance(instance_id)
-        acquiring = [one for one in self.acquisitions.values() if one.instance_id == instance_id]
         decisions: Decisions = []
-        for acquisition in acquiring:
-            decisions += self._drop(acquisition, now)
+        published = self.publications.of_instance(instance_id)
+        for acquisition in self.acquisitions:
+            if acquisition.instance_id == instance_id:
+                decisions += self._endings.drop(acquisition, now)
         for publication in published:
             if publication.state is not PublicationState.GONE:  # it may have waited for a reader that was dropped
-                decisions += self._end_publication(publication, "its instance ended", now)
-        # Only now: nobody is to read from it any more, and it is to be told nothing.
-        for weight_set_id in dict.fromkeys(
-            [*(one.weight_set_id for one in published), *(one.key.id for one in acquiring)]
-        ):
-            decisions += self._serve_id(weight_set_id, now)
-        for record in self.weight_sets:
-            if record.lease is not None and record.lease.instance_id == instance_id:
-                decisions.append(ReleaseLease(record.lease))
-        decisions.append(InstanceChanged(instance_id))
-        return decisions
+                decisions += self._endings.end_publication(publication, "its instance ended", now)
+        decisions += self._settle(now)
+        departed = Holder(self.host_id, instance_id)
+        leases = [record.lease for record in self.weight_sets if record.lease is not None]
+        decisions += [ReleaseLease(lease) for lease in leases if lease.holder == departed]
+        return [*decisions, InstanceChanged(instance_id)]
 
     # Publications
 
     def publish(self, offer: Offer, now: float) -> tuple[Publication, Decisions]:
-        """An instance offers a weight set; it is readable once `mapped` says so."""
+        """An instance offers a weight set; it is readable once `held` says so."""
         self._check_not_draining()
-        earlier = self.registry.of_request(offer.instance_id, offer.request_id)
+        earlier = self.publications.of_request(offer.instance_id, offer.request_id)
         if earlier is not None:
             if earlier.key != offer.key or earlier.layout != offer.layout:
                 raise from_reason(
@@ -143,94 +126,109 @@ class Coordinator:
                 )
             return earlier, []
         instance = self.instances[offer.instance_id]
-        publication = self.registry.add(offer, instance_name=instance.name, now=now)
+        publication = self.publications.add(offer, instance_name=instance.name, now=now)
         self.weight_sets.record(offer.key)
-        return publication, [Map(publication)]
+        return publication, [Hold(publication)]
 
-    def mapped(self, publication: Publication, now: float) -> Decisions:
-        """The publication's memory is mapped: it is resident, and a lease that it fulfils ends."""
+    def held(self, publication: Publication, now: float, *, is_staged: bool = False) -> Decisions:
+        """The publication's memory is readable: it is resident, and a lease that it fulfils ends. `is_staged`: its
+        instance copies it for each transfer."""
         if publication.state is not PublicationState.REGISTERING:
             return []
-        self.registry.move(publication, PublicationState.RESIDENT)
+        publication.is_staged = is_staged
+        self.publications.move(publication, PublicationState.RESIDENT)
         self.weight_sets.note_unpublishable(publication.key, "")
         decisions: Decisions = [
             WeightSetChanged(publication.weight_set_id),
             InstanceChanged(publication.instance_id),
         ]
-        record = self.weight_sets.record(publication.key)
-        lease = record.lease
-        fulfilled = (publication.instance_id, publication.fencing_token)
-        if lease is not None and (lease.instance_id, lease.fencing_token) == fulfilled:
+        lease = self.weight_sets.record(publication.key).lease
+        fulfilled = (publication.holder, publication.fencing_token)
+        if lease is not None and (lease.holder, lease.fencing_token) == fulfilled:
             decisions.append(ReleaseLease(lease))
-        return decisions + self._serve(record, now)
+        return decisions + self._settle(now, publication.weight_set_id)
 
-    def mapping_failed(self, publication: Publication, now: float) -> Decisions:
-        """The publication's memory cannot be mapped: it never was."""
-        if publication.state is PublicationState.REGISTERING:
-            return self._end_publication(publication) + self._serve_id(publication.weight_set_id, now)
-        return []
+    def not_held(self, publication: Publication, now: float) -> Decisions:
+        """The publication's memory cannot be made readable: it never was."""
+        if publication.state is not PublicationState.REGISTERING:
+            return []
+        return self._endings.end_publication(publication) + self._settle(now)
 
     def retract(self, instance_id: str, publication_id: str, now: float) -> tuple[Publication, Decisions]:
         """The instance wants its memory back: no new readers. It is gone when the last one has ended."""
-        publication = self.registry.find(publication_id)
-        if publication is None or publication.instance_id != instance_id:
-            raise PublicationNotFound(
-                f"this instance has no publication {publication_id!r}; it is gone or belongs to another instance",
-                metadata={"publication_id": publication_id},
-            )
+        publication = self.publications.held_by(Holder(self.host_id, instance_id), publication_id)
         if publication.state is PublicationState.REGISTERING or not publication.readers:
-            return publication, self._end_publication(publication) + self._serve_id(publication.weight_set_id, now)
+            return publication, self._endings.end_publication(publication) + self._settle(now)
         if publication.state is not PublicationState.RETRACTING:
-            self.registry.move(publication, PublicationState.RETRACTING)
-        return publication, self._left(publication, now)
+            self.publications.move(publication, PublicationState.RETRACTING)
+        changed = WeightSetChanged(publication.weight_set_id)
+        return publication, [changed, *self._settle(now, publication.weight_set_id)]
 
     def evict(self, publication_id: str, now: float) -> tuple[Publication, Decisions]:
         """An administrator takes a publication out of service, without waiting for readers."""
-        publication = self.registry.get(publication_id)
-        ended = self._end_publication(publication, "it was evicted", now)
-        return publication, ended + self._serve_id(publication.weight_set_id, now)
+        publication = self.publications.get(publication_id)
+        return publication, self._endings.end_publication(publication, "it was evicted", now) + self._settle(now)
 
     def lose(self, publication_id: str, why: str, now: float) -> Decisions:
         """The memory of a publication cannot be reached any more."""
-        publication = self.registry.find(publication_id)
+        publication = self.publications.find(publication_id)
         if publication is None:
             return []
-        return self._end_publication(publication, why, now) + self._serve_id(publication.weight_set_id, now)
+        return self._endings.end_publication(publication, why, now) + self._settle(now)
 
     def quarantine(self, publication_id: str, reason: str, now: float) -> tuple[Publication, Decisions]:
         """The publication is never read again, but shown."""
-        publication = self.registry.get(publication_id)
-        if publication.state is PublicationState.RESIDENT:
-            self.registry.move(publication, PublicationState.QUARANTINED)
-            publication.quarantine_reason = reason
-        return publication, self._left(publication, now)
+        publication = self.publications.get(publication_id)
+        return publication, self._endings.quarantine(publication, reason) + self._settle(now)
 
     # Acquisitions
 
     def acquire(self, acquisition: Acquisition, now: float) -> Decisions:
         """An instance asks for a weight set."""
         self._check_not_draining()
-        self.acquisitions[acquisition.acquisition_id] = acquisition
-        record = self.weight_sets.record(acquisition.key)
-        record.waiting[acquisition.acquisition_id] = acquisition
+        self.acquisitions.begin(acquisition)
         refused = self.groups.join(acquisition, acquisition.rank) if acquisition.rank is not None else None
         if refused is not None:
-            return self._fail(acquisition, refused)
-        return [*self._serve(record, now), WeightSetChanged(record.key.id)]
+            return self.acquisitions.fail(acquisition, refused) + self._settle(now)
+        decisions = self._settle(now, acquisition.key.id)
+        return [*decisions, WeightSetChanged(acquisition.key.id)]
+
+    def reserved(self, transfer_id: str) -> Decisions:
+        """The source is kept readable for the transfer: its receiver is told, and bytes that the broker moves, move."""
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None:
+            return []
+        moves: Decisions = [Move(transfer)] if transfer.broker_copies else []
+        return [Grant(transfer.acquisition_id, transfer), *moves]
+
+    def not_reserved(self, transfer_id: str, why: str, now: float) -> Decisions:
+        """The source cannot be kept for the transfer: the acquisition tries the next one."""
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None:
+            return []
+        return self._endings.try_next(transfer, FailureCause.SOURCE_UNREACHABLE, why, now) + self._settle(now)
+
+    def staged(self, transfer_id: str) -> Decisions:
+        """The receiver's memory cannot be mapped, and its owner copies it from now on: the transfer is granted again,
+        with the path that it takes."""
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None:
+            return []
+        transfer.path = self.acquisitions[transfer.acquisition_id].path = TransferPath.STAGED
+        return [Grant(transfer.acquisition_id, transfer), TransferChanged(transfer)]
 
     def transfer_succeeded(self, transfer_id: str, instance_id: str, arrival: Arrival, now: float) -> Decisions:
         """Every byte of the transfer arrived and was verified."""
-        transfer, acquisition = self._running(transfer_id, instance_id)
-        if transfer.is_brokers and not transfer.is_moved:
+        transfer, acquisition = self._of_receiver(transfer_id, instance_id)
+        if transfer.broker_copies and not transfer.is_moved:
             raise InvalidArgument("outcome", "succeeded", "failed: the broker has not moved every byte yet")
         transfer.publication.served_count += 1
-        decisions = self._end_transfer(transfer, TransferState.SUCCEEDED, "", now)
+        decisions = self._endings.end_transfer(transfer, TransferState.SUCCEEDED, "", now)
         if acquisition.rank is not None:
-            decisions += self.groups.arrived(acquisition, transfer, arrival, now)
+            decisions += self.groups.arrived(acquisition, transfer, arrival)
         else:
-            self._forget(acquisition)
-            decisions.append(Complete(acquisition.acquisition_id, transfer, arrival))
-        return decisions + self._serve_id(acquisition.key.id, now)
+            decisions += self.acquisitions.complete(acquisition, transfer, arrival)
+        return decisions + self._settle(now, acquisition.key.id)
 
     def transfer_moved(self, transfer_id: str, now: float) -> Decisions:
         """The broker has moved every byte: the source is not needed any more, the receiver verifies."""
@@ -239,7 +237,7 @@ class Coordinator:
             return []
         transfer.is_moved = True
         self.acquisitions[transfer.acquisition_id].touched = True
-        return self._let_out(transfer) + self._serve_id(transfer.publication.weight_set_id, now)
+        return self._endings.free_slot(transfer) + self._settle(now)
 
     def transfer_failed(
         self,
@@ -254,77 +252,56 @@ class Coordinator:
         needs_staging: bool = False,
     ) -> Decisions:
         """The transfer did not complete: the acquisition tries the next source, unless the receiver gave up, its time
-        is over or somebody may still write to its memory. `needs_staging`: it fails, and may be repeated with another
-        path."""
-        transfer, acquisition = self._running(transfer_id, instance_id)
+        is over or its memory may still be written. `needs_staging`: it fails, and may be repeated with staging."""
+        transfer, acquisition = self._of_receiver(transfer_id, instance_id)
         acquisition.touched = acquisition.touched or touched
-        publication = transfer.publication
-        decisions = self._end_transfer(transfer, TransferState.FAILED, detail or cause, now)
-        record = self.weight_sets.record(acquisition.key)
-        if cause is FailureCause.DIGEST_MISMATCH:
-            acquisition.saw_wrong_bytes = True
-            if publication.state is not PublicationState.GONE:
-                decisions += self.quarantine(
-                    publication.publication_id, f"delivered wrong bytes in {transfer_id}: {detail}", now
-                )[1]
-        if cause is FailureCause.RECEIVER or not quiesced:
-            who = "the receiver cannot take it" if needs_staging else "the receiver gave up"
-            who = who if quiesced else "the transfer failed, and somebody may still write"
-            metadata = STAGE_INSTEAD if needs_staging else None
-            error = TransferFailed(f"{who}: {detail}", quiesced=quiesced, metadata=metadata)
-            decisions += self._fail(acquisition, error)
-        elif transfer.is_brokers and acquisition.deadline <= now:
-            decisions += self._fail(acquisition, _late(acquisition, now))
-        else:
-            acquisition.failed_sources[publication.publication_id] = f"{cause}: {detail}"
-            acquisition.transfer_id = ""
-            record.waiting[acquisition.acquisition_id] = acquisition
-        return decisions + self._serve(record, now)
+        if cause is not FailureCause.RECEIVER and quiesced:
+            return self._endings.try_next(transfer, cause, detail, now) + self._settle(now)
+        decisions = self._endings.fail_transfer(transfer, cause, detail, now)
+        who = "the receiver cannot take it" if needs_staging else "the receiver gave up"
+        who = who if quiesced else "the transfer failed, and the memory may still be written"
+        metadata = STAGE_INSTEAD if needs_staging else None
+        error = TransferFailed(f"{who}: {detail}", quiesced=quiesced, metadata=metadata)
+        return decisions + self.acquisitions.fail(acquisition, error) + self._settle(now, acquisition.key.id)
 
     def abandon(self, acquisition_id: str, now: float) -> Decisions:
         """The caller went away."""
-        acquisition = self.acquisitions.get(acquisition_id)
+        acquisition = self.acquisitions.find(acquisition_id)
         if acquisition is None:
             return []
-        return self._drop(acquisition, now) + self._serve_id(acquisition.key.id, now)
+        return self._endings.drop(acquisition, now) + self._settle(now)
 
     # Cold-load leases
 
     def lease_claimed(self, weight_set_id: str, claim: LeaseClaim, now: float) -> Decisions:
         """The directory's answer to `ClaimLease`."""
-        record = self.weight_sets.find(weight_set_id)
-        if record is None or record.claim_pending is None:
-            raise AssertionError(f"no claim is pending for weight set {weight_set_id}")
-        claimant, record.claim_pending = record.waiting.get(record.claim_pending), None
+        record, claimant = self.weight_sets.end_claim(weight_set_id)
         record.lease = claim.lease
         decisions: Decisions = [WeightSetChanged(weight_set_id)]
+        if claimant is None and claim.granted:
+            # Served, cancelled or dead meanwhile: the next waiter gets its chance when the lease is free.
+            return [*decisions, ReleaseLease(claim.lease)]
         if claimant is not None and claimant.rank is not None:
-            return decisions + self.groups.claimed(claimant, claim, now) + self._serve_id(weight_set_id, now)
-        if claim.granted:
-            if claimant is None:  # served, cancelled or dead meanwhile; the next waiter gets its chance when it is free
-                return [*decisions, ReleaseLease(claim.lease)]
-            self._forget(claimant)
-            decisions.append(TellColdLoad(claimant.acquisition_id, claim.lease))
-        return decisions + self._serve(record, now)
+            decisions += self.groups.claimed(claimant, claim)
+        elif claimant is not None and claim.granted:
+            decisions += self.acquisitions.load_from_disk(claimant, claim.lease)
+        return decisions + self._settle(now, weight_set_id)
 
     def claim_failed(self, weight_set_id: str, why: str, now: float) -> Decisions:
         """The directory did not answer `ClaimLease`: its asker loads without a lease, the next waiter asks again."""
-        record = self.weight_sets.find(weight_set_id)
-        if record is None or record.claim_pending is None:
-            raise AssertionError(f"no claim is pending for weight set {weight_set_id}")
-        claimant, record.claim_pending = record.waiting.get(record.claim_pending), None
+        _, claimant = self.weight_sets.end_claim(weight_set_id)
         decisions: Decisions = [WeightSetChanged(weight_set_id)]
         if claimant is not None:
-            decisions += self._fail(claimant, BrokerUnavailable(f"{why}; load from disk"))
-        return decisions + self._serve(record, now)
+            decisions += self.acquisitions.fail(claimant, BrokerUnavailable(f"{why}; load from disk"))
+        return decisions + self._settle(now, weight_set_id)
 
-    def lease_free(self, lease: ColdLoadLease, now: float) -> Decisions:
+    def lease_ended(self, lease: ColdLoadLease, now: float) -> Decisions:
         """The lease ended, for whatever reason: the next waiter may claim it."""
         record = self.weight_sets.find(lease.weight_set_id)
         if record is None or record.lease is None or record.lease.fencing_token != lease.fencing_token:
             return []
         record.lease = None
-        return [WeightSetChanged(lease.weight_set_id), *self._serve(record, now)]
+        return [WeightSetChanged(lease.weight_set_id), *self._settle(now, lease.weight_set_id)]
 
     def lease_extended(self, lease: ColdLoadLease) -> Decisions:
         """The directory has extended the lease."""
@@ -334,47 +311,34 @@ class Coordinator:
         return [WeightSetChanged(lease.weight_set_id)]
 
     def declare_unpublishable(self, weight_set_id: str, why: str, now: float) -> Decisions:
-        """Whoever loads the weight set cannot publish it: nobody is to wait for that."""
+        """The loader of the weight set cannot publish it: no acquisition waits for that."""
         record = self.weight_sets.find(weight_set_id)
         if record is None:
             return []
         self.weight_sets.note_unpublishable(record.key, why)
-        return [WeightSetChanged(weight_set_id), *self._serve(record, now)]
-
-    def lease_held_by(self, instance_id: str, weight_set_id: str, fencing_token: int) -> ColdLoadLease:
-        """The lease, if this instance holds it with this token; raises `LeaseLost`."""
-        record = self.weight_sets.find(weight_set_id)
-        lease = record.lease if record is not None else None
-        if lease is None or lease.instance_id != instance_id or lease.fencing_token != fencing_token:
-            raise LeaseLost(
-                f"this instance does not hold cold-load lease {fencing_token} of weight set {weight_set_id!r}",
-                metadata={"weight_set_id": weight_set_id, "fencing_token": str(fencing_token)},
-            )
-        return lease
+        return [WeightSetChanged(weight_set_id), *self._settle(now, weight_set_id)]
 
     # Time and drain
 
     def advance(self, now: float) -> Decisions:
         """Time passed: waiting acquisitions whose deadline is over are answered."""
         decisions = self.groups.advance(now)
-        late = [one for one in self.acquisitions.values() if one.deadline <= now and not one.transfer_id]
-        for acquisition in late:
-            decisions += self._fail(acquisition, _late(acquisition, now))
-        return decisions
+        for acquisition in self.acquisitions.late(now):
+            decisions += self.acquisitions.fail(acquisition, answers.late(acquisition, now))
+        return decisions + self._settle(now)
 
     def next_deadline(self) -> float | None:
         """When `advance` next has something to do."""
-        deadlines = [one.deadline for one in self.acquisitions.values() if not one.transfer_id]
-        of_groups = self.groups.next_deadline()
-        return min(deadlines if of_groups is None else [*deadlines, of_groups], default=None)
+        deadlines = (self.acquisitions.next_deadline(), self.groups.next_deadline())
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
-    def drain(self) -> Decisions:
+    def drain(self, now: float) -> Decisions:
         """Nothing new from now on; running transfers go on."""
         self.draining = True
         decisions: Decisions = []
-        for acquisition in [one for one in self.acquisitions.values() if not one.transfer_id]:
-            decisions += self._fail(acquisition, _draining())
-        return decisions
+        for acquisition in self.acquisitions.waiting:
+            decisions += self.acquisitions.fail(acquisition, answers.draining())
+        return decisions + self._settle(now)
 
     def cut_off(self, now: float) -> Decisions:
         """The broker stops: transfers that still run end here, and their callers are told so."""
@@ -382,213 +346,87 @@ class Coordinator:
         for transfer in list(self.transfers.running.values()):
             acquisition = self.acquisitions[transfer.acquisition_id]
             acquisition.touched = True
-            decisions += self._end_transfer(transfer, TransferState.FAILED, "the broker stopped", now)
+            decisions += self._endings.end_transfer(transfer, TransferState.FAILED, "the broker stopped", now)
             error = BrokerUnavailable("the broker stopped while the transfer ran; load from disk")
-            decisions += self._fail(acquisition, error)
-        return decisions
+            decisions += self.acquisitions.fail(acquisition, error)
+        return decisions + self._settle(now)
 
-    def receiver(self, acquisition: Acquisition) -> Receiver:
-        """The receiving side of an acquisition, as selection sees it."""
-        return Receiver(
-            self.host_id,
-            acquisition.device_kind,
-            acquisition.device_id,
-            acquisition.layout,
-            acquisition.failed_sources,
-        )
+    # Questions
+
+    def explain(self, question: Question) -> Explanation:
+        """What a new acquisition on this host would get now. Changes nothing."""
+        return answers.explain(question, self.publications, self.weight_sets, self.host_id, is_draining=self.draining)
 
     # What follows
 
-    def _serve_id(self, weight_set_id: str, now: float) -> Decisions:
-        record = self.weight_sets.find(weight_set_id)
-        return self._serve(record, now) if record is not None else []
+    def _settle(self, now: float, *touched: str) -> Decisions:
+        """Serves every weight set that the event touched, until nothing is left to serve."""
+        self._endings.touch(*touched)
+        decisions = self._end_groups()
+        while (weight_set_id := self._endings.next_touched()) is not None:
+            record = self.weight_sets.find(weight_set_id)
+            if record is not None:
+                decisions += self._serve(record, now)
+        return decisions
 
     def _serve(self, record: WeightSetRecord, now: float) -> Decisions:
         """Answers every waiting acquisition of a weight set that can be answered now, first come first served."""
         decisions: Decisions = []
+        selections: dict[Hashable, Selection[Publication]] = {}
         for acquisition in list(record.waiting.values()):
-            if acquisition.acquisition_id not in record.waiting:  # told with its group
+            if acquisition.acquisition_id not in record.waiting:  # it went with its group
                 continue
             if acquisition.rank is not None:
-                decisions += self.groups.serve(acquisition, now)
-                continue
-            selection = select(self.registry.of_weight_set(record.key.id), self.receiver(acquisition))
-            if selection.chosen is not None:
-                decisions += self._grant(acquisition, selection.chosen, now)
+                decisions += self.groups.serve(acquisition, now, is_draining=self.draining)
             else:
-                decisions += self._without_source(record, acquisition, selection)
+                decisions += self._serve_alone(record, acquisition, selections, now)
+            decisions += self._end_groups()
         self.weight_sets.tidy(record.key.id)
         return decisions
 
-    def _grant(self, acquisition: Acquisition, publication: Publication, now: float) -> Decisions:
-        transfer = self.transfers.begin(acquisition, publication, now)
-        self.registry.reserve(publication, transfer.transfer_id)
-        acquisition.transfer_id = transfer.transfer_id
-        acquisition.told = None
-        del self.weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id]
-        return [
-            Grant(acquisition.acquisition_id, transfer),
-            TransferChanged(transfer),
-            WeightSetChanged(publication.weight_set_id),
-        ]
+    def _serve_alone(
+        self,
+        record: WeightSetRecord,
+        acquisition: Acquisition,
+        selections: dict[Hashable, Selection[Publication]],
+        now: float,
+    ) -> Decisions:
+        """Serves one that is in no group. Receivers that are alike are judged once, for as long as nothing changes."""
+        receiver = Receiver.of(acquisition, self.host_id)
+        likeness = (receiver.likeness, self.publications.changes)
+        if likeness not in selections:
+            selections[likeness] = select(self.publications.of_weight_set(record.key.id), receiver)
+        selection = selections[likeness]
+        if selection.chosen is not None:
+            return self.acquisitions.grant(acquisition, selection.chosen, now)
+        return self._answer(record, acquisition, selection)
 
-    def _without_source(self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection) -> Decisions:
-        if selection.has(Refusal.BUSY) and not self.draining:  # else its source failed while the broker drains
-            return self._wait(acquisition, WaitReason.SOURCES_BUSY, None)
-        is_patient = acquisition.if_absent is not IfAbsent.FAIL and not self.draining
-        if is_patient and selection.is_coming and record.lease is None:
-            return self._wait(acquisition, WaitReason.REGISTERING, None)
-        refused = self._refusal(record, acquisition, selection)
-        if refused is not None:
-            return self._fail(acquisition, refused)
-        if acquisition.if_absent is IfAbsent.LOAD:
-            if record.lease is not None:
-                return self._wait(acquisition, WaitReason.COLD_LOAD, record.lease)
-            if record.claim_pending is None:
-                record.claim_pending = acquisition.acquisition_id
-                return [ClaimLease(record.key.id, acquisition.instance_id)]
+    def _answer(
+        self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection[Publication]
+    ) -> Decisions:
+        verdict = judge(Wish.of(acquisition), Situation.of(selection, record, is_draining=self.draining))
+        if verdict in WAITS:
+            lease = record.lease if verdict is Verdict.WAIT_COLD_LOAD else None
+            return self.acquisitions.wait(acquisition, WAITS[verdict], lease)
+        if verdict is Verdict.CLAIM_PENDING:
             return []
-        if acquisition.if_absent is IfAbsent.WAIT and not acquisition.failed_sources:
-            if record.lease is not None:
-                return self._wait(acquisition, WaitReason.COLD_LOAD, record.lease)
-            if record.claim_pending is not None:
-                return []
-        return self._fail(acquisition, self._absent(acquisition))
+        if verdict is Verdict.CLAIM:
+            record.claim_pending = acquisition.acquisition_id
+            return [ClaimLease(record.key.id, acquisition.instance_id)]
+        return self.acquisitions.fail(acquisition, answers.refusal(verdict, acquisition, selection, record))
 
-    def _refusal(self, record: WeightSetRecord, acquisition: Acquisition, selection: Selection) -> BrokerError | None:
-        """Why there is nothing to wait for and no lease to be had."""
-        if self.draining:
-            return _draining()
-        if selection.chosen is None and selection.has(Refusal.LAYOUT_DIFFERS):
-            return _layout_mismatch(acquisition, selection)
-        if record.unpublishable:
-            return WeightsNotFound(
-                f"weight set {record.key.id} cannot be published: {record.unpublishable}; load from disk",
-                metadata={"weight_set_id": record.key.id, "unpublishable": record.unpublishable},
-            )
-        return None
-
-    @staticmethod
-    def _absent(acquisition: Acquisition) -> BrokerError:
-        tried = acquisition.failed_sources
-        if not tried:
-            return WeightsNotFound(
-                f"nobody holds weight set {acquisition.key.id} (model {acquisition.key.model!r}); load from disk",
-                metadata={"weight_set_id": acquisition.key.id},
-            )
-        kind = IntegrityError if acquisition.saw_wrong_bytes else TransferFailed
-        return kind(
-            f"every source of weight set {acquisition.key.id} failed: "
-            + "; ".join(f"{source}: {why}" for source, why in tried.items()),
-            metadata={"weight_set_id": acquisition.key.id, "sources": ", ".join(tried)},
-        )
-
-    def _wait(self, acquisition: Acquisition, reason: WaitReason, lease: ColdLoadLease | None) -> Decisions:
-        telling = (reason, lease.fencing_token if lease is not None else 0)
-        if acquisition.told == telling:
-            return []
-        acquisition.told = telling
-        return [Wait(acquisition.acquisition_id, reason, lease)]
-
-    def _fail(self, acquisition: Acquisition, error: BrokerError) -> Decisions:
-        if acquisition.acquisition_id not in self.acquisitions:  # it has failed with its group
-            return []
-        self._forget(acquisition)
-        error.touched = error.touched or acquisition.touched
-        failed = Fail(acquisition.acquisition_id, error)
-        return [failed, WeightSetChanged(acquisition.key.id), *self.groups.left(acquisition, error.message)]
-
-    def _forget(self, acquisition: Acquisition) -> None:
-        self.acquisitions.pop(acquisition.acquisition_id, None)
-        record = self.weight_sets.find(acquisition.key.id)
-        if record is not None:
-            record.waiting.pop(acquisition.acquisition_id, None)
-            self.weight_sets.tidy(record.key.id)
-
-    def _drop(self, acquisition: Acquisition, now: float) -> Decisions:
-        """Ends an acquisition that nobody hears the end of."""
+    def _end_groups(self) -> Decisions:
+        """Tells the groups of acquisitions that ended on their own."""
         decisions: Decisions = []
-        transfer = self.transfers.running.get(acquisition.transfer_id)
-        if transfer is not None:
-            decisions += self._end_transfer(transfer, TransferState.FAILED, "the receiver went away", now)
-        self._forget(acquisition)
-        decisions.append(WeightSetChanged(acquisition.key.id))
-        return decisions + self.groups.left(acquisition, "its process went away")
+        while left := self.acquisitions.left_group():
+            for acquisition, why in left:
+                decisions += self.groups.member_ended(acquisition, why)
+        return decisions
 
-    def _end_transfer(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> Decisions:
-        self.transfers.end(transfer, state, failure, now)
-        return [EndTransfer(transfer), TransferChanged(transfer), *self._let_out(transfer)]
-
-    def _let_out(self, transfer: Transfer) -> Decisions:
-        """Nothing of the source is read any more by this transfer."""
-        publication = transfer.publication
-        if transfer.transfer_id not in publication.readers:
-            return []
-        self.registry.release(publication, transfer.transfer_id)
-        if publication.state is PublicationState.RETRACTING and not publication.readers:
-            return self._end_publication(publication)
-        return [WeightSetChanged(publication.weight_set_id)]
-
-    def _end_publication(self, publication: Publication, why: str = "", now: float = 0.0) -> Decisions:
-        """It is gone. Host memory lives on for whoever reads it now; device memory may go with its owner, so who reads
-        that is sent to another source; call `_serve_id` then."""
-        self.registry.move(publication, PublicationState.GONE)
-        decisions: Decisions = []
-        if publication.device_kind != HOST_MEMORY:
-            for transfer_id in sorted(publication.readers):
-                decisions += self._source_lost(self.transfers.running[transfer_id], why, now)
-        self.weight_sets.tidy(publication.weight_set_id)
-        return [
-            *decisions,
-            Unmap(publication),
-            WeightSetChanged(publication.weight_set_id),
-            InstanceChanged(publication.instance_id),
-        ]
-
-    def _source_lost(self, transfer: Transfer, why: str, now: float) -> Decisions:
-        acquisition = self.acquisitions[transfer.acquisition_id]
-        acquisition.touched = True
-        acquisition.failed_sources[transfer.publication.publication_id] = why
-        acquisition.transfer_id = ""
-        self.weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id] = acquisition
-        return self._end_transfer(transfer, TransferState.FAILED, why, now)
-
-    def _left(self, publication: Publication, now: float) -> Decisions:
-        """Nobody else may read from it: who waited for one of its slots need not wait for its readers."""
-        return [WeightSetChanged(publication.weight_set_id), *self._serve_id(publication.weight_set_id, now)]
-
-    def _running(self, transfer_id: str, instance_id: str) -> tuple[Transfer, Acquisition]:
-        transfer = self.transfers.running.get(transfer_id)
-        if transfer is None or transfer.receiver_instance_id != instance_id:
-            raise from_reason(
-                Reason.TRANSFER_NOT_FOUND,
-                f"no transfer {transfer_id!r} runs for this instance",
-                metadata={"transfer_id": transfer_id},
-            )
+    def _of_receiver(self, transfer_id: str, instance_id: str) -> tuple[Transfer, Acquisition]:
+        transfer = self.transfers.of_receiver(transfer_id, instance_id)
         return transfer, self.acquisitions[transfer.acquisition_id]
 
     def _check_not_draining(self) -> None:
         if self.draining:
-            raise _draining()
-
-
-def _late(acquisition: Acquisition, now: float) -> AcquireTimeout:
-    waited = now - acquisition.begun_at
-    return AcquireTimeout(f"weight set {acquisition.key.id} did not arrive in {waited:.1f} s")
-
-
-def _draining() -> BrokerUnavailable:
-    return BrokerUnavailable("the broker is draining and takes no new work; load from disk", reason=Reason.DRAINING)
-
-
-def _layout_mismatch(acquisition: Acquisition, selection: Selection) -> LayoutMismatch:
-    refused = [candidate for candidate in selection.candidates if candidate.refusal is Refusal.LAYOUT_DIFFERS]
-    newest = refused[-1]
-    return LayoutMismatch(
-        f"weight set {acquisition.key.id} is resident with another layout: {newest.detail}",
-        metadata={
-            "weight_set_id": acquisition.key.id,
-            "publication_id": newest.publication.publication_id,
-            "differences": newest.detail,
-        },
-    )
+            raise answers.draining()

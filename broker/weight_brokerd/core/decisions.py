@@ -1,11 +1,15 @@
-"""What the coordinator decides. Whoever drives it carries the decisions out, in order."""
+"""What the coordinator decides. The executor carries decisions out in the order in which they were made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from weight_broker.errors import BrokerError
-from weight_brokerd.core.model import Arrival, ColdLoadLease, Publication, Transfer, WaitReason
+from weight_brokerd.core.model import Arrival, ColdLoadLease, WaitReason
+from weight_brokerd.core.publications import Publication
+from weight_brokerd.core.transfers import Transfer
+
+# Answers: what the caller of an acquisition is told.
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +30,8 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class TellColdLoad:
-    """The acquisition ends: its instance is to load from disk."""
+class LoadFromDisk:
+    """The acquisition ends: its instance loads from disk, with a lease."""
 
     acquisition_id: str
     lease: ColdLoadLease
@@ -50,30 +54,51 @@ class Fail:
     error: BrokerError
 
 
+Ending = LoadFromDisk | Complete | Fail
+Answer = Grant | Wait | Ending
+
+
+# Actions: what core cannot do itself. Each one that can fail has an event that says how it ended.
+
+
 @dataclass(frozen=True, slots=True)
-class Map:
-    """The publication's memory is to be mapped; answer with `Coordinator.mapped` or `mapping_failed`."""
+class Hold:
+    """Make the publication's memory readable. Ends with `Coordinator.held` or `not_held`."""
 
     publication: Publication
 
 
 @dataclass(frozen=True, slots=True)
-class Unmap:
-    """The publication is gone: give its memory up."""
+class Release:
+    """The publication is gone: let go of its memory."""
 
     publication: Publication
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Keep the source readable for the transfer. Ends with `Coordinator.reserved` or `not_reserved`."""
+
+    transfer: Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Move the transfer's bytes. Ends with `Coordinator.transfer_moved` or `transfer_failed`."""
+
+    transfer: Transfer
 
 
 @dataclass(frozen=True, slots=True)
 class EndTransfer:
-    """The transfer has ended: give up what it held. If the broker was moving its bytes, that is to end now."""
+    """The transfer has ended: let go of what it held, and stop what still moves its bytes."""
 
     transfer: Transfer
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimLease:
-    """The directory is to be asked for the cold-load lease; answer with `Coordinator.lease_claimed`."""
+    """Ask the directory for the cold-load lease. Ends with `Coordinator.lease_claimed` or `claim_failed`."""
 
     weight_set_id: str
     instance_id: str
@@ -81,44 +106,39 @@ class ClaimLease:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseLease:
-    """The directory is to be told that the lease has ended; answer with `Coordinator.lease_free`."""
+    """Give the lease back to the directory. Ends with `Coordinator.lease_ended`."""
 
     lease: ColdLoadLease
 
 
+Action = Hold | Release | Reserve | Move | EndTransfer | ClaimLease | ReleaseLease
+
+
+# Notices: what watchers see.
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSetChanged:
-    """Watchers of the weight set are to be told."""
+    """A weight set, its publications or those who wait for it."""
 
     weight_set_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceChanged:
-    """Watchers of the instance are to be told."""
+    """An instance."""
 
     instance_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class TransferChanged:
-    """Watchers of the transfer are to be told."""
+    """A transfer."""
 
     transfer: Transfer
 
 
-Decision = (
-    Grant
-    | Wait
-    | TellColdLoad
-    | Complete
-    | Fail
-    | Map
-    | Unmap
-    | EndTransfer
-    | ClaimLease
-    | ReleaseLease
-    | WeightSetChanged
-    | InstanceChanged
-    | TransferChanged
-)
+Notice = WeightSetChanged | InstanceChanged | TransferChanged
+
+Decision = Answer | Action | Notice
+Decisions = list[Decision]

@@ -1,12 +1,11 @@
 """The ranks of one engine load all from peers, from publications of one other engine, or all from disk.
 
-A group is decided when all its ranks have asked. They are granted sources together, and told that they are done
-together, when every one has every byte; or they are told together to load from disk. Whatever keeps one from it ends
-the group, for the others at once, or when their running transfers have ended: nobody is sent to the disk while
-somebody still writes to its memory.
+A group is decided when all its ranks have asked. They are granted sources together, and complete together when every
+rank has every byte; or they load from disk together. Whatever keeps one rank from it ends the group for the others, at
+once or when their running transfers have ended: no rank is sent to the disk while its memory may still be written.
 
 A group takes the cold-load leases of its ranks in their order, and only if all are free: of two engines one gets all
-that it asks for, and none waits while it holds one.
+that it asks for, and neither waits while it holds one.
 """
 
 from __future__ import annotations
@@ -14,29 +13,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from weight_broker.errors import BrokerError, LoadGroupFailed
-from weight_brokerd.core.decisions import ClaimLease, Complete, Decision, Fail, ReleaseLease, TellColdLoad
-from weight_brokerd.core.model import (
-    Acquisition,
-    Arrival,
-    ColdLoadLease,
-    IfAbsent,
-    LeaseClaim,
-    Publication,
-    RankOfGroup,
-    Transfer,
-    WaitReason,
-)
-from weight_brokerd.core.selection import Refusal, Selection, select
-
-if TYPE_CHECKING:
-    from weight_brokerd.core.coordinator import Coordinator
+from weight_brokerd.core.acquisitions import Acquisitions
+from weight_brokerd.core.answers import WAITS, Situation, Verdict, Wish, judge, refusal
+from weight_brokerd.core.decisions import ClaimLease, Decisions, ReleaseLease
+from weight_brokerd.core.model import Acquisition, Arrival, ColdLoadLease, IfAbsent, LeaseClaim, RankOfGroup, WaitReason
+from weight_brokerd.core.publications import Publication, Publications
+from weight_brokerd.core.selection import Receiver, Selection, select
+from weight_brokerd.core.sources import Refusal
+from weight_brokerd.core.transfers import Transfer
+from weight_brokerd.core.weight_sets import WeightSetIndex
 
 ENDED_GROUPS_REMEMBERED = 256
-
-Decisions = list[Decision]
 
 
 @dataclass(slots=True)
@@ -51,7 +40,7 @@ class Group:
     arrived: dict[int, tuple[Transfer, Arrival]] = field(default_factory=dict)
     """Ranks that have every byte."""
     leases: dict[int, ColdLoadLease | None] = field(default_factory=dict)
-    """Answers of the directory while the leases are being claimed; None if somebody else has it."""
+    """Answers of the directory while the leases are being claimed; None for a lease that another instance has."""
     is_claiming: bool = False
     failure: str = ""
     """Why it ends, if it does."""
@@ -61,12 +50,25 @@ class Group:
         """Its acquisitions by rank."""
         return [self.members[member] for member in sorted(self.members)]
 
+    @property
+    def wish(self) -> Wish:
+        """The wish of all its ranks: the least patient one decides."""
+        wishes = [Wish.of(acquisition) for acquisition in self.members.values()]
+        wanted = {wish.if_absent for wish in wishes}
+        if_absent = next(one for one in (IfAbsent.FAIL, IfAbsent.WAIT, IfAbsent.LOAD) if one in wanted)
+        return Wish(if_absent, any(wish.has_tried for wish in wishes))
+
 
 class LoadGroups:
     """All groups, and what follows from events for them."""
 
-    def __init__(self, core: Coordinator) -> None:
-        self._core = core
+    def __init__(
+        self, host_id: str, acquisitions: Acquisitions, publications: Publications, weight_sets: WeightSetIndex
+    ) -> None:
+        self._host_id = host_id
+        self._acquisitions = acquisitions
+        self._publications = publications
+        self._weight_sets = weight_sets
         self._groups: dict[str, Group] = {}
         self._ended: OrderedDict[str, str] = OrderedDict()
 
@@ -74,7 +76,7 @@ class LoadGroups:
         return len(self._groups)
 
     def join(self, acquisition: Acquisition, rank: RankOfGroup) -> BrokerError | None:
-        """A rank asks; why it cannot, if it cannot."""
+        """A rank asks. Returns why it cannot join, if it cannot."""
         why = self._ended.get(rank.group_id)
         if why is not None:
             return _failed(f"the engine's other ranks load from disk already: {why}")
@@ -87,7 +89,7 @@ class LoadGroups:
         group.deadline = min(group.deadline, acquisition.begun_at + rank.assembly_seconds)
         return None
 
-    def serve(self, acquisition: Acquisition, now: float) -> Decisions:
+    def serve(self, acquisition: Acquisition, now: float, *, is_draining: bool) -> Decisions:
         """What its group gets now."""
         group = self._group_of(acquisition)
         if group is None:
@@ -96,31 +98,26 @@ class LoadGroups:
             return self._end_idle(group)
         if len(group.members) < group.size:
             return self._wait(group, WaitReason.LOAD_GROUP, None)
-        if group.is_claiming or any(one.transfer_id for one in group.members.values()):
+        if group.is_claiming or any(member.transfer_id for member in group.members.values()):
             return []
         group.arrived.clear()
-        return self._decide(group, now)
+        return self._decide(group, now, is_draining=is_draining)
 
-    def arrived(self, acquisition: Acquisition, transfer: Transfer, arrival: Arrival, now: float) -> Decisions:
-        """A rank has every byte."""
+    def arrived(self, acquisition: Acquisition, transfer: Transfer, arrival: Arrival) -> Decisions:
+        """A rank has every byte. It waits for the others, or begins anew with them if one of them failed before."""
         group = self._group_of(acquisition)
         assert group is not None
+        assert acquisition.rank is not None
         acquisition.transfer_id = ""
         if group.failure:
             return self._end_idle(group)
-        assert acquisition.rank is not None
         group.arrived[acquisition.rank.member] = (transfer, arrival)
         if len(group.arrived) == group.size:
-            done = [(group.members[member], *group.arrived[member]) for member in sorted(group.members)]
-            self._dissolve(group)
-            return [Complete(one.acquisition_id, transfer, arrival) for one, transfer, arrival in done]
-        self._core.weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id] = acquisition
-        # Of the others one may have failed before: then this was the last to run, and all begin anew.
-        decisions = self._wait(group, WaitReason.LOAD_GROUP, None)
-        running = any(one.transfer_id for one in group.members.values())
-        return decisions if running else decisions + self.serve(acquisition, now)
+            return self._complete(group)
+        self._acquisitions.wait_again(acquisition)
+        return self._wait(group, WaitReason.LOAD_GROUP, None)
 
-    def claimed(self, acquisition: Acquisition, claim: LeaseClaim, now: float) -> Decisions:
+    def claimed(self, acquisition: Acquisition, claim: LeaseClaim) -> Decisions:
         """The directory's answer for the lease of one rank."""
         group = self._group_of(acquisition)
         assert group is not None
@@ -129,23 +126,22 @@ class LoadGroups:
         if not claim.granted and len(group.leases) == 1:  # another engine was first
             group.leases.clear()
             group.is_claiming = False
-            return self.serve(acquisition, now)
+            return []
         return self._claim_next(group)
 
-    def left(self, acquisition: Acquisition, why: str) -> Decisions:
+    def member_ended(self, acquisition: Acquisition, why: str) -> Decisions:
         """An acquisition has ended otherwise than with its group, and so ends the group."""
-        group = self._group_of(acquisition)
-        if group is None or group.members.get(acquisition.rank.member) is not acquisition:  # type: ignore[union-attr]
+        rank, group = acquisition.rank, self._group_of(acquisition)
+        if group is None or rank is None or group.members.get(rank.member) is not acquisition:
             return []
-        assert acquisition.rank is not None
-        del group.members[acquisition.rank.member]
-        group.failure = group.failure or f"rank {acquisition.rank.member}: {why}"
+        del group.members[rank.member]
+        group.failure = group.failure or f"rank {rank.member}: {why}"
         return self._end_idle(group)
 
     def advance(self, now: float) -> Decisions:
         """Ends the groups whose ranks did not all ask in time."""
         decisions: Decisions = []
-        for group in [one for one in self._groups.values() if one.deadline <= now and len(one.members) < one.size]:
+        for group in [group for group in self._incomplete() if group.deadline <= now]:
             there = ", ".join(map(str, sorted(group.members)))
             group.failure = group.failure or f"only ranks {there} of {group.size} asked in time"
             decisions += self._end_idle(group)
@@ -153,133 +149,154 @@ class LoadGroups:
 
     def next_deadline(self) -> float | None:
         """When `advance` next has something to do."""
-        return min((one.deadline for one in self._groups.values() if len(one.members) < one.size), default=None)
+        return min((group.deadline for group in self._incomplete()), default=None)
 
     # What follows
 
-    def _decide(self, group: Group, now: float) -> Decisions:
-        members = group.in_order
-        chosen, others = self._sources(members)
-        if chosen is not None:
-            decisions: Decisions = []
-            for acquisition, publication in zip(members, chosen, strict=True):
-                decisions += self._core._grant(acquisition, publication, now)
-            return decisions
-        if not self._core.draining and any(refusals == {Refusal.BUSY} for refusals in others):
-            return self._wait(group, WaitReason.SOURCES_BUSY, None)
-        records = [self._core.weight_sets.record(one.key) for one in members]
-        for acquisition, record in zip(members, records, strict=True):
-            refused = self._core._refusal(record, acquisition, self._selection(acquisition, None))
-            if refused is not None:
-                return self._core._fail(acquisition, refused)
-        lease = next((record.lease for record in records if record.lease is not None), None)
-        wanted = {one.if_absent for one in members}
-        if lease is None and IfAbsent.FAIL not in wanted and self._are_coming(members):
-            return self._wait(group, WaitReason.REGISTERING, None)
-        tried = any(one.failed_sources for one in members)
-        if lease is not None and IfAbsent.FAIL not in wanted and (wanted == {IfAbsent.LOAD} or not tried):
-            return self._wait(group, WaitReason.COLD_LOAD, lease)
-        if wanted != {IfAbsent.LOAD}:
-            return self._core._fail(members[0], self._core._absent(members[0]))
-        if any(record.claim_pending is not None for record in records):
-            return []  # whoever asked first hears first, and then this group is asked about again
-        group.is_claiming = True
-        return self._claim_next(group)
+    def _incomplete(self) -> list[Group]:
+        return [group for group in self._groups.values() if len(group.members) < group.size]
 
-    def _sources(self, members: Sequence[Acquisition]) -> tuple[list[Publication] | None, list[set[Refusal | None]]]:
-        """Publications of one engine for all ranks, from the least read engine; or what speaks against each engine."""
-        engines = dict.fromkeys(
-            publication.group_id
-            for publication in self._core.registry.of_weight_set(members[0].key.id)
-            if publication.group_id
-        )
+    def _decide(self, group: Group, now: float, *, is_draining: bool) -> Decisions:
+        chosen, situation = self._look(group.in_order, is_draining=is_draining)
+        if chosen is not None:
+            pairs = zip(group.in_order, chosen, strict=True)
+            return [
+                decision
+                for acquisition, publication in pairs
+                for decision in self._acquisitions.grant(acquisition, publication, now)
+            ]
+        verdict = judge(group.wish, situation)
+        if verdict in WAITS:
+            return self._wait(group, WAITS[verdict], situation.lease if verdict is Verdict.WAIT_COLD_LOAD else None)
+        if verdict is Verdict.CLAIM_PENDING:
+            return []  # the asker hears first, and then this group is served again
+        if verdict is Verdict.CLAIM:
+            group.is_claiming = True
+            return self._claim_next(group)
+        return self._refuse(group, verdict)
+
+    def _look(self, members: Sequence[Acquisition], *, is_draining: bool) -> tuple[list[Publication] | None, Situation]:
+        """Publications of one engine for all ranks, from the least read engine; and what there is instead of them."""
         found: list[list[Publication]] = []
-        refused: list[set[Refusal | None]] = []
-        for engine in engines:
-            selections = [self._selection(one, engine) for one in members]
-            chosen = [one.chosen for one in selections if one.chosen is not None]
+        is_busy = is_coming = False
+        for engine in self._engines(members[0]):
+            selections = [self._select(member, engine) for member in members]
+            chosen = [selection.chosen for selection in selections if selection.chosen is not None]
             if len(chosen) == len(members):
                 found.append(chosen)
                 continue
-            refused.append(
-                {
-                    refusal
-                    for one in selections
-                    if one.chosen is None
-                    for refusal in ([candidate.refusal for candidate in one.candidates] or [None])
-                }
-            )
-        return min(found, key=_busyness, default=None), refused
+            unserved = [selection for selection in selections if selection.chosen is None]
+            is_busy = is_busy or all(selection.refusals == {Refusal.BUSY} for selection in unserved)
+            is_coming = is_coming or all(selection.is_coming for selection in unserved)
+        return min(found, key=_busyness, default=None), self._situation(members, is_draining, is_busy, is_coming)
 
-    def _are_coming(self, members: Sequence[Acquisition]) -> bool:
-        """Whether an engine has for every rank a source that is there or being mapped, and not there for all."""
-        engines = {one.group_id for one in self._core.registry.of_weight_set(members[0].key.id) if one.group_id}
-        for engine in engines:
-            selections = [self._selection(one, engine) for one in members]
-            if all(one.chosen is not None or one.is_coming for one in selections):
-                return True
-        return False
+    def _situation(
+        self, members: Sequence[Acquisition], is_draining: bool, is_busy: bool, is_coming: bool
+    ) -> Situation:
+        """Of all ranks together: sources count by engine, everything else for any of the ranks."""
+        records = [self._weight_sets.record(member.key) for member in members]
+        return Situation(
+            is_draining=is_draining,
+            is_busy=is_busy,
+            is_coming=is_coming,
+            layout_differs=any(self._layout_differs(member) for member in members),
+            lease=next((record.lease for record in records if record.lease is not None), None),
+            claim_pending=any(record.claim_pending is not None for record in records),
+            unpublishable=next((record.unpublishable for record in records if record.unpublishable), ""),
+        )
 
-    def _selection(self, acquisition: Acquisition, engine: str | None) -> Selection:
-        publications = self._core.registry.of_weight_set(acquisition.key.id)
-        of_engine = [one for one in publications if engine is None or one.group_id == engine]
-        return select(of_engine, self._core.receiver(acquisition))
+    def _refuse(self, group: Group, verdict: Verdict) -> Decisions:
+        """Fails the rank that is concerned; the others end with it."""
+        members = group.in_order
+        member = next((member for member in members if self._concerns(verdict, member)), members[0])
+        record = self._weight_sets.record(member.key)
+        return self._acquisitions.fail(member, refusal(verdict, member, self._select(member, None), record))
+
+    def _concerns(self, verdict: Verdict, acquisition: Acquisition) -> bool:
+        if verdict is Verdict.REFUSE_LAYOUT:
+            return self._layout_differs(acquisition)
+        is_unpublishable = bool(self._weight_sets.record(acquisition.key).unpublishable)
+        return verdict is Verdict.REFUSE_UNPUBLISHABLE and is_unpublishable
+
+    def _engines(self, acquisition: Acquisition) -> list[str]:
+        publications = self._publications.of_weight_set(acquisition.key.id)
+        return list(dict.fromkeys(publication.group_id for publication in publications if publication.group_id))
+
+    def _layout_differs(self, acquisition: Acquisition) -> bool:
+        selection = self._select(acquisition, None)
+        return selection.chosen is None and selection.has(Refusal.LAYOUT_DIFFERS)
+
+    def _select(self, acquisition: Acquisition, engine: str | None) -> Selection[Publication]:
+        publications = self._publications.of_weight_set(acquisition.key.id)
+        of_engine = [publication for publication in publications if engine is None or publication.group_id == engine]
+        return select(of_engine, Receiver.of(acquisition, self._host_id))
 
     def _claim_next(self, group: Group) -> Decisions:
         for member in sorted(group.members):
             if member not in group.leases:
                 acquisition = group.members[member]
-                record = self._core.weight_sets.record(acquisition.key)
+                record = self._weight_sets.record(acquisition.key)
                 record.claim_pending = acquisition.acquisition_id
                 return [ClaimLease(record.key.id, acquisition.instance_id)]
-        # Who got no lease loads from disk all the same; somebody outside of any engine loads the same weights.
+        return self._load_from_disk(group)
+
+    def _load_from_disk(self, group: Group) -> Decisions:
+        """All ranks load. A rank without a lease does so too: an instance outside of any engine loads its weights."""
         decisions: Decisions = []
-        members, leases = dict(group.members), dict(group.leases)
-        self._dissolve(group)
-        for member, acquisition in sorted(members.items()):
-            lease = leases[member]
+        for member, acquisition in self._dissolve(group):
+            lease = group.leases[member]
             if lease is not None:
-                decisions.append(TellColdLoad(acquisition.acquisition_id, lease))
+                decisions += self._acquisitions.load_from_disk(acquisition, lease)
             else:
-                decisions.append(Fail(acquisition.acquisition_id, _failed("the engine loads from disk")))
+                decisions += self._acquisitions.fail(acquisition, _failed("the engine loads from disk"))
         return decisions
+
+    def _complete(self, group: Group) -> Decisions:
+        return [
+            decision
+            for member, acquisition in self._dissolve(group)
+            for decision in self._acquisitions.complete(acquisition, *group.arrived[member])
+        ]
 
     def _wait(self, group: Group, reason: WaitReason, lease: ColdLoadLease | None) -> Decisions:
         decisions: Decisions = []
         for acquisition in group.in_order:
             if not acquisition.transfer_id:
-                decisions += self._core._wait(acquisition, reason, lease)
+                decisions += self._acquisitions.wait(acquisition, reason, lease)
         return decisions
 
     def _end_idle(self, group: Group) -> Decisions:
         """Ends the acquisitions of a failed group that have no running transfer."""
         decisions: Decisions = [ReleaseLease(lease) for lease in group.leases.values() if lease is not None]
         group.leases.clear()
-        idle = [one for one in group.in_order if not one.transfer_id]
-        for acquisition in idle:
-            assert acquisition.rank is not None
-            del group.members[acquisition.rank.member]
+        idle = {member: group.members[member] for member in sorted(group.members)}
+        idle = {member: acquisition for member, acquisition in idle.items() if not acquisition.transfer_id}
+        for member in idle:
+            del group.members[member]
         if not group.members:
             self._groups.pop(group.group_id, None)
+        self._remember_end(group)
+        for acquisition in idle.values():
+            error = _failed(f"another rank of the engine failed: {group.failure}")
+            decisions += self._acquisitions.fail(acquisition, error)
+        return decisions
+
+    def _remember_end(self, group: Group) -> None:
         self._ended[group.group_id] = group.failure
         while len(self._ended) > ENDED_GROUPS_REMEMBERED:
             self._ended.popitem(last=False)
-        for acquisition in idle:
-            decisions += self._core._fail(acquisition, _failed(f"another rank of the engine failed: {group.failure}"))
-        return decisions
 
-    def _dissolve(self, group: Group) -> None:
-        """All have been told the same."""
+    def _dissolve(self, group: Group) -> list[tuple[int, Acquisition]]:
+        """Its members by rank; all of them end now."""
         del self._groups[group.group_id]
-        for acquisition in group.members.values():
-            self._core._forget(acquisition)
+        return sorted(group.members.items())
 
     def _group_of(self, acquisition: Acquisition) -> Group | None:
         return self._groups.get(acquisition.rank.group_id) if acquisition.rank is not None else None
 
 
 def _busyness(publications: Sequence[Publication]) -> tuple[int, int]:
-    return max(len(one.readers) for one in publications), publications[0].generation
+    return max(len(publication.readers) for publication in publications), publications[0].generation
 
 
 def _failed(why: str) -> LoadGroupFailed:

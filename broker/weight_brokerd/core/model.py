@@ -1,4 +1,4 @@
-"""The things the broker knows: instances, publications, acquisitions, transfers and cold-load leases.
+"""Instances, acquisitions and cold-load leases: what is wanted, and by whom.
 
 Times are seconds of one monotonic clock that the caller reads.
 """
@@ -10,11 +10,7 @@ from dataclasses import dataclass, field
 
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout
-
-HOST_MEMORY = "cpu"
-"""The kind of memory that every process can map by itself."""
-CUDA_MEMORY = "cuda"
-"""The kind of memory whose driver copies between any two devices of a host."""
+from weight_brokerd.core.sources import Holder, SourceRef
 
 
 class InstanceState(enum.StrEnum):
@@ -22,24 +18,6 @@ class InstanceState(enum.StrEnum):
 
     ATTACHED = "attached"
     DISCONNECTED = "disconnected"
-
-
-class PublicationState(enum.StrEnum):
-    """State of a publication; `registry.TRANSITIONS` has the edges."""
-
-    REGISTERING = "registering"
-    RESIDENT = "resident"
-    RETRACTING = "retracting"
-    GONE = "gone"
-    QUARANTINED = "quarantined"
-
-
-class TransferState(enum.StrEnum):
-    """State of a transfer."""
-
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
 
 
 class TransferPath(enum.StrEnum):
@@ -107,60 +85,6 @@ class RankOfGroup:
 
 
 @dataclass(slots=True)
-class Publication:
-    """One instance's weight set, offered as a source."""
-
-    publication_id: str
-    key: WeightSetKey
-    layout: Layout
-    generation: int
-    instance_id: str
-    instance_name: str
-    host_id: str
-    device_kind: str
-    device_id: str
-    reader_limit: int
-    published_at: float
-    request_id: str
-    fencing_token: int
-    """Of the cold-load lease that it fulfils; 0 if none."""
-    state: PublicationState = PublicationState.REGISTERING
-    readers: set[str] = field(default_factory=set)
-    """Ids of the transfers that read from it now."""
-    is_staged: bool = False
-    """Whether its instance copies it, because the broker does not map its memory."""
-    served_count: int = 0
-    quarantine_reason: str = ""
-    rank: RankOfGroup | None = None
-    """Of its engine, if that has several."""
-
-    @property
-    def group_id(self) -> str:
-        """Its engine, if that has several ranks; else empty."""
-        return self.rank.group_id if self.rank is not None else ""
-
-    @property
-    def weight_set_id(self) -> str:
-        """Id of its weight set."""
-        return self.key.id
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A request to publish, validated."""
-
-    key: WeightSetKey
-    layout: Layout
-    instance_id: str
-    device_kind: str
-    device_id: str
-    fencing_token: int
-    request_id: str
-    rank: RankOfGroup | None = None
-    is_staged: bool = False
-
-
-@dataclass(slots=True)
 class Acquisition:
     """One acquire call."""
 
@@ -175,15 +99,15 @@ class Acquisition:
     path: TransferPath
     begun_at: float
     deadline: float
-    failed_sources: dict[str, str] = field(default_factory=dict)
-    """Publications that were tried and failed, with the reason."""
+    failed_sources: dict[SourceRef, str] = field(default_factory=dict)
+    """Sources that were tried and failed, with the reason."""
     saw_wrong_bytes: bool = False
     touched: bool = False
     """Whether the broker may have written to the receiver's memory."""
     transfer_id: str = ""
-    """The running transfer, if any."""
-    told: tuple[WaitReason, int] | None = None
-    """What it was last told to wait for, so that it is told once."""
+    """The transfer that is reserved or runs for it; empty while it waits."""
+    last_wait: tuple[WaitReason, int] | None = None
+    """Reason and fencing token of the last Wait that was sent; equal ones are not repeated."""
     rank: RankOfGroup | None = None
     """Of its engine, if that has several."""
 
@@ -199,45 +123,13 @@ class Arrival:
     """How much of the content was verified."""
 
 
-@dataclass(slots=True)
-class Transfer:
-    """The movement of one weight set into one instance."""
-
-    number: int
-    """Grows with every transfer."""
-    acquisition_id: str
-    publication: Publication
-    """The source; it may be gone before the transfer ends, if its instance dies."""
-    receiver_instance_id: str
-    path: TransferPath
-    data_plane: DataPlane
-    started_at: float
-    is_moved: bool = False
-    """Whether the broker has moved every byte; the receiver verifies them."""
-    state: TransferState = TransferState.RUNNING
-    ended_at: float = 0.0
-    failure: str = ""
-
-    @property
-    def transfer_id(self) -> str:
-        """Its id."""
-        return f"transfer-{self.number}"
-
-    @property
-    def is_brokers(self) -> bool:
-        """Whether the broker moves the bytes; on host memory the receiver does."""
-        return self.publication.device_kind != HOST_MEMORY
-
-
 @dataclass(frozen=True, slots=True)
 class ColdLoadLease:
     """The right and duty of one instance to load a weight set from disk."""
 
     weight_set_id: str
     fencing_token: int
-    instance_id: str
-    instance_name: str
-    host_id: str
+    holder: Holder
     acquired_at: float
     expires_at: float
 

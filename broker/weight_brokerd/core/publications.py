@@ -1,16 +1,37 @@
 """What is resident on this host: publications, their states and their readers.
 
-The registry is the only authority on whether a publication may be read now. A publication's state changes only along
+`Publications` is the only authority on whether a publication may be read now. A publication's state changes only along
 `TRANSITIONS`, its generation never repeats, and a reader is let in only while it is resident and has a free slot.
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from weight_broker.errors import PublicationNotFound, Reason, from_reason
-from weight_brokerd.core.model import Offer, Publication, PublicationState
+from weight_broker.key import WeightSetKey
+from weight_broker.layout import Layout, differences
+from weight_brokerd.core.model import RankOfGroup
+from weight_brokerd.core.sources import Holder, Reader, Refusal, SourceRef
+
+Key = TypeVar("Key")
+STORY_LENGTH = 16
+
+
+class PublicationState(enum.StrEnum):
+    """State of a publication; `TRANSITIONS` has the edges."""
+
+    REGISTERING = "registering"
+    RESIDENT = "resident"
+    RETRACTING = "retracting"
+    GONE = "gone"
+    QUARANTINED = "quarantined"
+
 
 TRANSITIONS: dict[PublicationState, frozenset[PublicationState]] = {
     PublicationState.REGISTERING: frozenset({PublicationState.RESIDENT, PublicationState.GONE}),
@@ -23,7 +44,103 @@ TRANSITIONS: dict[PublicationState, frozenset[PublicationState]] = {
 }
 
 
-class Registry:
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A request to publish, validated."""
+
+    key: WeightSetKey
+    layout: Layout
+    instance_id: str
+    device_kind: str
+    device_id: str
+    fencing_token: int
+    request_id: str
+    rank: RankOfGroup | None = None
+
+
+@dataclass(slots=True)
+class Publication:
+    """A weight set that is offered as a source on this host. See `weight_brokerd.core.sources.Source`."""
+
+    publication_id: str
+    key: WeightSetKey
+    layout: Layout
+    generation: int
+    holder: Holder
+    device_kind: str
+    device_id: str
+    reader_limit: int
+    published_at: float
+    request_id: str
+    fencing_token: int
+    """Of the cold-load lease that it fulfils; 0 if none."""
+    state: PublicationState = PublicationState.REGISTERING
+    readers: set[Reader] = field(default_factory=set)
+    is_staged: bool = False
+    """Whether its instance copies it, because the broker does not map its memory."""
+    served_count: int = 0
+    quarantine_reason: str = ""
+    rank: RankOfGroup | None = None
+    """Of its engine, if that has several."""
+    story: deque[PublicationState] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
+    """The states before this one."""
+
+    @property
+    def ref(self) -> SourceRef:
+        """Its name in the cluster."""
+        return SourceRef(self.holder.host_id, self.publication_id)
+
+    @property
+    def instance_id(self) -> str:
+        """The instance that holds it; empty if the host does."""
+        return self.holder.instance_id
+
+    @property
+    def group_id(self) -> str:
+        """Its engine, if that has several ranks; else empty."""
+        return self.rank.group_id if self.rank is not None else ""
+
+    @property
+    def weight_set_id(self) -> str:
+        """Id of its weight set."""
+        return self.key.id
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its layout."""
+        return self.layout.fingerprint
+
+    @property
+    def unreadable(self) -> tuple[Refusal, str] | None:
+        """Why no receiver can read it now; None if one can."""
+        if self.state is PublicationState.QUARANTINED:
+            return Refusal.QUARANTINED, self.quarantine_reason
+        if self.state is not PublicationState.RESIDENT:
+            return Refusal.NOT_RESIDENT, f"it is {self.state}"
+        return None
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether its memory is being made readable."""
+        return self.state is PublicationState.REGISTERING
+
+    @property
+    def busy(self) -> str:
+        """Why it takes no further reader now; empty if it does."""
+        is_full = len(self.readers) >= self.reader_limit
+        return f"all {self.reader_limit} reader slots are taken" if is_full else ""
+
+    @property
+    def preference(self) -> tuple[int, int]:
+        """Fewer readers, then the longer proven."""
+        return len(self.readers), self.generation
+
+    def differences(self, layout: Layout) -> str:
+        """In what its layout differs from another one."""
+        return "; ".join(differences(self.layout, layout))
+
+
+class Publications:
     """All publications of this host that are not gone."""
 
     def __init__(self, *, host_id: str, first_generation: int, limit: int, readers_per_publication: int) -> None:
@@ -33,8 +150,10 @@ class Registry:
         self._readers_per_publication = readers_per_publication
         self._publications: dict[str, Publication] = {}
         self._by_weight_set: dict[str, dict[str, Publication]] = {}
-        self._by_instance: dict[str, dict[str, Publication]] = {}
+        self._by_holder: dict[Holder, dict[str, Publication]] = {}
         self._by_request: dict[tuple[str, str], str] = {}
+        self.changes = 0
+        """Grows with whatever may change a selection."""
 
     def __len__(self) -> int:
         return len(self._publications)
@@ -56,17 +175,27 @@ class Registry:
         """The publication, or None."""
         return self._publications.get(publication_id)
 
+    def held_by(self, holder: Holder, publication_id: str) -> Publication:
+        """The publication, if this holder has it; raises `PublicationNotFound`."""
+        publication = self._publications.get(publication_id)
+        if publication is None or publication.holder != holder:
+            raise PublicationNotFound(
+                f"this instance has no publication {publication_id!r}; it is gone or belongs to another instance",
+                metadata={"publication_id": publication_id},
+            )
+        return publication
+
     def of_weight_set(self, weight_set_id: str) -> tuple[Publication, ...]:
         """Publications of a weight set, oldest first."""
         return tuple(self._by_weight_set.get(weight_set_id, {}).values())
 
     def of_instance(self, instance_id: str) -> tuple[Publication, ...]:
-        """Publications of an instance, oldest first."""
-        return tuple(self._by_instance.get(instance_id, {}).values())
+        """Publications that an instance of this host holds, oldest first."""
+        return tuple(self._by_holder.get(Holder(self._host_id, instance_id), {}).values())
 
     def count_of_instance(self, instance_id: str) -> int:
-        """Number of publications of an instance."""
-        return len(self._by_instance.get(instance_id, {}))
+        """Number of publications that an instance of this host holds."""
+        return len(self._by_holder.get(Holder(self._host_id, instance_id), {}))
 
     def of_request(self, instance_id: str, request_id: str) -> Publication | None:
         """The publication that this request of this instance made, if it is not gone."""
@@ -87,9 +216,7 @@ class Registry:
             key=offer.key,
             layout=offer.layout,
             generation=generation,
-            instance_id=offer.instance_id,
-            instance_name=instance_name,
-            host_id=self._host_id,
+            holder=Holder(self._host_id, offer.instance_id, instance_name),
             device_kind=offer.device_kind,
             device_id=offer.device_id,
             reader_limit=self._readers_per_publication,
@@ -97,40 +224,45 @@ class Registry:
             request_id=offer.request_id,
             fencing_token=offer.fencing_token,
             rank=offer.rank,
-            is_staged=offer.is_staged,
         )
         self._publications[publication.publication_id] = publication
         self._by_weight_set.setdefault(publication.weight_set_id, {})[publication.publication_id] = publication
-        self._by_instance.setdefault(offer.instance_id, {})[publication.publication_id] = publication
+        self._by_holder.setdefault(publication.holder, {})[publication.publication_id] = publication
         self._by_request[offer.instance_id, offer.request_id] = publication.publication_id
+        self.changes += 1
         return publication
 
     def move(self, publication: Publication, state: PublicationState) -> None:
-        """Changes the state along `TRANSITIONS`; a publication that becomes gone leaves the registry."""
+        """Changes the state along `TRANSITIONS`; a publication that becomes gone leaves."""
         if state not in TRANSITIONS[publication.state]:
-            raise AssertionError(f"{publication.publication_id}: {publication.state} -> {state} is not a transition")
+            story = " -> ".join([*publication.story, publication.state])
+            raise AssertionError(f"{publication.publication_id}: {state} does not follow {story}")
+        publication.story.append(publication.state)
         publication.state = state
+        self.changes += 1
         if state is PublicationState.GONE:
             self._remove(publication)
 
-    def reserve(self, publication: Publication, transfer_id: str) -> None:
+    def reserve(self, publication: Publication, reader: Reader) -> None:
         """Lets a reader in; the caller has just selected the publication among the readable ones."""
-        if publication.state is not PublicationState.RESIDENT or len(publication.readers) >= publication.reader_limit:
+        if publication.unreadable is not None or publication.busy:
             raise AssertionError(f"{publication.publication_id} is {publication.state} or full: not readable")
-        publication.readers.add(transfer_id)
+        publication.readers.add(reader)
+        self.changes += 1
 
-    def release(self, publication: Publication, transfer_id: str) -> None:
+    def release(self, publication: Publication, reader: Reader) -> None:
         """Lets a reader out. The publication may be gone already: its instance died while it was read."""
-        publication.readers.discard(transfer_id)
+        publication.readers.discard(reader)
+        self.changes += 1
 
     def _remove(self, publication: Publication) -> None:
         del self._publications[publication.publication_id]
         _drop(self._by_weight_set, publication.weight_set_id, publication.publication_id)
-        _drop(self._by_instance, publication.instance_id, publication.publication_id)
+        _drop(self._by_holder, publication.holder, publication.publication_id)
         self._by_request.pop((publication.instance_id, publication.request_id), None)
 
 
-def _drop(index: dict[str, dict[str, Publication]], key: str, publication_id: str) -> None:
+def _drop(index: dict[Key, dict[str, Publication]], key: Key, publication_id: str) -> None:
     members = index[key]
     del members[publication_id]
     if not members:

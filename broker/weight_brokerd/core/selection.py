@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from weight_broker.layout import Layout, differences
-from weight_brokerd.core.model import Publication, PublicationState
+from weight_broker.layout import Layout
+from weight_brokerd.core.model import Acquisition
+from weight_brokerd.core.sources import Refusal, Source, SourceRef
 
-
-class Refusal(enum.StrEnum):
-    """Why a source is refused."""
-
-    LAYOUT_DIFFERS = "layout_differs"
-    NOT_RESIDENT = "not_resident"
-    QUARANTINED = "quarantined"
-    BUSY = "busy"
-    HOST_UNREACHABLE = "host_unreachable"
-    ALREADY_FAILED = "already_failed"
-    DEVICE_KIND = "device_kind"
+S = TypeVar("S", bound=Source)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Generic[S]):
     """A source, and why it is refused if it is."""
 
-    publication: Publication
+    source: S
     refusal: Refusal | None = None
     detail: str = ""
     is_coming: bool = False
-    """Whether it is being mapped, and would do once it is."""
+    """Whether it is not readable yet, and would do once it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +32,33 @@ class Receiver:
     device_kind: str
     device_id: str
     layout: Layout | None
-    failed_sources: dict[str, str]
+    """None accepts any."""
+    failed_sources: dict[SourceRef, str]
+
+    @classmethod
+    def of(cls, acquisition: Acquisition, host_id: str) -> Receiver:
+        """The receiving side of an acquisition on this host."""
+        return cls(
+            host_id,
+            acquisition.device_kind,
+            acquisition.device_id,
+            acquisition.layout,
+            acquisition.failed_sources,
+        )
+
+    @property
+    def likeness(self) -> Hashable:
+        """Equal for receivers that every source serves, or refuses, alike."""
+        fingerprint = self.layout.fingerprint if self.layout is not None else None
+        return self.host_id, self.device_kind, self.device_id, fingerprint, frozenset(self.failed_sources)
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """The candidates, each judged, and the chosen one."""
+class Selection(Generic[S]):
+    """The candidates, each judged, and the chosen source."""
 
-    candidates: tuple[Candidate, ...]
-    chosen: Publication | None
+    candidates: tuple[Candidate[S], ...]
+    chosen: S | None
 
     def has(self, refusal: Refusal) -> bool:
         """True if a candidate was refused for this reason."""
@@ -57,42 +66,43 @@ class Selection:
 
     @property
     def is_coming(self) -> bool:
-        """True if a source that would do is being mapped."""
+        """True if a source that would do is not readable yet."""
         return any(candidate.is_coming for candidate in self.candidates)
 
-
-def select(publications: Iterable[Publication], receiver: Receiver) -> Selection:
-    """Judges every publication and chooses: same device, then same host, then the one with the fewest readers, then
-    the oldest (the longest proven)."""
-    candidates = tuple(_judge(publication, receiver) for publication in publications)
-    free = [candidate.publication for candidate in candidates if candidate.refusal is None]
-    chosen = min(free, key=lambda publication: _rank(publication, receiver), default=None)
-    return Selection(candidates, chosen)
+    @property
+    def refusals(self) -> set[Refusal | None]:
+        """Why nothing was chosen; None stands for there being no candidate at all."""
+        return {candidate.refusal for candidate in self.candidates} or {None}
 
 
-def _rank(publication: Publication, receiver: Receiver) -> tuple[bool, bool, int, int]:
-    same_host = publication.host_id == receiver.host_id
-    same_device = same_host and publication.device_id == receiver.device_id
-    return (not same_device, not same_host, len(publication.readers), publication.generation)
+def select(sources: Iterable[S], receiver: Receiver) -> Selection[S]:
+    """Judges every source and chooses: same device, then same host, then the source's own `preference`."""
+    candidates = tuple(_judge(source, receiver) for source in sources)
+    free = [candidate.source for candidate in candidates if candidate.refusal is None]
+    return Selection(candidates, min(free, key=lambda source: _rank(source, receiver), default=None))
 
 
-def _judge(publication: Publication, receiver: Receiver) -> Candidate:
-    if publication.state is PublicationState.QUARANTINED:
-        return Candidate(publication, Refusal.QUARANTINED, publication.quarantine_reason)
-    if publication.state is not PublicationState.RESIDENT:
-        fits = publication.device_kind == receiver.device_kind and (
-            receiver.layout is None or publication.layout.fingerprint == receiver.layout.fingerprint
-        )
-        is_coming = fits and publication.state is PublicationState.REGISTERING
-        return Candidate(publication, Refusal.NOT_RESIDENT, f"it is {publication.state}", is_coming)
-    if publication.publication_id in receiver.failed_sources:
-        return Candidate(publication, Refusal.ALREADY_FAILED, receiver.failed_sources[publication.publication_id])
-    if publication.device_kind != receiver.device_kind:
-        detail = f"it is in {publication.device_kind} memory, the receiver's is {receiver.device_kind}"
-        return Candidate(publication, Refusal.DEVICE_KIND, detail)
-    if receiver.layout is not None and publication.layout.fingerprint != receiver.layout.fingerprint:
-        detail = "; ".join(differences(publication.layout, receiver.layout))
-        return Candidate(publication, Refusal.LAYOUT_DIFFERS, detail)
-    if len(publication.readers) >= publication.reader_limit:
-        return Candidate(publication, Refusal.BUSY, f"all {publication.reader_limit} reader slots are taken")
-    return Candidate(publication)
+def _rank(source: Source, receiver: Receiver) -> tuple[bool, bool, tuple[int, int]]:
+    same_host = source.ref.host_id == receiver.host_id
+    same_device = same_host and source.device_id == receiver.device_id
+    return (not same_device, not same_host, source.preference)
+
+
+def _judge(source: S, receiver: Receiver) -> Candidate[S]:
+    if source.unreadable is not None:
+        return Candidate(source, *source.unreadable, is_coming=source.is_coming and _fits(source, receiver))
+    if source.ref in receiver.failed_sources:
+        return Candidate(source, Refusal.ALREADY_FAILED, receiver.failed_sources[source.ref])
+    if source.device_kind != receiver.device_kind:
+        detail = f"it is in {source.device_kind} memory, the receiver's is {receiver.device_kind}"
+        return Candidate(source, Refusal.DEVICE_KIND, detail)
+    if receiver.layout is not None and not _fits(source, receiver):
+        return Candidate(source, Refusal.LAYOUT_DIFFERS, source.differences(receiver.layout))
+    if source.busy:
+        return Candidate(source, Refusal.BUSY, source.busy)
+    return Candidate(source)
+
+
+def _fits(source: Source, receiver: Receiver) -> bool:
+    is_same_layout = receiver.layout is None or source.fingerprint == receiver.layout.fingerprint
+    return is_same_layout and source.device_kind == receiver.device_kind

@@ -1,42 +1,100 @@
-"""Transfers: those that run, and the last ones that ended."""
+"""Transfers: those that are reserved or run, and the last ones that ended."""
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections import deque
+from dataclasses import dataclass
 
-from weight_brokerd.core.model import (
-    CUDA_MEMORY,
-    HOST_MEMORY,
-    Acquisition,
-    DataPlane,
-    Publication,
-    Transfer,
-    TransferPath,
-    TransferState,
-)
+from weight_broker.errors import Reason, from_reason
+from weight_broker.kinds import TRAITS, Reach
+from weight_brokerd.core.model import Acquisition, DataPlane, TransferPath
+from weight_brokerd.core.publications import Publication
+from weight_brokerd.core.sources import Holder, Reader
+
+
+class TransferState(enum.StrEnum):
+    """State of a transfer."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Transfer:
+    """The movement of one weight set into one instance of this host."""
+
+    number: int
+    """Grows with every transfer of this broker."""
+    acquisition_id: str
+    publication: Publication
+    """The source; it may be gone before the transfer ends, if its instance dies."""
+    receiver: Holder
+    path: TransferPath
+    data_plane: DataPlane
+    started_at: float
+    is_moved: bool = False
+    """Whether the broker has moved every byte; the receiver verifies them."""
+    state: TransferState = TransferState.RUNNING
+    ended_at: float = 0.0
+    failure: str = ""
+
+    @property
+    def transfer_id(self) -> str:
+        """Its id on this host."""
+        return f"transfer-{self.number}"
+
+    @property
+    def reader(self) -> Reader:
+        """Whose slot of the source it has."""
+        return Reader(self.receiver.host_id, self.transfer_id)
+
+    @property
+    def receiver_instance_id(self) -> str:
+        """The instance that is filled."""
+        return self.receiver.instance_id
+
+    @property
+    def broker_copies(self) -> bool:
+        """Whether the broker moves the bytes; if not, the receiver does."""
+        return TRAITS[self.publication.device_kind].broker_copies
 
 
 class TransferLog:
     """Running transfers by id, ended ones for a while."""
 
-    def __init__(self, remembered: int) -> None:
+    def __init__(self, host_id: str, remembered: int) -> None:
+        self._host_id = host_id
         self._numbers = itertools.count(1)
         self._ended: deque[Transfer] = deque(maxlen=remembered)
         self.running: dict[str, Transfer] = {}
 
     def begin(self, acquisition: Acquisition, publication: Publication, now: float) -> Transfer:
         """A new running transfer."""
+        receiver = Holder(self._host_id, acquisition.instance_id)
         transfer = Transfer(
             number=next(self._numbers),
             acquisition_id=acquisition.acquisition_id,
             publication=publication,
-            receiver_instance_id=acquisition.instance_id,
+            receiver=receiver,
             path=TransferPath.STAGED if publication.is_staged else acquisition.path,
-            data_plane=data_plane_between(publication, acquisition),
+            data_plane=data_plane_between(publication, acquisition, self._host_id),
             started_at=now,
         )
         self.running[transfer.transfer_id] = transfer
+        return transfer
+
+    def of_receiver(self, transfer_id: str, instance_id: str) -> Transfer:
+        """The running transfer that fills this instance; raises TRANSFER_NOT_FOUND."""
+        transfer = self.running.get(transfer_id)
+        if transfer is None or transfer.receiver_instance_id != instance_id:
+            raise from_reason(
+                Reason.TRANSFER_NOT_FOUND,
+                f"no transfer {transfer_id!r} runs for this instance",
+                metadata={"transfer_id": transfer_id},
+            )
         return transfer
 
     def end(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> None:
@@ -51,7 +109,10 @@ class TransferLog:
         return sorted(known, key=lambda transfer: transfer.number, reverse=True)
 
 
-def data_plane_between(publication: Publication, acquisition: Acquisition) -> DataPlane:
-    """What moves the bytes: a copy within a device, between processes of one host's memory, and between its GPUs."""
-    copied = publication.device_kind in (HOST_MEMORY, CUDA_MEMORY) or publication.device_id == acquisition.device_id
-    return DataPlane.LOCAL if copied else DataPlane.DATASYSTEM
+def data_plane_between(publication: Publication, acquisition: Acquisition, host_id: str) -> DataPlane:
+    """What moves the bytes: a local copy as far as one process can reach, else the datasystem."""
+    within_host = publication.holder.host_id == host_id
+    is_reached = (
+        TRAITS[publication.device_kind].copies_within is Reach.HOST or publication.device_id == acquisition.device_id
+    )
+    return DataPlane.LOCAL if within_host and is_reached else DataPlane.DATASYSTEM

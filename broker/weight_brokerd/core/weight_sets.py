@@ -6,9 +6,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from weight_broker.errors import LeaseLost
 from weight_broker.key import WeightSetKey
 from weight_brokerd.core.model import Acquisition, ColdLoadLease
-from weight_brokerd.core.publications import Registry
+from weight_brokerd.core.publications import Publications
+from weight_brokerd.core.sources import Holder
 
 UNPUBLISHABLE_REMEMBERED = 256
 
@@ -32,8 +34,8 @@ class WeightSetIndex:
     """The records, by id and by model. A record lives as long as anything refers to its weight set, or it is one of the
     last that were said to be unpublishable."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, publications: Publications) -> None:
+        self._publications = publications
         self._records: dict[str, WeightSetRecord] = {}
         self._by_model: dict[str, set[str]] = {}
         self._unpublishable: OrderedDict[str, None] = OrderedDict()
@@ -76,6 +78,25 @@ class WeightSetIndex:
                 self._records[oldest].unpublishable = ""
                 self.tidy(oldest)
 
+    def end_claim(self, weight_set_id: str) -> tuple[WeightSetRecord, Acquisition | None]:
+        """The directory has answered: the record, and the acquisition that asked if it still waits."""
+        record = self._records.get(weight_set_id)
+        if record is None or record.claim_pending is None:
+            raise AssertionError(f"no claim is pending for weight set {weight_set_id}")
+        claimant, record.claim_pending = record.waiting.get(record.claim_pending), None
+        return record, claimant
+
+    def lease_held_by(self, holder: Holder, weight_set_id: str, fencing_token: int) -> ColdLoadLease:
+        """The lease of a weight set, if this holder has it with this token; raises `LeaseLost`."""
+        record = self._records.get(weight_set_id)
+        lease = record.lease if record is not None else None
+        if lease is None or (lease.holder, lease.fencing_token) != (holder, fencing_token):
+            raise LeaseLost(
+                f"this instance does not hold cold-load lease {fencing_token} of weight set {weight_set_id!r}",
+                metadata={"weight_set_id": weight_set_id, "fencing_token": str(fencing_token)},
+            )
+        return lease
+
     def tidy(self, weight_set_id: str) -> None:
         """Drops the record if nothing refers to its weight set any more."""
         record = self._records.get(weight_set_id)
@@ -83,7 +104,7 @@ class WeightSetIndex:
             return
         if record.unpublishable:
             return
-        if self._registry.of_weight_set(weight_set_id):
+        if self._publications.of_weight_set(weight_set_id):
             return
         del self._records[weight_set_id]
         ids = self._by_model[record.key.model]

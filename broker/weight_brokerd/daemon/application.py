@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -16,11 +16,12 @@ from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.health import Health, add_reflection
 from weight_brokerd.api.server import SERVICE_NAMES, add_services
 from weight_brokerd.attach.server import AttachServer
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.cards.health import CardState
 from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.loading import Config
 from weight_brokerd.config.rules import split_address
-from weight_brokerd.control.broker import Driver
+from weight_brokerd.control.control import Control
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits
 from weight_brokerd.daemon import identity
@@ -29,7 +30,7 @@ from weight_brokerd.daemon.notify import Notifier
 from weight_brokerd.daemon.runtime_directory import RuntimeDirectory
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.kinds.host.regions import RegionTable
-from weight_brokerd.kinds.setup import make_devices
+from weight_brokerd.kinds.setup import make_kinds
 from weight_brokerd.telemetry.metrics import Metrics
 
 MAXIMUM_MESSAGE_BYTES = 64 << 20
@@ -71,14 +72,13 @@ class Application:
         generations = identity.generation_range(lock.generation_mark())
         lock.write(generations.stop)
         self._regions = RegionTable(regions_per_instance=config.limits.regions_per_instance)
-        self._devices = make_devices(config, directory.path)
-        self._driver = self._make_driver(first=generations.start)
+        self._stages = Stages(self._stage_lost)
+        self._kinds = make_kinds(config, directory.path, self._regions, self._stages, self)
+        self._control = self._make_control(first=generations.start)
         self._metrics = self._make_metrics()
         self._health = Health(SERVICE_NAMES)
-        self._driver.on_drain = self._health.stop_serving
-        if self._devices is not None:
-            self._devices.listen_to_health(self._on_device_health)
-        self._attach_server = AttachServer(self._driver, host_id=self._host_id, broker_version=__version__)
+        self._control.draining.on_begin(self._health.stop_serving)
+        self._attach_server = AttachServer(self._control.sessions, host_id=self._host_id, broker_version=__version__)
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains. Raises `StartError` if it cannot begin."""
@@ -95,15 +95,14 @@ class Application:
         await self._end(server)
         if heartbeat is not None:
             heartbeat.cancel()
+        await _last_turns()
         log.info("stopped")
 
     # Parts
 
-    def _make_driver(self, *, first: int) -> Driver:
+    def _make_control(self, *, first: int) -> Control:
         limits = self._config.limits
-        directory = MemoryDirectory(
-            host_id=self._host_id, lease_seconds=limits.cold_load_lease_seconds, first_token=first
-        )
+        directory = MemoryDirectory(lease_seconds=limits.cold_load_lease_seconds, first_token=first)
         coordinator = Coordinator(
             host_id=self._host_id,
             limits=Limits(
@@ -114,12 +113,14 @@ class Application:
             ),
             first_generation=first,
         )
-        return Driver(coordinator=coordinator, regions=self._regions, directory=directory, devices=self._devices)
+        return Control(
+            coordinator=coordinator, regions=self._regions, directory=directory, kinds=self._kinds, stages=self._stages
+        )
 
     def _make_metrics(self) -> Metrics | None:
         if not self._config.metrics.listen:
             return None
-        return Metrics(self._driver.counts, SERVICE_NAMES)
+        return Metrics(self._control.counts, SERVICE_NAMES)
 
     # Start
 
@@ -130,7 +131,7 @@ class Application:
             self._listen_for_prometheus(self._metrics)
         server = grpc.aio.server(interceptors=interceptors, options=_GRPC_OPTIONS)
         self._health.serve(server)
-        add_services(server, self._driver, self._config)
+        add_services(server, self._control, self._config)
         add_reflection(server, SERVICE_NAMES)
         try:
             with self._directory.binding(self._directory.grpc_socket):
@@ -139,12 +140,11 @@ class Application:
             # Last: whoever attached may call at once.
             with self._directory.binding(self._directory.attach_socket):
                 self._attach_server.open(self._directory.attach_socket)
-                self._driver.ready_at = self._driver.clock()
+                self._control.ready_at = self._control.loop.now()
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()
-        if self._devices is not None:  # the driver of a device can take long to answer; host memory is served meanwhile
-            self._devices.start()
+        self._kinds.start()  # the driver of a device can take long to answer; host memory is served meanwhile
         return server
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
@@ -166,22 +166,27 @@ class Application:
                 self._notifier.status(self._status())
 
     def _status(self) -> str:
-        counts = self._driver.counts()
+        counts = self._control.counts()
         text = (
             f"{counts.instances} instances, {counts.publications} publications "
             f"({counts.region_bytes / 1e9:.1f} GB), {counts.running_transfers} transfers"
         )
-        if self._devices is not None:
-            cards = [card for _, card in self._devices.health]
-            ready = sum(card.state is CardState.READY for card in cards)
-            text += f", {ready} of {len(cards)} cards ready" if cards or self._devices.problem else ""
-        return text
+        cards = [card for _, card in self._kinds.health]
+        ready = sum(card.state is CardState.READY for card in cards)
+        return text + (f", {ready} of {len(cards)} cards ready" if cards or self._kinds.problem else "")
 
-    def _on_device_health(self) -> None:
-        devices = self._devices
-        if devices is None:
-            return
-        for _, card in devices.health:
+    # What kinds of memory and stage connections tell (weight_brokerd.kinds.kind.KindEvents)
+
+    def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:
+        """Published memory became unreachable."""
+        self._control.memory_lost(kind, publication_ids, why)
+
+    def _stage_lost(self, instance_id: str, why: str) -> None:
+        self._control.publishing.stage_lost(instance_id, why)
+
+    def health_changed(self) -> None:
+        """A device, or what it depends on, serves or does not."""
+        for _, card in self._kinds.health:
             log.info("card", device_id=card.identity, state=card.state.value, problem=card.problem)
             self._health.set_card(card.identity, card.state is CardState.READY)
         self._notifier.status(self._status())
@@ -196,33 +201,41 @@ class Application:
 
     async def _drain(self) -> None:
         seconds = self._config.limits.drain_seconds
-        running = self._driver.counts().running_transfers
+        running = self._control.counts().running_transfers
         log.info("draining", running_transfers=running, limit_seconds=seconds)
         self._notifier.stopping(f"draining: {running} transfers run")
-        self._driver.begin_drain()
-        drained = self._loop.create_task(self._driver.drain(seconds))
+        self._control.draining.begin()
+        drained = self._loop.create_task(self._control.draining.drain(seconds))
         hurried = self._loop.create_task(self._hurry.wait())
         await asyncio.wait({drained, hurried}, return_when=asyncio.FIRST_COMPLETED)
         if not (drained.done() and drained.result()):
-            self._driver.cut_off()
+            self._control.draining.cut_off()
         for task in (drained, hurried):
             task.cancel()
         # A Watch that nobody ends keeps the server from stopping for as long as it is allowed to.
-        self._driver.watch.close()
+        self._control.watch.close()
         self._health.end_watches()
         await asyncio.sleep(LAST_WORD_SECONDS)
 
     async def _end(self, server: grpc.aio.Server) -> None:
         await server.stop(STOP_SECONDS)
         self._attach_server.close()
-        await self._driver.end_movements()
-        if self._devices is not None:
-            await self._devices.close()
-        self._driver.close()
+        await self._control.end_movements()
+        self._stages.close()
+        await self._kinds.close()
+        self._control.close()
         self._regions.close()
         if self._metrics is not None:
             await self._metrics.close()
         self._directory.remove_sockets()
+
+
+async def _last_turns() -> None:
+    """Waits for what is left in the loop: a call that was cut off ends some turns after its server has, and gRPC logs a
+    failure, with a traceback, if the loop ends before it."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    if left:
+        await asyncio.wait(left, timeout=STOP_SECONDS)
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,13 +25,12 @@ from weight_brokerd.cards.plan.blobs import BlobList
 from weight_brokerd.cards.plan.extents import TooScattered
 from weight_brokerd.cards.receivers import Reserve
 from weight_brokerd.core.model import FailureCause
-from weight_brokerd.dataplane.protocol import MoveFailed, Place
-from weight_brokerd.kinds.npu.supervisor import CardSupervisor
+from weight_brokerd.dataplane.plane import Cards, MoveFailed, PhaseSeconds, Place, PlaneName
 from weight_brokerd.processes.tasks import uninterrupted
 
 
-class Fetch(Protocol):
-    """Fetches what is under a key, as `CardSupervisor.fetch`."""
+class FetchCall(Protocol):
+    """Fetches what is under a key, as `Cards.fetch`."""
 
     def __call__(self, key: str, /, *, reserve: Reserve) -> Coroutine[Any, Any, messages.Done]:
         """`reserve` has it offered. Raises CardError, and what `reserve` raises."""
@@ -40,8 +39,12 @@ class Fetch(Protocol):
 class DatasystemPlane:
     """Moves between cards through the datasystem."""
 
-    def __init__(self, cards: CardSupervisor) -> None:
+    name = PlaneName.DATASYSTEM
+
+    def __init__(self, cards: Cards, *, may_stage: bool = False) -> None:
+        """`may_stage`: whether what cannot be mapped on the receiver's side may be staged instead."""
         self._cards = cards
+        self._may_stage = may_stage
         self._readers: dict[str, asyncio.Future[str]] = {}
         """By key: resolved, with the reason, if its sender has ended."""
 
@@ -54,8 +57,8 @@ class DatasystemPlane:
 
     async def move(
         self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
-    ) -> Mapping[str, float]:
-        """See `weight_brokerd.dataplane.protocol.BulkPlane`."""
+    ) -> PhaseSeconds:
+        """As `weight_brokerd.dataplane.plane.DataPlane`."""
         begun = time.monotonic()
         try:
             pieces = await asyncio.to_thread(plan.pieces, layout, source.placements, destination.placements)
@@ -65,25 +68,25 @@ class DatasystemPlane:
         source_ids = tuple(region.region_id for region in source.regions)
         destination_ids = tuple(region.region_id for region in destination.regions)
         moving, touched = 0.0, False
-        for one in rounds:
-            left = timeout - (time.monotonic() - begun)
+        for blobs in rounds:
+            remaining = timeout - (time.monotonic() - begun)
             try:
                 fetch = partial(
                     self._cards.fetch,
-                    destination.card,
-                    blobs=BlobList(destination_ids, one.destination),
+                    destination.device_id,
+                    blobs=BlobList(destination_ids, blobs.destination),
                     regions=destination.regions,
-                    timeout=max(left, 0.0),
+                    timeout=max(remaining, 0.0),
                     peer=peer,
                 )
-                moving += await self.round(source.card, BlobList(source_ids, one.source), fetch, peer=peer)
+                moving += await self.round(source.device_id, BlobList(source_ids, blobs.source), fetch, peer=peer)
             except MoveFailed as error:
                 error.touched = error.touched or touched
                 raise
             touched = True
         return {"map": time.monotonic() - begun - moving, "transfer": moving}
 
-    async def round(self, card: str, given: BlobList, fetch: Fetch, *, peer: str) -> float:
+    async def round(self, card: str, offered: BlobList, fetch: FetchCall, *, peer: str) -> float:
         """One key: has the blobs offered on `card` under it, and fetched. Returns the seconds in which bytes moved.
         Raises MoveFailed; may be cancelled as `fetch` may."""
         key = fresh_key()
@@ -93,7 +96,7 @@ class DatasystemPlane:
         async def reserve() -> None:
             nonlocal end
             try:
-                await self._cards.offer(card, key, given, peer=peer)
+                await self._cards.offer(card, key, offered, peer=peer)
             except CardError as error:
                 raise MoveFailed(
                     f"the source's card: {error}", cause=FailureCause.SOURCE_UNREACHABLE, touched=False
@@ -106,14 +109,23 @@ class DatasystemPlane:
             return done.seconds.get("dev_mget", 0.0) + done.seconds.get("unpack", 0.0)
         except (CardRefused, CardUnavailable) as error:  # it has not begun
             end = OfferEnd.UNREAD
-            raise _failed(error, FailureCause.RECEIVER) from error
+            raise self._failed(error, FailureCause.RECEIVER) from error
         except (CardLost, CardTimeout) as error:
             if not error.touched:
                 end = OfferEnd.UNREAD
-            raise _failed(error, FailureCause.SOURCE_UNREACHABLE) from error
+            raise self._failed(error, FailureCause.SOURCE_UNREACHABLE) from error
         finally:
             del self._readers[key]
             await uninterrupted(self._cards.withdraw(card, key, end))
+
+    def _failed(self, error: CardError, cause: FailureCause) -> MoveFailed:
+        return MoveFailed(
+            str(error),
+            cause=cause,
+            touched=error.touched,
+            quiesced=error.quiesced,
+            needs_staging=isinstance(error, ImportRefused) and self._may_stage,
+        )
 
 
 async def _unless(fetch: Coroutine[Any, Any, messages.Done], lost: asyncio.Future[str]) -> messages.Done:
@@ -138,13 +150,3 @@ async def _unless(fetch: Coroutine[Any, Any, messages.Done], lost: asyncio.Futur
 
 async def _ended(task: asyncio.Task[messages.Done]) -> None:
     await asyncio.wait({task})
-
-
-def _failed(error: CardError, cause: FailureCause) -> MoveFailed:
-    return MoveFailed(
-        str(error),
-        cause=cause,
-        touched=error.touched,
-        quiesced=error.quiesced,
-        needs_staging=isinstance(error, ImportRefused),
-    )

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
+from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
@@ -32,8 +32,7 @@ from weight_brokerd.cards.plan.extents import TooScattered
 from weight_brokerd.cards.receivers import Reserve
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.datasystem import DatasystemPlane
-from weight_brokerd.dataplane.protocol import MoveFailed, Place, StagedBy
-from weight_brokerd.kinds.npu.supervisor import CardSupervisor
+from weight_brokerd.dataplane.plane import Cards, MoveFailed, PhaseSeconds, Place, PlaneName, StagedBy
 from weight_brokerd.processes.tasks import together, uninterrupted
 
 log = structlog.get_logger()
@@ -45,6 +44,9 @@ _HALVES = 2
 class Asker(Protocol):
     """Asks instances (`weight_brokerd.attach.stage.Stages`)."""
 
+    def has(self, instance_id: str) -> bool:
+        """Whether the instance can be asked."""
+
     async def ask(self, instance_id: str, request: pb.StageRequest, timeout: float) -> None:
         """Raises StageRefused, StageGone, StageSilent."""
         ...
@@ -53,9 +55,11 @@ class Asker(Protocol):
 class StagedPlane:
     """Moves what is staged on one side or both."""
 
+    name = PlaneName.STAGED
+
     def __init__(
         self,
-        cards: CardSupervisor,
+        cards: Cards,
         datasystem: DatasystemPlane,
         instances: Asker,
         *,
@@ -72,8 +76,8 @@ class StagedPlane:
 
     async def move(
         self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
-    ) -> Mapping[str, float]:
-        """See `weight_brokerd.dataplane.protocol.BulkPlane`."""
+    ) -> PhaseSeconds:
+        """As `weight_brokerd.dataplane.plane.DataPlane`."""
         if not layout.content_bytes:
             return {}
         half = stage_plan.half_bytes(layout.content_bytes, self._staging_bytes)
@@ -84,27 +88,27 @@ class StagedPlane:
         except TooScattered as error:
             raise MoveFailed(str(error), cause=FailureCause.RECEIVER, touched=False) from error
         making: asyncio.Task[ImportRegion] | None = None
-        if source.staged is not None and source.card != destination.card:  # both cards may have to start a process
-            making = asyncio.create_task(self._cards.make_bucket(source.card, half * _HALVES))
+        if source.is_staged and source.device_id != destination.device_id:  # both cards may have to start a process
+            making = asyncio.create_task(self._cards.make_bucket(source.device_id, half * _HALVES))
         job = _Job(self, chunks, source, destination, given, taken, making, peer)
         try:
             return await self._lend(job, half * _HALVES, timeout)
         finally:
             if making is not None:
                 making.cancel()
-                await uninterrupted(self._give_back(source.card, making))
+                await uninterrupted(self._give_back(source.device_id, making))
 
     async def _give_back(self, card: str, making: asyncio.Task[ImportRegion]) -> None:
         await asyncio.wait({making})
         if not making.cancelled() and making.exception() is None:
             await self._cards.close_bucket(card, making.result().region_id)
 
-    async def _lend(self, job: _Job, bucket_bytes: int, timeout: float) -> Mapping[str, float]:
+    async def _lend(self, job: _Job, bucket_bytes: int, timeout: float) -> PhaseSeconds:
         """Gives the job a receiver. What it raises says how far the job got."""
         destination = job.destination
         try:
             await self._cards.lend(
-                destination.card,
+                destination.device_id,
                 job.run,
                 job.regions,
                 bucket_bytes=bucket_bytes if job.needs_bucket else 0,
@@ -193,7 +197,7 @@ class _Job:
         self._bucket: ImportRegion | None = None
         """The source's, on a card of its own."""
         self._peer = peer
-        self._is_local = source.card == destination.card
+        self._is_local = source.device_id == destination.device_id
 
     @property
     def regions(self) -> tuple[ImportRegion, ...]:
@@ -203,7 +207,7 @@ class _Job:
     @property
     def needs_bucket(self) -> bool:
         """Whether the receiver needs a bucket."""
-        return self._is_local or self.destination.staged is not None
+        return self._is_local or self.destination.is_staged
 
     def failed(self, error: CardError) -> MoveFailed:
         """The receiver's card did not do its part."""
@@ -276,7 +280,7 @@ class _Job:
         await together(fill(), carry(), empty())
 
     async def _carry(self, lent: Lent, chunk: Chunk) -> None:
-        if self.destination.staged is None:
+        if not self.destination.is_staged:
             self.is_touched = True
         if self._is_local:
             await self._copy_within_card(lent, chunk)
@@ -293,7 +297,7 @@ class _Job:
         else:
             wanted = BlobList(_ids(self.destination), (stage_plan.direct_blob(chunk, taken.parts(chunk)),))
         try:
-            await self._plane.round(self._source.card, offered, lent, wanted, peer=self._peer)
+            await self._plane.round(self._source.device_id, offered, lent, wanted, peer=self._peer)
         except MoveFailed as error:  # what is written first may be a bucket
             error.touched = self.is_touched
             raise
@@ -310,17 +314,18 @@ class _Job:
         await lent.ask(messages.CopyWithinCard(*pair), MAXIMUM_TIMEOUT_SECONDS)
 
     def _side(self, place: Place, bucket: ImportRegion | None, cause: FailureCause) -> _StagedSide | None:
-        if place.staged is None:
+        if not place.is_staged:
             return None
         assert bucket is not None
-        return _StagedSide(place.staged, bucket, cause)
+        assert place.stage is not None
+        return _StagedSide(place.stage, bucket, cause)
 
     async def _open(self, side: _StagedSide) -> None:
         region = weight_set_pb2.Region(
             region_id=side.bucket.region_id,
-            device_kind=weight_set_pb2.DEVICE_KIND_NPU,
+            device_kind=weight_set_pb2.DeviceKind.ValueType(TRAITS[self.destination.kind].wire_number),
             size_bytes=side.bucket.size_bytes,
-            device_id=self.destination.card if side.cause is FailureCause.RECEIVER else self._source.card,
+            device_id=self.destination.device_id if side.cause is FailureCause.RECEIVER else self._source.device_id,
             npu_allocation=weight_set_pb2.NpuAllocation(export_key=bytes.fromhex(side.bucket.export_key)),
         )
         await self._ask(side, pb.StageRequest(open_bucket=pb.OpenBucket(bucket=region, stage_id=side.by.stage_id)))
@@ -359,7 +364,7 @@ class _Job:
 
 
 def _direct(layout: Layout, place: Place) -> DirectContent | None:
-    return DirectContent(layout, place.placements) if place.staged is None else None
+    return None if place.is_staged else DirectContent(layout, place.placements)
 
 
 def _ids(place: Place) -> tuple[str, ...]:

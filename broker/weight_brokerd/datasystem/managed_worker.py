@@ -50,13 +50,15 @@ class ManagedWorker:
 
     is_managed = True
 
-    def __init__(self, settings: DatasystemSettings, state_directory: Path) -> None:
+    def __init__(
+        self, settings: DatasystemSettings, state_directory: Path, *, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_change` is called when it begins to serve, and when it has ended or could not be started."""
         self.problem = "the datasystem worker has not been started yet"
         """Why it does not serve, and what to do; empty while it serves."""
         self.pid = 0
         """The worker's process; 0 while there is none."""
-        self.on_change: Callable[[], None] = lambda: None
-        """Called when it begins to serve, and when it has ended or could not be started."""
+        self._on_change = on_change
         self._ready = asyncio.Event()
         self._settings = settings
         self._files = WorkerFiles(
@@ -176,7 +178,7 @@ class ManagedWorker:
                     address=f"{HOST}:{self._port}",
                     seconds=round(time.monotonic() - begun, 2),
                 )
-                self.on_change()
+                self._on_change()
             status = await asyncio.shield(ended)
         finally:
             ended.cancel()
@@ -218,7 +220,7 @@ class ManagedWorker:
         if words != self.problem:
             log.error("datasystem_worker_failed", problem=words, retry_seconds=retry_seconds)
         self.problem = words
-        self.on_change()
+        self._on_change()
 
 
 async def _end(process: asyncio.subprocess.Process) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from weight_broker.errors import LeaseLost
 from weight_brokerd.core.model import ColdLoadLease, LeaseClaim
+from weight_brokerd.core.sources import Holder
 
 
 class LeaseTable:
@@ -28,16 +29,12 @@ class LeaseTable:
         """The lease that is held, if any."""
         return self._leases.get(weight_set_id)
 
-    def claim(
-        self, weight_set_id: str, *, instance_id: str, instance_name: str, host_id: str, now: float, seconds: float
-    ) -> LeaseClaim:
+    def claim(self, weight_set_id: str, claimant: Holder, *, now: float, seconds: float) -> LeaseClaim:
         """Gives the lease to the claimant if it is free."""
         held = self._leases.get(weight_set_id)
         if held is not None:
             return LeaseClaim(held, granted=False)
-        lease = ColdLoadLease(
-            weight_set_id, next(self._tokens), instance_id, instance_name, host_id, now, now + seconds
-        )
+        lease = ColdLoadLease(weight_set_id, next(self._tokens), claimant, now, now + seconds)
         self._put(lease)
         return LeaseClaim(lease, granted=True)
 

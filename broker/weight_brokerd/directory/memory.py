@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from weight_brokerd.core.model import ColdLoadLease, LeaseClaim
+from weight_brokerd.core.sources import Holder
 from weight_brokerd.directory.lease_table import LeaseTable
 from weight_brokerd.directory.protocol import DirectoryEvents
 
@@ -19,12 +20,10 @@ class MemoryDirectory:
     def __init__(
         self,
         *,
-        host_id: str,
         lease_seconds: float,
         first_token: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._host_id = host_id
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._table = LeaseTable(first_token)
@@ -35,29 +34,22 @@ class MemoryDirectory:
         """Where to report to; called once, before anything else."""
         self._events = events
 
-    async def claim_lease(self, weight_set_id: str, *, instance_id: str, instance_name: str) -> LeaseClaim:
-        """Claims the lease for an instance of this host."""
-        claim = self._table.claim(
-            weight_set_id,
-            instance_id=instance_id,
-            instance_name=instance_name,
-            host_id=self._host_id,
-            now=self._clock(),
-            seconds=self._lease_seconds,
-        )
+    async def claim(self, weight_set_id: str, claimant: Holder) -> LeaseClaim:
+        """The lease goes to the claimant if it is free."""
+        claim = self._table.claim(weight_set_id, claimant, now=self._clock(), seconds=self._lease_seconds)
         self._schedule()
         return claim
 
-    async def extend_lease(self, lease: ColdLoadLease, seconds: float) -> ColdLoadLease:
+    async def extend(self, lease: ColdLoadLease, seconds: float) -> ColdLoadLease:
         """The lease with a later end; raises `LeaseLost`."""
         longer = self._table.extend(lease, self._clock() + seconds)
         self._schedule()
         return longer
 
-    async def release_lease(self, lease: ColdLoadLease) -> None:
+    async def release(self, lease: ColdLoadLease) -> None:
         """Ends the lease if it is still the current one."""
         if self._table.release(lease) and self._events is not None:
-            self._events.lease_free(lease)
+            self._events.lease_ended(lease)
 
     def close(self) -> None:
         """Stops the timer."""
@@ -74,5 +66,5 @@ class MemoryDirectory:
     def _expire(self) -> None:
         for lease in self._table.expire(self._clock()):
             if self._events is not None:
-                self._events.lease_free(lease)
+                self._events.lease_ended(lease)
         self._schedule()

@@ -1,6 +1,6 @@
 """What a directory does for the brokers that share it: it arbitrates cold-load leases.
 
-Writes may take a round trip. A directory of one host lists nothing itself: the registry is its listing.
+Every call may take a round trip, or fail. A directory of one host lists no sources: the publications are its listing.
 """
 
 from __future__ import annotations
@@ -8,31 +8,32 @@ from __future__ import annotations
 from typing import Protocol
 
 from weight_brokerd.core.model import ColdLoadLease, LeaseClaim
+from weight_brokerd.core.sources import Holder
 
 
 class DirectoryEvents(Protocol):
     """What a directory reports by itself."""
 
-    def lease_free(self, lease: ColdLoadLease) -> None:
-        """The lease ended: released, expired, or its holder's host is gone."""
+    def lease_ended(self, lease: ColdLoadLease) -> None:
+        """The lease was released, has expired, or ended with its holder's host."""
 
 
 class Directory(Protocol):
-    """Who holds what, cluster-wide."""
+    """Who may load from disk, as far as the directory reaches."""
 
     name: str
 
     def subscribe(self, events: DirectoryEvents) -> None:
-        """Where to report to; called once, before anything else."""
+        """Report to `events` from now on. Called once, before anything else."""
 
-    async def claim_lease(self, weight_set_id: str, *, instance_id: str, instance_name: str) -> LeaseClaim:
-        """Claims the lease for an instance of this host."""
+    async def claim(self, weight_set_id: str, claimant: Holder) -> LeaseClaim:
+        """The lease goes to the claimant if it is free."""
 
-    async def extend_lease(self, lease: ColdLoadLease, seconds: float) -> ColdLoadLease:
-        """The lease with a later end; raises `LeaseLost`."""
+    async def extend(self, lease: ColdLoadLease, seconds: float) -> ColdLoadLease:
+        """The lease with an end that is at least `seconds` away. Raises `LeaseLost`."""
 
-    async def release_lease(self, lease: ColdLoadLease) -> None:
-        """Ends the lease if it is still the current one."""
+    async def release(self, lease: ColdLoadLease) -> None:
+        """The lease has ended when this returns; `lease_ended` was called unless it had ended before. Idempotent."""
 
     def close(self) -> None:
-        """Stops reporting."""
+        """Report nothing any more."""

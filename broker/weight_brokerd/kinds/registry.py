@@ -1,157 +1,90 @@
-"""The devices of this host, of all kinds of memory that this broker serves."""
+"""The kinds of memory that this broker serves. Host memory is always among them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable
 
-from weight_brokerd.attach.stage import Stages
+from weight_broker.errors import PublishRefused
 from weight_brokerd.cards.health import CardHealth
-from weight_brokerd.cards.regions import DeviceMemory
-from weight_brokerd.core.model import DataPlane
-from weight_brokerd.dataplane.protocol import BulkPlane, Way
-from weight_brokerd.kinds.npu.kind import NpuDevices
+from weight_brokerd.dataplane.plane import DataPlane, Place
+from weight_brokerd.kinds.kind import Kind, WorkerHealth
+from weight_brokerd.kinds.place_request import listed
+
+DEFAULT_TRANSFER_SECONDS = 600.0
 
 
-class DeviceKind(Protocol):
-    """The devices of one kind: their processes, the memory that is published on them, what moves it."""
+class KindNotServed(PublishRefused):
+    """This broker does not serve the kind of memory."""
 
-    on_region_lost: Callable[[str, str], None]
-    """(region, why): a publication's memory cannot be reached any more."""
-    on_health_change: Callable[[], None]
-
-    @property
-    def kind(self) -> str:
-        """The name of the kind of memory."""
-
-    @property
-    def problem(self) -> str:
-        """Why no device can be served, if none can."""
-
-    @property
-    def is_absent(self) -> bool:
-        """Whether it turned out that this host has no such device, and nobody said that it has."""
-
-    @property
-    def memory(self) -> DeviceMemory | None:
-        """What is published; None before `ready`."""
-
-    @property
-    def planes(self) -> Mapping[DataPlane, BulkPlane]:
-        """What moves it; filled once the devices are known."""
-
-    @property
-    def health(self) -> Sequence[CardHealth]:
-        """Every device that was found."""
-
-    def start(self) -> None:
-        """Begins to look for devices; `ready` waits for that. The daemon serves host memory meanwhile."""
-
-    async def ready(self) -> None:
-        """Returns when the devices are known. Raises `BrokerUnavailable` if there are none to be served."""
-
-    async def close(self) -> None:
-        """Ends all processes; nothing may move any more."""
+    def __init__(self, kind: str, served: Iterable[str], field: str) -> None:
+        self.served = frozenset(served)
+        super().__init__(
+            f"{field or 'it'} is in {kind} memory; this broker serves: {listed(self.served)}",
+            metadata={"field": f"{field}.device_kind".lstrip("."), "value": kind},
+        )
 
 
-class DeviceKinds:
+class Kinds:
     """All kinds together."""
 
-    def __init__(
-        self,
-        kinds: Iterable[DeviceKind],
-        *,
-        transfer_seconds: float,
-        npus: NpuDevices | None = None,
-        npu_path: str = "auto",
-        stages: Stages | None = None,
-    ) -> None:
-        """`npus`: the one among them that has a datasystem worker, and whose memory may be staged; `npu_path`:
-        `direct`, `staged` or `auto`; `stages`: the instances that copy by themselves."""
-        self.stages = stages or Stages()
-        self._npu_path = npu_path
+    def __init__(self, kinds: Iterable[Kind], *, transfer_seconds: float = DEFAULT_TRANSFER_SECONDS) -> None:
         self.transfer_seconds = transfer_seconds
-        """The longest that one transfer may take."""
-        self.npus = npus
-        self._kinds = {one.kind: one for one in kinds}
+        """The longest that one transfer of the broker's may take."""
+        self._kinds = {kind.name: kind for kind in kinds}
 
-    def listen(self, *, on_region_lost: Callable[[str, str], None]) -> None:
-        """Who hears that memory is lost."""
-        for one in self._kinds.values():
-            one.on_region_lost = on_region_lost
+    def of(self, name: str, field: str = "") -> Kind:
+        """The kind. `field` is the one of the request that names it. Raises `KindNotServed`."""
+        kind = self._kinds.get(name)
+        if kind is None or not kind.is_served:
+            raise KindNotServed(name, self.served, field)
+        return kind
 
-    def listen_to_health(self, on_health_change: Callable[[], None]) -> None:
-        """Who hears that something in `health` is different."""
-        for one in self._kinds.values():
-            one.on_health_change = on_health_change
+    async def ready(self, name: str, field: str = "") -> Kind:
+        """The kind, once its devices are known. Raises `KindNotServed`; `BrokerUnavailable` if none can be served."""
+        await self.of(name, field).ready()
+        return self.of(name, field)
+
+    def route(self, source: Place, destination: Place) -> DataPlane:
+        """What moves these bytes."""
+        return self.of(destination.kind).route(source, destination)
 
     def start(self) -> None:
-        """Begins to look for devices of all kinds."""
-        for one in self._kinds.values():
-            one.start()
-
-    async def ready(self, kind: str) -> None:
-        """Returns when the devices of a kind are known; at once for a kind that is not served. Raises
-        `BrokerUnavailable` if there are none to be served."""
-        if kind in self._kinds:
-            await self._kinds[kind].ready()
+        """Begin to look for devices of all kinds. Returns at once."""
+        for kind in self._kinds.values():
+            kind.start()
 
     async def close(self) -> None:
-        """Ends all processes; nothing may move any more."""
-        self.stages.close()
-        await asyncio.gather(*(one.close() for one in self._kinds.values()))
+        """End all processes; nothing may move any more."""
+        await asyncio.gather(*(kind.close() for kind in self._kinds.values()))
 
     @property
     def served(self) -> frozenset[str]:
-        """The kinds of memory that are served, as far as is known."""
-        return frozenset(one.kind for one in self._kinds.values() if not one.is_absent)
-
-    def identities(self, kind: str) -> frozenset[str]:
-        """The devices of a kind."""
-        return frozenset(card.identity for card in self._kinds[kind].health) if kind in self._kinds else frozenset()
+        """Names of the kinds that are served, as far as is known."""
+        return frozenset(name for name, kind in self._kinds.items() if kind.is_served)
 
     @property
     def health(self) -> list[tuple[str, CardHealth]]:
         """Kind and health of every device that was found."""
-        return [(one.kind, card) for one in self._kinds.values() for card in one.health]
+        return [(name, device) for name, kind in self._kinds.items() for device in kind.health.devices]
+
+    @property
+    def workers(self) -> list[WorkerHealth]:
+        """The datasystem workers that the kinds depend on."""
+        return [worker for kind in self._kinds.values() for worker in kind.health.workers]
 
     @property
     def problem(self) -> str:
         """Why kinds have no device that can be served, if some have none."""
-        return "; ".join(one.problem for one in self._kinds.values() if one.problem)
-
-    def memory_of(self, kind: str) -> DeviceMemory:
-        """What is published in a kind of memory; after `ready`."""
-        memory = self._kinds[kind].memory
-        assert memory is not None
-        return memory
-
-    def path_of(self, kind: str) -> str:
-        """`direct`, `staged` or `auto`: how a kind of memory is read and filled."""
-        return self._npu_path if self.npus is not None and kind == self.npus.kind else "direct"
-
-    def plane_of(self, kind: str, way: Way) -> BulkPlane:
-        """What moves a kind of memory; after `ready`."""
-        if isinstance(way, DataPlane):
-            return self._kinds[kind].planes[way]
-        staged = self.npus.staged if self.npus is not None and kind == self.npus.kind else None
-        assert staged is not None, f"{kind} memory is never staged"
-        return staged
-
-    def holders_of(self, region_id: str) -> list[str]:
-        """The publications that lie in a region."""
-        return [holder for memory in self._memories() for holder in memory.holders_of(region_id)]
+        problems = [kind.health.problem for kind in self._kinds.values()]
+        return "; ".join(problem for problem in problems if problem)
 
     @property
     def region_count(self) -> int:
-        """Regions of device memory that are published."""
-        return sum(memory.region_count for memory in self._memories())
+        """Regions that are open or mapped."""
+        return sum(kind.health.region_count for kind in self._kinds.values())
 
     @property
     def region_bytes(self) -> int:
         """Bytes of them."""
-        return sum(memory.region_bytes for memory in self._memories())
-
-    def _memories(self) -> list[DeviceMemory]:
-        return [one.memory for one in self._kinds.values() if one.memory is not None]
+        return sum(kind.health.region_bytes for kind in self._kinds.values())

@@ -17,12 +17,13 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from weight_brokerd import __version__
+from weight_brokerd.telemetry.counts import Counts
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -42,21 +43,6 @@ _HELP = {
     "cold_load_leases": "Cold-load leases that are held now.",
     "cards": "Cards of this host, by whether they serve.",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How much there is of everything."""
-
-    instances: int
-    publications: int
-    regions: int
-    region_bytes: int
-    running_transfers: int
-    waiting_acquisitions: int
-    cold_load_leases: int
-    cards: Mapping[str, int] = field(default_factory=dict)
-    """By state."""
 
 
 class Metrics:

@@ -16,7 +16,7 @@ from weight_broker.cli.inspector import Inspector
 from weight_broker.errors import InvalidArgument
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
-from weight_broker.wire import key_from_wire, key_to_wire
+from weight_broker.wire import DEVICE_KINDS, key_from_wire, key_to_wire
 
 _OPTIONS = ("model", "revision", "dtype", "checkpoint_digest", "quantization", "role", "stage")
 _RANKS = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_parallel")
@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> ExitCode:
             request = pb.ExplainRequest(key=key)
         else:
             request = pb.ExplainRequest(weight_set_id=inspector.resolve(options.key))
+        if options.memory is not None:
+            request.device_kind = DEVICE_KINDS[options.memory]
         answer = inspector.explain(request)
     if options.json:
         output.print_json(output.message_to_json(answer))
@@ -128,10 +130,10 @@ def _print(answer: pb.ExplainResponse) -> None:
             console.print(f"  {name}: {text.plain(value)}", soft_wrap=True)
     if answer.candidates:
         table = output.table("Candidates", "publication|instance|host|generation|>readers|verdict")
-        for one in answer.candidates:
-            source = one.publication
-            refusal = text.state(pb.Candidate.Refusal.Name(one.refusal)).replace("unspecified", "")
-            verdict = "chosen" if one.chosen else f"{refusal}: {one.detail}" if refusal else "could serve"
+        for candidate in answer.candidates:
+            source = candidate.publication
+            refusal = text.state(pb.Candidate.Refusal.Name(candidate.refusal)).replace("unspecified", "")
+            verdict = "chosen" if candidate.chosen else f"{refusal}: {candidate.detail}" if refusal else "could serve"
             table.add_row(
                 source.publication_id,
                 text.plain(source.instance_name or source.instance_id),

@@ -47,7 +47,7 @@ class State:
     @property
     def leases(self) -> list[resources_pb2.ColdLoadLease]:
         """The cold-load leases that are held."""
-        return [one.cold_load_lease for one in self.weight_sets if one.HasField("cold_load_lease")]
+        return [entry.cold_load_lease for entry in self.weight_sets if entry.HasField("cold_load_lease")]
 
 
 class Inspector:
@@ -121,7 +121,7 @@ class Inspector:
             raise CommandError(f"{prefix!r} is neither a weight set's id nor a key in JSON", ExitCode.USAGE)
         if len(wanted) == ID_CHARACTERS:
             return wanted
-        found = [one.weight_set_id for one in self.weight_sets() if one.weight_set_id.startswith(wanted)]
+        found = [entry.weight_set_id for entry in self.weight_sets() if entry.weight_set_id.startswith(wanted)]
         if not found:
             raise CommandError(f"no weight set's id starts with {wanted}", ExitCode.NOT_FOUND)
         if len(found) > 1:

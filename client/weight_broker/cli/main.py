@@ -11,20 +11,24 @@ from pathlib import Path
 
 from weight_broker._version import __version__
 from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
+from weight_broker.cli.interruption import stoppable
 from weight_broker.errors import BrokerError
+from weight_broker.kinds import TRAITS
 
-_COMMANDS = {"demo": "weight_broker.demo.run", "doctor": "weight_broker.cli.doctor.run"}
+_COMMANDS = {
+    "demo": "weight_broker.demo.run",
+    "doctor": "weight_broker.cli.doctor.run",
+    "evict": "weight_broker.cli.set_aside",
+    "quarantine": "weight_broker.cli.set_aside",
+}
+"""Where a command is, if its module is not called like it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        # A command is imported when it is asked for: --help needs neither gRPC nor torch.
-        module = importlib.import_module(_COMMANDS.get(options.command, f"weight_broker.cli.{options.command}"))
-        code: int = module.run(options)
-        sys.stdout.flush()
-        return code
+        return _run_demo(options) if options.command == "demo" else _run(options)
     except CommandError as error:
         print(f"weight-broker: {error}", file=sys.stderr)
         return error.code
@@ -39,16 +43,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.DONE
 
 
+def _run(options: argparse.Namespace) -> int:
+    # A command is imported when it is asked for: --help needs neither gRPC nor torch.
+    module = importlib.import_module(_COMMANDS.get(options.command, f"weight_broker.cli.{options.command}"))
+    code: int = module.run(options)
+    sys.stdout.flush()
+    return code
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    with stoppable():  # from the first import on, the longest of which are the demo's
+        return _run(options)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    command_line = argparse.ArgumentParser(
         prog="weight-broker",
         description="Shows and administers this host's weight broker.",
         epilog=EXIT_CODES_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--version", action="version", version=f"weight-broker {__version__}")
-    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command_line.add_argument("--version", action="version", version=f"weight-broker {__version__}")
+    commands = command_line.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_status(commands)
     _add_explain(commands)
     _add(commands, "watch", "print the state, then every change as it happens")
@@ -57,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     _add_evict(commands)
     _add_quarantine(commands)
     _add_demo(commands)
-    return made
+    return command_line
 
 
 _Commands = argparse._SubParsersAction  # argparse has no public name for it
@@ -106,6 +123,11 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
         command.add_argument(f"--{name}", metavar="TEXT", help="field of the key")
     command.add_argument("--role", choices=("target", "draft"), help="field of the key")
     command.add_argument("--stage", choices=("loaded", "runtime"), help="field of the key")
+    command.add_argument(
+        "--memory",
+        choices=tuple(TRAITS),
+        help="kind of memory that receives (default: that in which it is published)",
+    )
     command.add_argument("--attribute", action="append", metavar="NAME=VALUE", help="engine attribute of the key")
 
 

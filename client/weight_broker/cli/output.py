@@ -44,16 +44,16 @@ def table(title: str, columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    made = Table(
+    table_ = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
     for index, name in enumerate(columns.split("|")):
         right = name.startswith(">")
         # What a row is called stays in one piece on a narrow terminal.
-        made.add_column(
+        table_.add_column(
             name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=index == 0
         )
-    return made
+    return table_
 
 
 def message_to_json(message: Message) -> dict[str, Any]:

@@ -6,10 +6,14 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from weight_broker.cli import output, status_cards, text
 from weight_broker.cli.failure import ExitCode
 from weight_broker.cli.inspector import Inspector, State, age_seconds
 from weight_broker.v1 import resources_pb2 as pb
+from weight_broker.wire import lease_end
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,8 +29,8 @@ def run(options: argparse.Namespace) -> ExitCode:
         output.print_json(state_to_json(state))
     else:
         console = output.console()
-        for one in renderables(state):
-            console.print(one)
+        for row in renderables(state):
+            console.print(row)
     return ExitCode.DONE
 
 
@@ -34,10 +38,10 @@ def state_to_json(state: State) -> dict[str, Any]:
     """The state in protobuf's JSON form, and `residency`: which instance has what on which device."""
     return {
         "host": output.message_to_json(state.host),
-        "weight_sets": [output.message_to_json(one) for one in state.weight_sets],
-        "instances": [output.message_to_json(one) for one in state.instances],
-        "cold_load_leases": [output.message_to_json(one) for one in state.leases],
-        "transfers": [output.message_to_json(one) for one in state.transfers],
+        "weight_sets": [output.message_to_json(row) for row in state.weight_sets],
+        "instances": [output.message_to_json(row) for row in state.instances],
+        "cold_load_leases": [output.message_to_json(row) for row in state.leases],
+        "transfers": [output.message_to_json(row) for row in state.transfers],
         "residency": status_cards.residency(state),
     }
 
@@ -49,7 +53,7 @@ def renderables(state: State) -> list[RenderableType]:
     tables = [_weight_sets(state), _publications(state), _instances(state), _leases(state), _transfers(state)]
     found: list[RenderableType] = [Text(host_line(state.host), style="bold red" if state.host.draining else "")]
     found += status_cards.renderables(state)
-    found += [one for one in tables if one.row_count]
+    found += [row for row in tables if row.row_count]
     return found
 
 
@@ -57,7 +61,7 @@ def host_line(host: pb.Host) -> str:
     """The host in one line."""
     return (
         f"{text.plain(host.hostname)}: broker {host.version}, pid {host.pid}, "
-        f"up {text.age(age_seconds(host.start_time.ToNanoseconds() / 1e9))}"
+        f"up {text.age(_since(host.uptime, host.start_time))}"
         f"{', DRAINING' if host.draining else ''}; directory {host.directory}; "
         f"{host.instance_count} instances, {host.publication_count} publications, "
         f"{text.size(host.region_bytes)} in {host.region_count} regions, "
@@ -67,19 +71,19 @@ def host_line(host: pb.Host) -> str:
 
 def _weight_sets(state: State) -> Any:
     table = output.table("Weight sets", "id|model|revision|dtype|rank|>size|>sources|>waiting|loading")
-    for one in state.weight_sets:
-        resident = [source for source in one.publications if source.state == pb.Publication.STATE_RESIDENT]
-        largest = max((source.size_bytes for source in one.publications), default=0)
+    for row in state.weight_sets:
+        resident = [source for source in row.publications if source.state == pb.Publication.STATE_RESIDENT]
+        largest = max((source.size_bytes for source in row.publications), default=0)
         table.add_row(
-            one.weight_set_id[:_SHORT_ID],
-            text.plain(one.key.model),
-            text.plain(one.key.revision)[:_SHORT_ID],
-            text.plain(one.key.dtype),
-            rank(one),
-            text.size(largest) if one.publications else "",
+            row.weight_set_id[:_SHORT_ID],
+            text.plain(row.key.model),
+            text.plain(row.key.revision)[:_SHORT_ID],
+            text.plain(row.key.dtype),
+            rank(row),
+            text.size(largest) if row.publications else "",
             str(len(resident)),
-            str(one.waiting_count),
-            text.plain(one.cold_load_lease.instance_name or one.cold_load_lease.instance_id),
+            str(row.waiting_count),
+            text.plain(row.cold_load_lease.instance_name or row.cold_load_lease.instance_id),
         )
     return table
 
@@ -87,67 +91,66 @@ def _weight_sets(state: State) -> Any:
 def _publications(state: State) -> Any:
     table = output.table("Publications", "id|weight set|instance|state|memory|>tensors|>readers|>served|>age")
     for weight_set in state.weight_sets:
-        for one in weight_set.publications:
-            reason = f": {text.plain(one.quarantine_reason)}" if one.quarantine_reason else ""
+        for row in weight_set.publications:
+            reason = f": {text.plain(row.quarantine_reason)}" if row.quarantine_reason else ""
             table.add_row(
-                one.publication_id,
-                one.weight_set_id[:_SHORT_ID],
-                text.plain(one.instance_name or one.instance_id),
-                text.state(pb.Publication.State.Name(one.state)) + reason,
-                status_cards.device(one),
-                str(one.tensor_count),
-                f"{one.reader_count}/{one.reader_limit}",
-                str(one.served_count),
-                text.age(age_seconds(one.publish_time.ToNanoseconds() / 1e9)),
+                row.publication_id,
+                row.weight_set_id[:_SHORT_ID],
+                text.plain(row.instance_name or row.instance_id),
+                text.state(pb.Publication.State.Name(row.state)) + reason,
+                status_cards.device(row),
+                str(row.tensor_count),
+                f"{row.reader_count}/{row.reader_limit}",
+                str(row.served_count),
+                text.age(_since(row.age, row.publish_time)),
             )
     return table
 
 
 def _instances(state: State) -> Any:
     table = output.table("Instances", "id|name|>pid|>uid|state|>publications|>attached for")
-    for one in state.instances:
+    for row in state.instances:
         table.add_row(
-            one.instance_id,
-            text.plain(one.name),
-            str(one.pid) if one.pid else "?",
-            str(one.uid),
-            text.state(pb.Instance.State.Name(one.state)),
-            str(one.publication_count),
-            text.age(age_seconds(one.attach_time.ToNanoseconds() / 1e9)),
+            row.instance_id,
+            text.plain(row.name),
+            str(row.pid) if row.pid else "?",
+            str(row.uid),
+            text.state(pb.Instance.State.Name(row.state)),
+            str(row.publication_count),
+            text.age(_since(row.age, row.attach_time)),
         )
     return table
 
 
 def _leases(state: State) -> Any:
     table = output.table("Cold-load leases", "weight set|holder|>fencing token|>held for|>ends in")
-    for one in state.leases:
+    for row in state.leases:
         table.add_row(
-            one.weight_set_id[:_SHORT_ID],
-            text.plain(one.instance_name or one.instance_id),
-            str(one.fencing_token),
-            text.age(age_seconds(one.acquire_time.ToNanoseconds() / 1e9)),
-            text.age(max(one.expire_time.ToNanoseconds() / 1e9 - time.time(), 0.0)),
+            row.weight_set_id[:_SHORT_ID],
+            text.plain(row.instance_name or row.instance_id),
+            str(row.fencing_token),
+            text.age(_since(row.age, row.acquire_time)),
+            text.age(max(lease_end(row) - time.time(), 0.0)),
         )
     return table
 
 
 def _transfers(state: State) -> Any:
-    names = {one.instance_id: text.plain(one.name or one.instance_id) for one in state.instances}
+    names = {row.instance_id: text.plain(row.name or row.instance_id) for row in state.instances}
     table = output.table("Transfers, newest first", "id|weight set|from|to|by|path|state|>size|>duration|failure")
-    for one in state.transfers:
-        begun, ended = one.start_time.ToNanoseconds() / 1e9, one.end_time.ToNanoseconds() / 1e9
-        duration = ended - begun if one.HasField("end_time") else age_seconds(begun)
+    for row in state.transfers:
+        duration = _since(row.elapsed, row.start_time)
         table.add_row(
-            one.transfer_id,
-            one.weight_set_id[:_SHORT_ID],
-            names.get(one.source_instance_id, one.source_instance_id),
-            names.get(one.receiver_instance_id, one.receiver_instance_id),
-            text.state(pb.DataPlane.Name(one.data_plane)).removeprefix("plane "),
-            path_name(one.path),
-            text.state(pb.Transfer.State.Name(one.state)),
-            text.size(one.size_bytes),
+            row.transfer_id,
+            row.weight_set_id[:_SHORT_ID],
+            names.get(row.source_instance_id, row.source_instance_id),
+            names.get(row.receiver_instance_id, row.receiver_instance_id),
+            text.state(pb.DataPlane.Name(row.data_plane)).removeprefix("plane "),
+            path_name(row.path),
+            text.state(pb.Transfer.State.Name(row.state)),
+            text.size(row.size_bytes),
             text.seconds(max(duration, 0.0)),
-            text.plain(one.failure),
+            text.plain(row.failure),
         )
     return table
 
@@ -166,3 +169,9 @@ def rank(weight_set: pb.WeightSet) -> str:
 def path_name(path: pb.TransferPath.ValueType) -> str:
     """How bytes reach the receiver, for example "zero copy"."""
     return text.state(pb.TransferPath.Name(path)).removeprefix("path ")
+
+
+def _since(measured: Duration, begun: Timestamp) -> float:
+    """Seconds as the broker measured them; from the time of day only where an older broker measured none."""
+    seconds = measured.ToNanoseconds() / 1e9
+    return seconds if seconds > 0 else age_seconds(begun.ToNanoseconds() / 1e9)

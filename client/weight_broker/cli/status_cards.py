@@ -43,20 +43,20 @@ def worker_line(worker: pb.DatasystemWorker) -> str:
 
 def residency(state: State) -> list[dict[str, Any]]:
     """What lies where: a row for each publication, ordered by device and instance."""
-    instances = {one.instance_id: one for one in state.instances}
+    instances = {card.instance_id: card for card in state.instances}
     rows = [
         {
-            "device": device(one),
-            "instance_id": one.instance_id,
-            "instance_name": one.instance_name,
-            "pid": instances[one.instance_id].pid if one.instance_id in instances else 0,
-            "weight_set_id": one.weight_set_id,
+            "device": device(card),
+            "instance_id": card.instance_id,
+            "instance_name": card.instance_name,
+            "pid": instances[card.instance_id].pid if card.instance_id in instances else 0,
+            "weight_set_id": card.weight_set_id,
             "model": weight_set.key.model,
-            "state": pb.Publication.State.Name(one.state),
-            "size_bytes": str(one.size_bytes),
+            "state": pb.Publication.State.Name(card.state),
+            "size_bytes": str(card.size_bytes),
         }
         for weight_set in state.weight_sets
-        for one in weight_set.publications
+        for card in weight_set.publications
     ]
     return sorted(rows, key=lambda row: (_device_order(str(row["device"])), row["instance_name"], row["weight_set_id"]))
 
@@ -71,20 +71,20 @@ def device(publication: pb.Publication) -> str:
 def _cards(host: pb.Host) -> Any:
     columns = "card|index|soc|state|>sender|>ending|>receivers|>regions|>offers|>fetches|problem"
     table = output.table("Cards", columns)
-    for one in host.cards:
+    for card in host.cards:
         table.add_row(
-            one.device_id,
-            str(one.device_index),
-            text.plain(one.soc),
-            text.state(pb.Card.State.Name(one.state)),
-            str(one.sender_pid or "-"),
-            _pids(one.retiring_pids),
-            _pids(one.receiver_pids),
-            str(one.region_count),
-            str(one.offer_count),
-            str(one.fetch_count),
-            text.plain(one.problem),
-            style=_STYLES.get(one.state, ""),
+            card.device_id,
+            str(card.device_index),
+            text.plain(card.soc),
+            text.state(pb.Card.State.Name(card.state)),
+            str(card.sender_pid or "-"),
+            _pids(card.retiring_pids),
+            _pids(card.receiver_pids),
+            str(card.region_count),
+            str(card.offer_count),
+            str(card.fetch_count),
+            text.plain(card.problem),
+            style=_STYLES.get(card.state, ""),
         )
     return table
 

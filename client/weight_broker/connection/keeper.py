@@ -103,7 +103,7 @@ class Keeper:
             if not broken:
                 retry_seconds = FIRST_RETRY_SECONDS
                 told.clear()
-            _sleep(bell, (one.fileno() for one in kept), retry_seconds if broken else None)
+            _sleep(bell, (publication.fileno() for publication in kept), retry_seconds if broken else None)
             if broken:
                 retry_seconds = min(retry_seconds * 1.5, LAST_RETRY_SECONDS)
 
@@ -118,20 +118,20 @@ def _restore(kept: Iterable[Kept], told: set[str]) -> bool:
     all was well: each is one only once, since this is tried for as long as it does not work."""
     broken = False
     blocked: set[int] = set()
-    for one in kept:
-        if id(one.route) in blocked:
+    for publication in kept:
+        if id(publication.route) in blocked:
             continue
         try:
-            one.restore()
+            publication.restore()
         except BrokerError as error:
             level = logging.DEBUG if error.reason in told else logging.WARNING
             told.add(error.reason)
-            _logger.log(level, "%r cannot be published now; this is tried again: %s", one, error)
+            _logger.log(level, "%r cannot be published now; this is tried again: %s", publication, error)
             broken = True
             if isinstance(error, BrokerUnavailable):
-                blocked.add(id(one.route))
+                blocked.add(id(publication.route))
         except Exception:  # the thread serves every client of the process: one that is closed meanwhile must not end it
-            _logger.exception("%r cannot be published now", one)
+            _logger.exception("%r cannot be published now", publication)
             broken = True
     return broken
 

@@ -19,7 +19,7 @@ from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, runtime_
 if TYPE_CHECKING:
     import grpc
 
-    from weight_broker.connection.stage_server import StageServer
+    from weight_broker.connection.stage_server import StagingServer
     from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
 
 Result = TypeVar("Result")
@@ -41,16 +41,16 @@ class Session:
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
         self._stub: WeightBrokerServiceStub | None = None
-        self._stage: StageServer | None = None
+        self._stage: StagingServer | None = None
 
     @property
-    def stage(self) -> StageServer:
+    def stage(self) -> StagingServer:
         """What the broker asks for when it wants tensors copied."""
-        from weight_broker.connection.stage_server import StageServer
+        from weight_broker.connection.stage_server import StagingServer
 
         with self._lock:
             if self._stage is None:
-                self._stage = StageServer(self._directory / ATTACH_SOCKET, self._token)
+                self._stage = StagingServer(self._directory / ATTACH_SOCKET, self._token)
             return self._stage
 
     @property

@@ -45,7 +45,7 @@ class StagedTensors(Protocol):
         """Copies a part of the content (see CopyChunk in attach.proto) and waits for it."""
 
 
-class StageServer:
+class StagingServer:
     """The stage connection of one session."""
 
     def __init__(self, path: Path, token: bytes) -> None:
@@ -256,7 +256,7 @@ def _answer(connected: socket.socket, response: pb.StageResponse) -> bool:
     return True
 
 
-_servers: weakref.WeakSet[StageServer] = weakref.WeakSet()
+_servers: weakref.WeakSet[StagingServer] = weakref.WeakSet()
 
 
 def _forget_all() -> None:

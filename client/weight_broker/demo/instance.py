@@ -11,55 +11,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from weight_broker.demo.orders import Order, Result
+
 PROMPT_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Order:
-    """What an instance is to do."""
-
-    name: str
-    model_dir: str
-    runtime_directory: str | None
-    """None loads from disk, without a broker."""
-    zero_copy: bool
-    timeout_seconds: float
-
-    def to_argument(self) -> str:
-        """The order as one argument of a command line."""
-        return json.dumps(asdict(self))
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an instance did."""
-
-    name: str
-    source: str
-    """"disk", or the name of the instance that the weights came from."""
-    path: str
-    """"read", "copy" or "zero_copy"."""
-    size_bytes: int
-    ready_seconds: float
-    """From the order to begin until every weight is in place."""
-    disk_seconds: float
-    """Of that, reading the checkpoint."""
-    phases: dict[str, float]
-    """Of that, seconds of the acquisition by phase."""
-    publish_seconds: float
-    """After that, becoming a source for others."""
-    forward_seconds: float
-    """After that, the first forward pass."""
-    disk_bytes: int | None
-    """Bytes read from the disk for this process until then; None if the kernel does not say."""
-    logits_digest: str
-    verified: str
-    problems: list[str] = field(default_factory=list)
-    """What went wrong on the way; empty if all is well."""
 
 
 def main(argument: str, commands: IO[str], answers: IO[str]) -> None:

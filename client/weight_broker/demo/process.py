@@ -14,7 +14,7 @@ from typing import Any
 
 from weight_broker.cli.failure import CommandError
 from weight_broker.cli.inspector import Inspector
-from weight_broker.demo.instance import Order, Result
+from weight_broker.demo.orders import Order, Result
 from weight_broker.errors import BrokerError
 from weight_broker.runtime_directory import ENVIRONMENT_VARIABLE
 
@@ -45,7 +45,8 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment | variables,
+                # What its libraries put among temporary files goes with the demo's, also if it is killed.
+                env=environment | {"TMPDIR": str(directory)} | variables,
                 start_new_session=True,
             )
 

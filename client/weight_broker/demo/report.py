@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from weight_broker.cli import output, text
-from weight_broker.demo.instance import Result
+from weight_broker.demo.orders import Result
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,13 +42,13 @@ class DemoReport:
 
     def failures(self) -> list[str]:
         """Why the demo has failed; empty if it has not."""
-        found = [f"{one.name}: {problem}" for one in self.all for problem in one.problems]
+        found = [f"{result.name}: {problem}" for result in self.all for problem in result.problems]
         found += [
-            f"{one.name}: its logits differ from {self.first.name}'s"
-            for one in self.all
-            if one.logits_digest != self.first.logits_digest
+            f"{result.name}: its logits differ from {self.first.name}'s"
+            for result in self.all
+            if result.logits_digest != self.first.logits_digest
         ]
-        found += [f"{one.name}: it read the disk" for one in self.others if one.source == "disk"]
+        found += [f"{result.name}: it read the disk" for result in self.others if result.source == "disk"]
         return found
 
     def cold_sentence(self) -> str:
@@ -59,9 +59,9 @@ class DemoReport:
             return f"Page cache emptied: {self.cold_share:.1%} of the checkpoint was in it when instance 1 began."
         return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
 
-    def speed_up(self, one: Result, baseline: Result) -> float:
+    def speed_up(self, result: Result, baseline: Result) -> float:
         """How many times sooner than `baseline` the weights of `one` were in place."""
-        return baseline.ready_seconds / one.ready_seconds
+        return baseline.ready_seconds / result.ready_seconds
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for programs."""
@@ -69,60 +69,60 @@ class DemoReport:
             "cold_page_cache": self.is_cold,
             "page_cache_share": self.cold_share,
             "instances": [
-                asdict(one)
+                asdict(result)
                 | {
-                    "bytes_per_second": bytes_per_second(one),
-                    "speed_up_against_cold_disk": self.speed_up(one, self.first) if self.is_cold else None,
-                    "speed_up_against_warm_disk": self.speed_up(one, self.warm),
+                    "bytes_per_second": bytes_per_second(result),
+                    "speed_up_against_cold_disk": self.speed_up(result, self.first) if self.is_cold else None,
+                    "speed_up_against_warm_disk": self.speed_up(result, self.warm),
                 }
-                for one in self.all
+                for result in self.all
             ],
             "failures": self.failures(),
         }
 
     def table(self) -> Table:
         """One row for each instance; columns that say nothing are left out."""
-        rows = [self._row(one) for one in self.all]
+        rows = [self._row(result) for result in self.all]
         shown = [name for name in rows[0] if any(row[name] not in ("-", "") for row in rows)]
-        if len({one.logits_digest for one in self.all}) == 1:
+        if len({result.logits_digest for result in self.all}) == 1:
             shown.remove("logits")
         columns = "|".join(name if name in _WORDS else f">{name}" for name in shown)
-        made = output.table("How each instance got its weights", columns)
+        table_ = output.table("How each instance got its weights", columns)
         for row in rows:
-            made.add_row(*(row[name] if name in _WORDS else row[name].replace(" ", "") for name in shown))
-        return made
+            table_.add_row(*(row[name] if name in _WORDS else row[name].replace(" ", "") for name in shown))
+        return table_
 
-    def _row(self, one: Result) -> dict[str, str]:
-        waiting, asking, moving = (_sum(one, names) for names in (("wait",), _ASKING, _MOVING))
-        speed = bytes_per_second(one)
+    def _row(self, result: Result) -> dict[str, str]:
+        waiting, asking, moving = (_sum(result, names) for names in (("wait",), _ASKING, _MOVING))
+        speed = bytes_per_second(result)
         return {
-            "instance": one.name,
-            "source": text.plain(one.source),
-            "by": _WAYS.get(one.path, one.path),
-            "ready": text.seconds(one.ready_seconds),
-            "read": _seconds(one.disk_seconds),
+            "instance": result.name,
+            "source": text.plain(result.source),
+            "by": _WAYS.get(result.path, result.path),
+            "ready": text.seconds(result.ready_seconds),
+            "read": _seconds(result.disk_seconds),
             "wait": _seconds(waiting),
             "ask": _seconds(asking),
             "move": _seconds(moving),
-            "rest": _seconds(max(one.ready_seconds - one.disk_seconds - waiting - asking - moving, 0.0)),
+            "rest": _seconds(max(result.ready_seconds - result.disk_seconds - waiting - asking - moving, 0.0)),
             "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
-            "x cold": f"{self.speed_up(one, self.first):.1f}" if self.is_cold else "-",
-            "x warm": f"{self.speed_up(one, self.warm):.1f}",
-            "disk": text.size(one.disk_bytes) if one.disk_bytes is not None else "?",
-            "publish": _seconds(one.publish_seconds),
-            "forward": text.seconds(one.forward_seconds),
-            "logits": one.logits_digest[:8],
+            "x cold": f"{self.speed_up(result, self.first):.1f}" if self.is_cold else "-",
+            "x warm": f"{self.speed_up(result, self.warm):.1f}",
+            "disk": text.size(result.disk_bytes) if result.disk_bytes is not None else "?",
+            "publish": _seconds(result.publish_seconds),
+            "forward": text.seconds(result.forward_seconds),
+            "logits": result.logits_digest[:8],
         }
 
 
-def bytes_per_second(one: Result) -> float | None:
+def bytes_per_second(result: Result) -> float | None:
     """Bandwidth while bytes moved; None if none did."""
-    moving = one.disk_seconds if one.source == "disk" else _sum(one, _MOVING)
-    return one.size_bytes / moving if one.path != "zero_copy" and moving > 0 else None
+    moving = result.disk_seconds if result.source == "disk" else _sum(result, _MOVING)
+    return result.size_bytes / moving if result.path != "zero_copy" and moving > 0 else None
 
 
-def _sum(one: Result, phases: tuple[str, ...]) -> float:
-    return sum(one.phases.get(name, 0.0) for name in phases)
+def _sum(result: Result, phases: tuple[str, ...]) -> float:
+    return sum(result.phases.get(name, 0.0) for name in phases)
 
 
 def _seconds(value: float) -> str:

@@ -12,14 +12,15 @@ from pathlib import Path
 from weight_broker.cli import output, status, text
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.demo import available_memory as demo_memory
 from weight_broker.demo import page_cache
 from weight_broker.demo.checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
-from weight_broker.demo.instance import Order, Result
+from weight_broker.demo.orders import Order, Result
 from weight_broker.demo.process import Broker, Instance
 from weight_broker.demo.report import DemoReport
-from weight_broker.demo.scene import Stage, stoppable
+from weight_broker.demo.scene import Scene
 from weight_broker.drivers.available_memory import available_bytes
 from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_files
 
@@ -45,22 +46,21 @@ def run(options: argparse.Namespace) -> ExitCode:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(f"the demo needs {', '.join(missing)}: pip install 'weight-broker[demo]'", ExitCode.USAGE)
-    with stoppable():
-        progress = Progress(quiet=options.json)
-        model_dir = _model(options, progress)
-        with _Stage(model_dir, progress) as stage:
-            report, state = stage.play(options.instances)
-        failures = report.failures()
-        if options.json:
-            output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
-        else:
-            _print(report, state)
-        for failure in failures:
-            print(f"weight-broker: {failure}", file=sys.stderr)
-        return ExitCode.FAILED if failures else ExitCode.DONE
+    progress = Progress(quiet=options.json)
+    model_dir = _model(options, progress)
+    with _HostScene(model_dir, progress) as stage:
+        report, state = stage.play(options.instances)
+    failures = report.failures()
+    if options.json:
+        output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
+    else:
+        _print(report, state)
+    for failure in failures:
+        print(f"weight-broker: {failure}", file=sys.stderr)
+    return ExitCode.FAILED if failures else ExitCode.DONE
 
 
-class _Stage(Stage):
+class _HostScene(Scene):
     """A broker in a directory of its own, and the instances; leaving the block stops all of them."""
 
     def __init__(self, model_dir: Path, progress: Progress) -> None:
@@ -72,8 +72,9 @@ class _Stage(Stage):
     def play(self, count: int) -> tuple[DemoReport, State]:
         """Runs everything; returns what was measured and the broker's state while all instances were alive."""
         with self._progress.step("starting a broker"):
-            broker = Broker(self.runtime_directory, self.directory, WEIGHT_BROKER_CARDS_ENABLED="off")
-            self.processes.append(broker)
+            with held():
+                broker = Broker(self.runtime_directory, self.directory, WEIGHT_BROKER_CARDS_ENABLED="off")
+                self.processes.append(broker)
             broker.wait_until_ready()
         first = self._instance("instance 1", zero_copy=True)
         self._import([first])
@@ -103,8 +104,9 @@ class _Stage(Stage):
     def _instance(self, name: str, *, zero_copy: bool, broker: bool = True) -> Instance:
         directory = str(self.runtime_directory) if broker else None
         order = Order(name, str(self._model_dir), directory, zero_copy, _INSTANCE_SECONDS)
-        instance = Instance(order, self.directory)
-        self.processes.append(instance)
+        with held():
+            instance = Instance(order, self.directory)
+            self.processes.append(instance)
         return instance
 
     def _import(self, instances: list[Instance]) -> None:

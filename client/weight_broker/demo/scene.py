@@ -1,24 +1,21 @@
-"""Where a demo takes place: a directory of its own, processes that are always stopped, signals that end it in order."""
+"""Where a demo takes place: a directory of its own and processes, of which nothing is left however it ends."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
+from weight_broker.cli import interruption
 from weight_broker.demo.process import Process
 from weight_broker.runtime_directory import MAXIMUM_SOCKET_PATH_BYTES
 
 _LONGEST_SOCKET_NAME = len("/weight-broker-demo-12345678/run/broker.sock")
 
 
-class Stage:
+class Scene:
     """A directory and processes, the broker first; leaving the block stops all of them."""
 
     def __init__(self) -> None:
@@ -30,12 +27,13 @@ class Stage:
         base = tempfile.gettempdir()
         if len(os.fsencode(base)) + _LONGEST_SOCKET_NAME > MAXIMUM_SOCKET_PATH_BYTES:
             base = "/tmp"
-        self.directory = Path(tempfile.mkdtemp(prefix="weight-broker-demo-", dir=base))
+        with interruption.held():
+            self.directory = Path(tempfile.mkdtemp(prefix="weight-broker-demo-", dir=base))
         self.runtime_directory = self.directory / "run"
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _uninterrupted():
+        with interruption.uninterrupted():
             # Instances first: they leave the broker in order.
             for group in (self.processes[1:], self.processes[:1]):
                 for process in group:
@@ -43,26 +41,3 @@ class Stage:
                 for process in group:
                     process.stop()
             shutil.rmtree(self.directory, ignore_errors=True)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM ends the demo like Ctrl-C does: with everything stopped and removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C does not stop the cleaning up, which is bounded in time."""
-    with ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
-        yield

@@ -65,13 +65,13 @@ def attach_module(
 
 def materialise_empty(module: nn.Module) -> None:
     """Gives every parameter and buffer on the meta device uninitialised host memory; ties stay ties."""
-    made: dict[int, torch.Tensor] = {}
+    empty_of: dict[int, torch.Tensor] = {}
     tensors = tensors_of(module)
     for tensor in tensors.values():
-        if tensor.is_meta and id(tensor) not in made:
+        if tensor.is_meta and id(tensor) not in empty_of:
             # No page of it exists before it is written, so a large one costs no time and no memory yet.
-            made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    assign_tensors(module, {name: made.get(id(tensor), tensor) for name, tensor in tensors.items()})
+            empty_of[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    assign_tensors(module, {name: empty_of.get(id(tensor), tensor) for name, tensor in tensors.items()})
 
 
 def copy_tensors(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
@@ -99,8 +99,8 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, object]) -> None:
     become one parameter, as tied weights are; names that are not stop being tied. Parameters do not require gradients.
     """
     wanted = tensors_of(module)
-    given = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
-    _check_fit(wanted, given)
+    tensors_given = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    _check_fit(wanted, tensors_given)
     refused = [name for name, tensor in wanted.items() if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)]
     if refused:
         raise InvalidArgument(
@@ -112,7 +112,7 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, object]) -> None:
         for leaf, old in [*owner._parameters.items(), *owner._buffers.items()]:
             if old is None:
                 continue
-            new = given[f"{prefix}.{leaf}" if prefix else leaf]
+            new = tensors_given[f"{prefix}.{leaf}" if prefix else leaf]
             if isinstance(old, nn.Parameter):
                 new = shared.setdefault(_identity(new), nn.Parameter(new.detach(), requires_grad=False))
                 vars(new).update(vars(old))
@@ -131,11 +131,11 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     return where, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _check_fit(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    found = [f"{name}: not in the given tensors" for name in wanted if name not in given]
-    found += [f"{name}: not in the module" for name in given if name not in wanted]
+def _check_fit(wanted: Mapping[str, torch.Tensor], tensors_given: Mapping[str, torch.Tensor]) -> None:
+    found = [f"{name}: not in the given tensors" for name in wanted if name not in tensors_given]
+    found += [f"{name}: not in the module" for name in tensors_given if name not in wanted]
     for name, tensor in wanted.items():
-        other = given.get(name)
+        other = tensors_given.get(name)
         if other is None:
             continue
         if tensor.dtype != other.dtype:

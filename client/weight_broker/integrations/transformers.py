@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from weight_broker.integrations.checkpoint import (
 )
 from weight_broker.integrations.torch import assign_tensors, copy_tensors, materialise_empty, tensors_of
 from weight_broker.key import WeightSetKey
-from weight_broker.transfers.lease import ColdLoadLease
+from weight_broker.transfers.load import Load
 from weight_broker.transfers.report import AttachedTensors, LoadReport
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from weight_broker.client import BrokerClient
-    from weight_broker.transfers.publication import Publication
 
 _logger = logging.getLogger("weight_broker")
 # Not everything in transformers is typed, and some of it wrongly.
@@ -55,6 +54,8 @@ _progress: Any = transformers_logging
 # While it builds a model, transformers replaces methods of its classes: two threads would see each other's.
 _building = threading.Lock()
 
+_HOPELESS = (BrokerUnavailable, AcquireTimeout, WeightsNotFound)
+"""Failures of a mapping after which a copy would fail too."""
 _FLOATING = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -84,7 +85,9 @@ def load_causal_lm(
     try:
         source.check_servable()
         if client is None:
-            model, report = _from_disk(source)
+            started = time.monotonic()
+            model = _from_disk(source)
+            report = LoadReport("disk", 0.0, 0.0, load_seconds=time.monotonic() - started)
         else:
             if key is None:
                 key = source.key()
@@ -204,45 +207,27 @@ def _through_broker(
     publish: bool,
     deadline: float,
 ) -> tuple[PreTrainedModel, LoadReport]:
+    with client._load(key, timeout=max(deadline - time.monotonic(), 0.001), publish=publish) as load:
+        model = _loaded(load, source, zero_copy)
+        load.publish(lambda: tensors_of(model))
+    return model, load.report
+
+
+def _loaded(load: Load, source: _Source, zero_copy: Literal["auto"] | bool) -> PreTrainedModel:
+    """Views of the resident weights, a copy of them, or what is on disk."""
     if zero_copy is not False:
-        try:
-            return _mapped(client, source, key, publish, deadline)
-        except BrokerError as error:
-            if zero_copy is True or isinstance(error, BrokerUnavailable | AcquireTimeout | WeightsNotFound):
-                return _from_disk(source, error)
+        attached = load.map("torch")
+        if attached is not None:
+            return _with_views(source, attached)
+        is_hopeless = issubclass(load.failure or type(None), _HOPELESS)
+        if zero_copy is True or load.is_told_to_load or is_hopeless:
+            with suppress(CheckpointError, OSError):  # not one whose size is known before it is read
+                load.prepare_memory(sum(file.stat().st_size for file in checkpoint_files(source.directory)))
+            return _from_disk(source)
     model = source.model_to_fill()
-    report = client.acquire_or_load(
-        key,
-        tensors_of(model),
-        lambda: source.fill(model),
-        timeout=max(deadline - time.monotonic(), 0.001),
-        publish=publish,
-    )
-    return model, report
-
-
-def _mapped(
-    client: BrokerClient, source: _Source, key: WeightSetKey, publish: bool, deadline: float
-) -> tuple[PreTrainedModel, LoadReport]:
-    """Views of the resident weights or, if this process is told to load, what it read and published. Raises
-    `BrokerError` if the broker has neither for us."""
-    timeout = max(deadline - time.monotonic(), 0.001)
-    if not publish:  # who does not publish must not hold the lease that others wait for
-        attached = client.attach_tensors(key, framework="torch", timeout=timeout)
-        return _with_views(source, attached), LoadReport("peer", 0.0, 0.0, report=attached.report)
-    outcome = client._attach_and_share(key, framework="torch", timeout=timeout)
-    if isinstance(outcome, ColdLoadLease):
-        return _load_and_publish(client, source, key, outcome)
-    attached, shared = outcome
-    try:
-        model = _with_views(source, attached)
-    except BaseException:
-        shared.close()
-        raise
-    # The memory is sealed, so it is offered as it is: the weights outlive the instance that loaded them.
-    started = time.monotonic()
-    report = LoadReport("peer", 0.0, 0.0, report=attached.report)
-    return model, _published(report, lambda: client._publish_shared(key, shared), started)
+    if not load.fill(tensors_of(model)):
+        source.fill(model)
+    return model
 
 
 def _with_views(source: _Source, attached: AttachedTensors) -> PreTrainedModel:
@@ -254,43 +239,10 @@ def _with_views(source: _Source, attached: AttachedTensors) -> PreTrainedModel:
     return model
 
 
-def _load_and_publish(
-    client: BrokerClient, source: _Source, key: WeightSetKey, lease: ColdLoadLease
-) -> tuple[PreTrainedModel, LoadReport]:
-    try:
-        with suppress(CheckpointError, OSError):  # not one whose size is known before it is read
-            lease.prepare_memory(sum(file.stat().st_size for file in checkpoint_files(source.directory)))
-        model, report = _from_disk(source)
-    except BaseException as error:
-        with suppress(BrokerError):
-            lease.give_up(f"{type(error).__name__}: {error}")
-        raise
-    report = _published(report, lambda: client.publish(key, tensors_of(model), lease=lease), time.monotonic())
-    if report.publication is None:
-        with suppress(BrokerError):
-            lease.give_up(f"publishing failed: {report.publish_error}")
-    return model, report
-
-
-def _published(report: LoadReport, publish: Callable[[], Publication], started: float) -> LoadReport:
-    publication, refusal = None, None
-    try:
-        publication = publish()
-    except (BrokerError, OSError) as error:  # the weights are loaded: that they are not offered must not undo it
-        _logger.warning("loaded but not published: %s", error)
-        refusal = f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - started
-    return replace(report, publication=publication, publish_error=refusal, publish_seconds=seconds)
-
-
-def _from_disk(source: _Source, reason: BrokerError | None = None) -> tuple[PreTrainedModel, LoadReport]:
-    if reason is not None:
-        _logger.warning("loading %s from disk: %s", source.directory, reason)
-    started = time.monotonic()
+def _from_disk(source: _Source) -> PreTrainedModel:
     model = source.model_to_fill()
     source.fill(model)
-    error = str(reason) if reason is not None else None
-    return model, LoadReport("disk", 0.0, 0.0, load_seconds=time.monotonic() - started, acquire_error=error)
+    return model
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[object, ...]]:

@@ -1,14 +1,14 @@
 """How this process shares its tensors: what they are (`describe`), how they get into host memory (`export`), out of it
-(`copy_in`) or into view (`map_tensors`)."""
+(`copy_in`) or into view (`map_tensors`). What a kind of memory can do: `weight_broker.memory.kind`."""
 
+from weight_broker.memory.described import DescribedTensor, DescribedTensors
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.host.export import HostRegion, export
 from weight_broker.memory.host.fill import CopyResult, copy_in
 from weight_broker.memory.host.view import map_tensors
-from weight_broker.memory.tensors import DEVICE_KINDS, DescribedTensor, DescribedTensors, describe
+from weight_broker.memory.tensors import describe
 
 __all__ = [
-    "DEVICE_KINDS",
     "CopyResult",
     "DescribedTensor",
     "DescribedTensors",

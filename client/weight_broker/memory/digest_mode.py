@@ -42,4 +42,6 @@ class DigestMode(enum.StrEnum):
         """The sample to verify instead of everything if everything costs too much; None if it is not to be."""
         if self is not DigestMode.AUTO or expected.coverage is not DigestCoverage.FULL:
             return None
-        return DigestMode.SAMPLED.choose([one for one in offered if one.coverage is DigestCoverage.SAMPLED])
+        return DigestMode.SAMPLED.choose(
+            [candidate for candidate in offered if candidate.coverage is DigestCoverage.SAMPLED]
+        )

@@ -24,30 +24,17 @@ from weight_broker.errors import (
 )
 from weight_broker.key import WeightSetKey
 from weight_broker.load_group import LoadGroup
-from weight_broker.memory.device.destination import DeviceDestination
-from weight_broker.memory.device.staged import StagedDestination
-from weight_broker.memory.host.destination import Received, Receiver
-from weight_broker.memory.shared import Shared, SharedWeights
+from weight_broker.memory.kind import Destination, Received
 from weight_broker.transfers import calls
 from weight_broker.transfers.report import AcquireReport
-from weight_broker.v1 import resources_pb2, weight_set_pb2
+from weight_broker.v1 import resources_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
-from weight_broker.wire import (
-    DEVICE_KINDS,
-    digests_from_wire,
-    key_to_wire,
-    layout_from_wire,
-    layout_to_wire,
-    load_group_to_wire,
-    placements_to_wire,
-)
+from weight_broker.wire import key_to_wire, layout_to_wire, load_group_to_wire
 
 IF_ABSENT = {"fail": pb.IF_ABSENT_FAIL, "wait": pb.IF_ABSENT_WAIT, "load": pb.IF_ABSENT_LOAD}
 """What to do if nobody holds the weight set."""
 
 _LAST_WORD_SECONDS = 1.0
-_GRACE_SECONDS = 35.0
-"""Beyond the deadline, for the broker to end what writes to this process's memory and to say so."""
 _PHASE_NAMES = {value: name for name, value in calls.PHASES.items()}
 _DATA_PLANES = {resources_pb2.DATA_PLANE_LOCAL: "local", resources_pb2.DATA_PLANE_DATASYSTEM: "datasystem"}
 _PATHS = {
@@ -64,11 +51,10 @@ _logger = logging.getLogger("weight_broker")
 
 @dataclass(slots=True)
 class Acquired:
-    """The weights are in place. `shared` is what can be published again, if asked for: the caller closes it."""
+    """The weights are in place."""
 
     report: AcquireReport
     received: Received
-    shared: Shared | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +71,7 @@ class Acquisition:
 
     session: Session
     key: WeightSetKey
-    receiver: Receiver | DeviceDestination
+    destination: Destination
     if_absent: pb.IfAbsent.ValueType
     deadline: float
     """Monotonic seconds."""
@@ -93,15 +79,12 @@ class Acquisition:
     """When the caller's call began, in monotonic seconds."""
     phases: dict[str, float]
     """Seconds by phase; what the caller did before is in it already."""
-    keep_shared: bool = False
-    """Whether what was received stays open, to be published by reference."""
     group: LoadGroup | None = None
     """The engine that this process is a rank of."""
     _touched: bool = False
     _last_failure: BrokerError | None = None
     _granted: pb.Granted | None = None
     _received: Received | None = None
-    _shared: SharedWeights | None = None
     _mark: float = field(default_factory=time.monotonic)
     _waiting: bool = False
     _own_lease: bool = False
@@ -111,39 +94,34 @@ class Acquisition:
 
     def run(self) -> Acquired | ColdLoadTold:
         """Returns with every byte in place and verified or with the lease; raises a `BrokerError` otherwise. On any
-        exception the stream is cancelled, which frees the source's reader slot, and nothing stays open."""
+        exception the stream is cancelled, which frees the source's reader slot. The destination stays the caller's."""
         self._mark = time.monotonic()
         stub, metadata = self.session.stub, self.session.metadata
-        stream, done = None, False
+        stream = None
         try:
             request = self._request()
-            grace = _GRACE_SECONDS if isinstance(self.receiver, DeviceDestination) else 0.0
-            stream = stub.Acquire(request, timeout=self._remaining() + grace, metadata=metadata)
-            outcome = self._follow(stream)
-            done = True
-            return outcome
+            timeout = self._remaining() + self.destination.grace_seconds
+            stream = stub.Acquire(request, timeout=timeout, metadata=metadata)
+            return self._follow(stream)
         finally:
             try:
                 if self._is_filled:  # an interruption: whoever caught it would use the memory
                     self._stop_filling()
+            finally:
                 if stream is not None:
                     stream.cancel()
-            finally:
-                if not (done and self.keep_shared):
-                    self._close_shared()
 
     def _follow(self, stream: Iterator[pb.AcquireResponse]) -> Acquired | ColdLoadTold:
         try:
             for response in stream:
                 match response.WhichOneof("event"):
                     case "waiting":
-                        self._pass("wait" if self._waiting else "reserve")
+                        self._end_wait()
                         self._waiting = True
                         self._note_holder(response.waiting)
                     case "granted":
-                        self._pass("wait" if self._waiting else "reserve")
-                        self._waiting = False
-                        self._own_lease = False
+                        self._end_wait()
+                        self._waiting = self._own_lease = False
                         unheard = self._transfer(response.granted)
                         if unheard is not None:
                             return self._without_answer(unheard)
@@ -155,11 +133,11 @@ class Acquisition:
                         self._pass("confirm")
                         return self._finished(response.done.report)
                     case "cold_load":
-                        self._pass("wait" if self._waiting else "reserve")
+                        self._end_wait()
                         lease = response.cold_load.cold_load_lease
                         # Only now that nobody writes any more is this told; a source that was lost may have written.
                         self._touched, self._is_filled = self._touched or self._is_filled, False
-                        self._hear_out(stream, lease)
+                        self._confirm_lease(stream, lease)
                         return ColdLoadTold(lease, self._touched)
                     case _:  # progress of a transfer that the broker carries out, or news of a newer broker
                         pass
@@ -175,9 +153,9 @@ class Acquisition:
             )
         return self._without_answer(BrokerError("the broker ended the acquisition without an answer"))
 
-    def _hear_out(self, stream: Iterator[pb.AcquireResponse], lease: resources_pb2.ColdLoadLease) -> None:
+    def _confirm_lease(self, stream: Iterator[pb.AcquireResponse], lease: resources_pb2.ColdLoadLease) -> None:
         """Reads to the end of the stream: it tells the broker an answer that arrived from a call that was cancelled.
-        If that fails nobody is going to load, and so the next one is to be told."""
+        If that fails this process does not load, and so the next one is to be told."""
         try:
             for _ in stream:
                 pass
@@ -193,51 +171,28 @@ class Acquisition:
         self._own_lease = waiting.reason == pb.Waiting.REASON_COLD_LOAD and holder == self.session.instance_id
 
     def _request(self) -> pb.AcquireRequest:
-        receiver = self.receiver
-        layout = receiver.layout
-        request = pb.AcquireRequest(
-            key=key_to_wire(self.key),
-            if_absent=self.if_absent,
-            path=resources_pb2.TRANSFER_PATH_ZERO_COPY if receiver.zero_copy else resources_pb2.TRANSFER_PATH_COPY,
-            device_kind=weight_set_pb2.DEVICE_KIND_CPU,
-            request_id=str(uuid.uuid4()),
-        )
+        request = pb.AcquireRequest(key=key_to_wire(self.key), if_absent=self.if_absent, request_id=str(uuid.uuid4()))
+        layout = self.destination.layout
         if layout is not None:
             layout_to_wire(layout, request.layout)
         if self.group is not None:
             request.load_group.CopyFrom(load_group_to_wire(self.group))
             request.assembly_timeout.FromNanoseconds(int(min(self.group.assembly_timeout, self._remaining()) * 1e9))
-        if isinstance(receiver, DeviceDestination):
-            device_id, regions, placements = receiver.open()
-            request.device_kind, request.device_id = DEVICE_KINDS[receiver.device_kind], device_id
-            request.regions.extend(regions)
-            request.placements.extend(placements_to_wire(placements))
+        self.destination.fill_request(request, self.session)
+        if self.destination.grace_seconds:
             request.timeout.FromNanoseconds(int(self._remaining() * 1e9))
-        if isinstance(receiver, StagedDestination):
-            request.path, request.stage_id = resources_pb2.TRANSFER_PATH_STAGED, receiver.serve(self.session)
         return request
 
     def _transfer(self, granted: pb.Granted) -> BrokerError | None:
         """Takes the bytes from one source and reports how it went, unless the broker brings them: then `moved` follows.
         Returns why the report was not heard, if so."""
         self._granted, self._received = granted, None
-        self._close_shared()
-        if isinstance(self.receiver, DeviceDestination):
-            self._is_filled = True
-            return None
-        receiver = self.receiver
-
-        def take() -> Received:
-            self._shared = self._open(granted)
-            self._add("map", self._lap())
-            return self._receive(receiver, self._shared)
-
-        return self._report(granted, take)
+        return self._report(granted, lambda: self.destination.take(granted, self._claim, self.deadline))
 
     def _verify(self, moved: pb.Moved) -> BrokerError | None:
         """The broker has brought the bytes and writes no more."""
-        granted, receiver = self._granted, self.receiver
-        if granted is None or not isinstance(receiver, DeviceDestination):
+        granted = self._granted
+        if granted is None or not self._is_filled:
             raise BrokerError("the broker moved what was never granted", touched=self._touched)
         self._is_filled = False
         self._touched = True
@@ -245,17 +200,9 @@ class Acquisition:
             name = _PHASE_NAMES.get(phase_time.phase)
             if name is not None:
                 self._add(name, phase_time.duration.ToNanoseconds() / 1e9)
+        return self._report(granted, lambda: self.destination.verify(granted, moved, self.deadline))
 
-        def verify() -> Received:
-            begun = time.monotonic()
-            offered = digests_from_wire(granted.digests, len(receiver.layout), pass_over_unknown=True)
-            coverage = receiver.verify(offered, self.deadline)
-            self._add("verify", time.monotonic() - begun)
-            return Received(moved.size_bytes, coverage, {})
-
-        return self._report(granted, verify)
-
-    def _report(self, granted: pb.Granted, take: Callable[[], Received]) -> BrokerError | None:
+    def _report(self, granted: pb.Granted, take: Callable[[], Received | None]) -> BrokerError | None:
         """Tells the broker what became of a transfer. A failure that another source may cure is kept in mind: the
         broker's next word decides. Any other is raised."""
         try:
@@ -263,14 +210,20 @@ class Acquisition:
         except (NotAttached, BrokerUnavailable) as error:
             error.touched = self._touched
             raise
-        except IntegrityError as error:
-            return self._fail(pb.TransferFailed.CAUSE_DIGEST_MISMATCH, error)
         except BrokerError as error:
-            if isinstance(error, TransferFailed) and not error.touched:  # the source's memory is not what it should be
-                return self._fail(pb.TransferFailed.CAUSE_SOURCE_UNREACHABLE, error)
-            self._fail(pb.TransferFailed.CAUSE_RECEIVER, error)
+            self._touched = self._touched or error.touched
+            cause, is_curable = _blame(error)
+            unheard = self._fail(cause, error)
+            if is_curable:
+                return unheard
             raise
+        if received is None:
+            self._is_filled = True
+            return None
         self._received = received
+        self._touched = self._touched or received.touched
+        for name, seconds in received.seconds.items():
+            self._add(name, seconds)
         self._mark = time.monotonic()
         return self._tell(
             lambda: calls.report_success(
@@ -299,53 +252,18 @@ class Acquisition:
         except BrokerError as error:
             _logger.error("the broker may still write to the tensors: %s", error)
 
-    def _open(self, granted: pb.Granted) -> SharedWeights:
-        """The source's memory: nothing is touched yet."""
-        for region in granted.regions:
-            if region.WhichOneof("handle") != "host_memory":
-                raise BrokerError(f"region {region.region_id!r} is not host memory, which is all this client can read")
-        layout = self.receiver.layout
-        if layout is None:
-            layout = layout_from_wire(granted.layout)
-        shared = SharedWeights(
-            layout,
-            [],
-            tuple([(placement.region_index, placement.offset_bytes) for placement in granted.placements]),
-            digests_from_wire(granted.digests, len(layout), pass_over_unknown=True),
-        )
+    def _claim(self, index: int) -> int:
+        """Opens a region of the source that was granted last."""
+        if self._granted is None:
+            raise AssertionError("nothing is granted")
         try:
-            for index, region in enumerate(granted.regions):
-                descriptor = self._claim(granted.transfer_id, index)
-                shared.memfds.append((descriptor, region.size_bytes))
-        except BaseException:
-            shared.close()
-            raise
-        return shared
-
-    def _claim(self, transfer_id: str, index: int) -> int:
-        try:
-            return self.session.connection.claim_region(transfer_id, index)
+            return self.session.connection.claim_region(self._granted.transfer_id, index)
         except (NotAttached, BrokerUnavailable):
             raise
         except BrokerError as error:
             raise TransferFailed(f"the source's region {index} cannot be opened: {error}") from error
 
-    def _receive(self, receiver: Receiver, shared: SharedWeights) -> Received:
-        try:
-            received = receiver.receive(shared, self.deadline)
-        except BrokerError as error:
-            self._touched = self._touched or error.touched
-            raise
-        except Exception as error:  # whatever it was, the caller has to learn that the tensors may be half written
-            self._touched = not receiver.zero_copy
-            raise BrokerError(f"the transfer failed here: {error}", touched=self._touched) from error
-        self._touched = self._touched or not receiver.zero_copy
-        for name, seconds in received.seconds.items():
-            self._add(name, seconds)
-        return received
-
     def _fail(self, cause: pb.TransferFailed.Cause.ValueType, error: BrokerError) -> BrokerError | None:
-        self._close_shared()
         error.touched = self._touched
         self._last_failure = error
         granted = self._granted
@@ -394,18 +312,9 @@ class Acquisition:
 
     def _finished(self, report: resources_pb2.TransferReport | None) -> Acquired:
         granted, received = self._granted, self._received
-        shared: Shared | None = self._shared
         if granted is None or received is None:
             raise BrokerError("the broker called an acquisition done that moved nothing", touched=self._touched)
-        if isinstance(self.receiver, DeviceDestination):
-            layout = self.receiver.layout
-            shared = self.receiver.keep() if self.keep_shared else None
-        elif shared is not None:
-            layout = shared.layout
-        else:
-            raise BrokerError("the broker called an acquisition done that moved nothing", touched=self._touched)
         source = granted.source
-        size_bytes = report.size_bytes if report is not None else received.size_bytes
         return Acquired(
             AcquireReport(
                 weight_set_id=self.key.id,
@@ -414,8 +323,8 @@ class Acquisition:
                 source_instance_name=source.instance_name,
                 source_publication_id=source.publication_id,
                 source_generation=source.generation,
-                size_bytes=size_bytes,
-                tensor_count=len(layout),
+                size_bytes=report.size_bytes if report is not None else received.size_bytes,
+                tensor_count=len(received.layout),
                 phases=self.phases,
                 seconds=time.monotonic() - self.begun,
                 verified=received.verified,
@@ -423,24 +332,27 @@ class Acquisition:
                 path=_PATHS.get(granted.path, "unknown"),
             ),
             received,
-            shared,
         )
 
     def _remaining(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
 
-    def _lap(self) -> float:
-        now = time.monotonic()
-        seconds, self._mark = now - self._mark, now
-        return seconds
+    def _end_wait(self) -> None:
+        self._pass("wait" if self._waiting else "reserve")
 
     def _pass(self, phase: str) -> None:
-        self._add(phase, self._lap())
+        now = time.monotonic()
+        self._add(phase, now - self._mark)
+        self._mark = now
 
     def _add(self, phase: str, seconds: float) -> None:
         self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
-    def _close_shared(self) -> None:
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            shared.close()
+
+def _blame(error: BrokerError) -> tuple[pb.TransferFailed.Cause.ValueType, bool]:
+    """The cause that is reported, and whether another source may cure it."""
+    if isinstance(error, IntegrityError):
+        return pb.TransferFailed.CAUSE_DIGEST_MISMATCH, True
+    if isinstance(error, TransferFailed) and not error.touched:  # the source's memory is not what it should be
+        return pb.TransferFailed.CAUSE_SOURCE_UNREACHABLE, True
+    return pb.TransferFailed.CAUSE_RECEIVER, False

@@ -15,7 +15,7 @@ from weight_broker.digest import DigestCoverage
 from weight_broker.errors import Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.load_group import LoadGroup
-from weight_broker.memory.shared import Shared
+from weight_broker.memory.kind import Shared
 from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.wire import (
@@ -24,6 +24,7 @@ from weight_broker.wire import (
     digests_to_wire,
     key_to_wire,
     layout_to_wire,
+    lease_end,
     load_group_to_wire,
     placements_to_wire,
 )
@@ -131,7 +132,7 @@ def extend_lease(session: Session, weight_set_id: str, fencing_token: int, secon
     request.extend.SetInParent()
     if seconds is not None:
         request.extend.duration.FromNanoseconds(int(seconds * 1e9))
-    return _report_load(session, request).cold_load_lease.expire_time.ToNanoseconds() / 1e9
+    return lease_end(_report_load(session, request).cold_load_lease)
 
 
 def _report_load(

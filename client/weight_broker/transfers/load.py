@@ -1,4 +1,8 @@
-"""`acquire_or_load`: weights from a peer if there is one, from disk if not, and then a source for the next instance."""
+"""One load of one weight set: from a peer if there is one, from disk if not, and then a source for the next instance.
+
+The steps are the same for whoever loads: `fill` or `map`; if that came to nothing, the caller reads from disk;
+`publish`. `BrokerClient.acquire_or_load` and the integrations are callers of it.
+"""
 
 from __future__ import annotations
 
@@ -6,83 +10,235 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
 
+from weight_broker.drivers.error import DriverError
 from weight_broker.errors import BrokerError, BrokerUnavailable, LayoutMismatch
-from weight_broker.key import WeightSetKey
+from weight_broker.memory.kind import DeadlinePassed, kind_of
+from weight_broker.transfers.exchange import Exchange, Filled, Framework, IfAbsent, Mapped, Request, checked_seconds
 from weight_broker.transfers.lease import ColdLoadLease
-from weight_broker.transfers.publication import Publication
-from weight_broker.transfers.report import LoadReport
+from weight_broker.transfers.report import AcquireReport, LoadReport
 
 if TYPE_CHECKING:
-    from weight_broker.client import BrokerClient
-    from weight_broker.memory.shared import Shared
-    from weight_broker.transfers.report import AcquireReport
+    from weight_broker.key import WeightSetKey
+    from weight_broker.load_group import LoadGroup
+    from weight_broker.memory.kind import Shared
+    from weight_broker.transfers.publication import Publication
+    from weight_broker.transfers.report import AttachedTensors
 
 TensorSource = Mapping[str, object] | Callable[[], Mapping[str, object]]
 """Tensors by name, or a function that returns them: for loaders that replace tensors while they load."""
 
-# No descriptor, memory or thread left: for sockets, for modules that are imported only now, for gRPC.
-_SHORTAGES = (OSError, MemoryError, ImportError, RuntimeError)
+SURVIVABLE = (BrokerError, DriverError, DeadlinePassed, OSError, MemoryError, ImportError, RuntimeError)
+"""What no load fails for: the broker or a driver said no, or this process has no descriptor, memory or thread left (for
+sockets, for modules that are imported only now, for gRPC). The disk may well do without."""
 
+_EXPECTED = (BrokerError, DriverError, OSError, MemoryError)
+Outcome = TypeVar("Outcome", Filled, Mapped)
 _logger = logging.getLogger("weight_broker")
 
 
-def acquire_or_load(
-    client: BrokerClient,
-    key: WeightSetKey,
-    tensors: TensorSource,
-    load: Callable[[], None],
-    *,
-    timeout: float,
-    publish: bool,
-) -> LoadReport:
-    """See `BrokerClient.acquire_or_load`."""
-    begun = time.monotonic()
-    lease: ColdLoadLease | None = None
-    acquire_error: Exception | None = None
-    wanted = current(tensors)
-    try:
-        if publish:
-            outcome = client._acquire_and_share(key, wanted, timeout=timeout)
-            if not isinstance(outcome, ColdLoadLease):
-                if outcome.shared is None:
-                    raise AssertionError("what was received was to be kept")
-                return _from_peer(client, key, outcome.report, outcome.shared, begun)
-            lease = outcome
-            prepare_memory(lease, wanted)
-        else:  # who does not publish must not hold the lease that others wait for
-            report = client.acquire(key, wanted, timeout=timeout)
-            seconds = time.monotonic() - begun
-            return LoadReport("peer", seconds, seconds, report=report)
-    except BrokerError as error:
-        if not error.quiesced:
-            raise  # somebody may still write to the tensors: nothing may be loaded into them
-        _logger.warning("loading %s from disk: %s", key.model, error)
-        acquire_error = error
-    except _SHORTAGES as error:  # of this process: the disk may well do without
-        _logger.warning("loading %s from disk: %r", key.model, error, exc_info=not _expected(error))
-        acquire_error = error
-    del wanted
-    acquired = time.monotonic()
-    _load(load, lease)
-    loaded = time.monotonic()
-    publication, publish_error = None, None
-    if publish and not isinstance(acquire_error, BrokerUnavailable):
-        if isinstance(acquire_error, LayoutMismatch):
-            _logger.warning("publishing %s with another layout than the resident one", key.model)
-        publication, publish_error = _publish(client, key, tensors, lease)
-    ended = time.monotonic()
-    return LoadReport(
-        "disk",
-        ended - begun,
-        acquired - begun,
-        loaded - acquired,
-        ended - loaded,
-        publication=publication,
-        acquire_error=_text(acquire_error),
-        publish_error=publish_error,
-    )
+class Load:
+    """Used as a context: whatever is left at its end, a lease or shared memory, is given back.
+
+    With `publish` this process may be told to load from disk, by a lease, and all others wait for it. `wait`: whether
+    to wait for another process that was told to. `timeout`: seconds for the acquisition, from the beginning of the
+    load. `strict`: `fill` and `map` raise what they would survive.
+    """
+
+    touched = False
+    """Whether a source failed half way: the content of the tensors is undefined."""
+    failure: type[Exception] | None = None
+    """Why nothing came from a peer, if something went wrong. Not the error itself, whose traceback would keep the
+    tensors alive."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        key: WeightSetKey,
+        *,
+        timeout: float,
+        publish: bool,
+        wait: bool = True,
+        group: LoadGroup | None = None,
+        strict: bool = False,
+        logger: logging.Logger = _logger,
+    ) -> None:
+        self._exchange = exchange
+        self._key = key
+        self._timeout = timeout
+        self._publish = publish
+        self._if_absent: IfAbsent = ("load" if publish else "wait") if wait else "fail"
+        self._group = group
+        self._strict = strict
+        self._logger = logger
+        self._lease: ColdLoadLease | None = None
+        self._shared: Shared | None = None
+        self._acquired: AcquireReport | None = None
+        self._acquire_error: str | None = None
+        self._publication: Publication | None = None
+        self._publish_error: str | None = None
+        self._begun = time.monotonic()
+        self._acquire_ended = self._publish_begun = self._ended = 0.0
+
+    def fill(self, tensors: Mapping[str, object]) -> bool:
+        """True: filled from a peer. False: load from disk. Raises only a `BrokerError` with `quiesced` False: the
+        storages of the tensors must be discarded."""
+        outcome = self._attempt(lambda request: self._exchange.fill(request, tensors))
+        if self._lease is not None:
+            self._prepare_for(tensors)
+        if outcome is None:
+            return False
+        self._acquired, self._shared = outcome.report, outcome.shared
+        return True
+
+    def map(self, framework: Framework, like: Mapping[str, object] | None = None) -> AttachedTensors | None:
+        """Views of the resident memory, which has to have the layout of the tensors `like`. None: load from disk, or
+        `fill`."""
+
+        def mapped(request: Request) -> Mapped | ColdLoadLease:
+            outcome = self._exchange.map(request, framework)
+            if isinstance(outcome, Mapped) and like is not None:
+                _check_layout(outcome, like)
+            return outcome
+
+        outcome = self._attempt(mapped)
+        if outcome is None:
+            return None
+        self._acquired, self._shared = outcome.tensors.report, outcome.shared
+        return outcome.tensors
+
+    @property
+    def is_told_to_load(self) -> bool:
+        """Whether all others wait for this process to load from disk."""
+        return self._lease is not None
+
+    @property
+    def shares_own_memory(self) -> bool:
+        """Whether what arrived is to be read from the very tensors that were filled."""
+        return self._shared is not None and self._shared.needs_retraction
+
+    def prepare_memory(self, size_bytes: int) -> None:
+        """Has the kernel give out memory for publishing while the weights are read, if they are to be published."""
+        if self._lease is not None and size_bytes > 0:
+            with contextlib.suppress(*SURVIVABLE):
+                self._lease.prepare_memory(size_bytes)
+
+    def publish(self, tensors: TensorSource) -> Publication | None:
+        """Offers the weights, unless that is not wanted or there is no broker. Never raises: they are loaded. The
+        report says why not."""
+        self._publish_begun = time.monotonic()
+        failure = self.failure or type(None)
+        if self._publish and not issubclass(failure, BrokerUnavailable):
+            if issubclass(failure, LayoutMismatch):
+                self._logger.warning("publishing %s with another layout than the resident one", self._key.model)
+            try:
+                self._publication = self._offer(tensors)
+            except Exception as error:  # the weights are loaded: whatever goes wrong now must not undo that
+                text, self._publish_error = "%s is loaded but not published: %s", _text(error)
+                self._logger.warning(text, self._key.model, error, exc_info=not isinstance(error, _EXPECTED))
+                self.give_up(f"publishing failed: {self._publish_error}")
+        self._ended = time.monotonic()
+        return self._publication
+
+    def discard(self) -> None:
+        """What arrived is not used after all."""
+        self._acquired = None
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
+
+    def give_up(self, reason: str, *, unpublishable: bool = False) -> None:
+        """Ends the lease, if there is one, so that the next waiter is told to load; if the weights are `unpublishable`,
+        all are. Never raises."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        try:
+            lease.give_up(reason, unpublishable=unpublishable)
+        except SURVIVABLE as error:
+            self._logger.warning("%r could not be given up: %s", lease, error)
+
+    @property
+    def report(self) -> LoadReport:
+        """How the load went."""
+        ended = self._ended or time.monotonic()
+        acquire_ended = self._acquire_ended or self._begun
+        publish_begun = self._publish_begun or ended
+        is_peer = self._acquired is not None
+        return LoadReport(
+            "peer" if is_peer else "disk",
+            ended - self._begun,
+            acquire_ended - self._begun,
+            0.0 if is_peer else publish_begun - acquire_ended,
+            ended - publish_begun,
+            report=self._acquired,
+            publication=self._publication,
+            acquire_error=self._acquire_error,
+            publish_error=self._publish_error,
+        )
+
+    def close(self, reason: str = "nothing was published") -> None:
+        """Gives back whatever is left. Idempotent."""
+        self.give_up(reason)
+        self._ended = self._ended or time.monotonic()
+        shared, self._shared = self._shared, None
+        if shared is not None:
+            try:
+                shared.close()
+            except SURVIVABLE as error:
+                self._logger.warning("the memory of %s is still shared: %s", self._key.model, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close("nothing was published" if kind is None else f"the loader raised {kind.__name__}")
+
+    def _attempt(self, ask: Callable[[Request], Outcome | ColdLoadLease]) -> Outcome | None:
+        """One acquisition. None: there is a lease, or a failure that the load survives."""
+        self.failure, self._acquire_error = None, None
+        try:
+            outcome = ask(self._request())
+        except SURVIVABLE as error:
+            if self._strict or not getattr(error, "quiesced", True):
+                raise  # if something may still write to the tensors, nothing may be loaded into them
+            self.touched = self.touched or bool(getattr(error, "touched", False))
+            self.failure, self._acquire_error = type(error), _text(error)
+            shown = error if isinstance(error, BrokerError) else repr(error)
+            is_defect = not isinstance(error, _EXPECTED)
+            self._logger.warning("loading %s from disk: %s", self._key.model, shown, exc_info=is_defect)
+            return None
+        finally:
+            self._acquire_ended = time.monotonic()
+        if not isinstance(outcome, ColdLoadLease):
+            return outcome
+        self._lease = outcome
+        self.touched = self.touched or outcome.touched
+        return None
+
+    def _request(self) -> Request:
+        elapsed = time.monotonic() - self._begun
+        timeout = max(checked_seconds("timeout", self._timeout) - elapsed, 0.001)
+        return Request(self._key, timeout, self._if_absent, self._group, keep=self._publish)
+
+    def _prepare_for(self, tensors: Mapping[str, object]) -> None:
+        from weight_broker.memory.tensors import describe
+
+        with contextlib.suppress(*SURVIVABLE):  # what cannot be shared: publishing says so
+            described = describe(tensors)
+            self.prepare_memory(kind_of(described.device_kind).prepared_bytes(described.layout))
+
+    def _offer(self, tensors: TensorSource) -> Publication:
+        shared, self._shared = self._shared, None
+        if shared is not None:  # verified when it was read: nothing needs to be copied
+            return self._exchange.publish_shared(self._key, shared, group=self._group)
+        publication = self._exchange.publish(self._key, current(tensors), lease=self._lease, group=self._group)
+        self._lease = None
+        return publication
 
 
 def current(tensors: TensorSource) -> Mapping[str, object]:
@@ -90,73 +246,21 @@ def current(tensors: TensorSource) -> Mapping[str, object]:
     return tensors() if callable(tensors) else tensors
 
 
-def _from_peer(
-    client: BrokerClient, key: WeightSetKey, report: AcquireReport, shared: Shared, begun: float
-) -> LoadReport:
-    """The weights came from a peer. What was read is sealed, so it is published as it is: nothing is copied."""
-    acquired = time.monotonic()
-    publication, publish_error = _attempt(key, lambda: client._publish_shared(key, shared))
-    ended = time.monotonic()
-    return LoadReport(
-        "peer",
-        ended - begun,
-        acquired - begun,
-        publish_seconds=ended - acquired,
-        report=report,
-        publication=publication,
-        publish_error=publish_error,
-    )
-
-
-def prepare_memory(lease: ColdLoadLease, tensors: Mapping[str, object]) -> None:
-    """Has the kernel give out memory for publishing `tensors` while they are loaded, if they are in host memory."""
-    from weight_broker.memory.host.export import region_bytes
+def _check_layout(mapped: Mapped, like: Mapping[str, object]) -> None:
+    """Raises `LayoutMismatch`, with the memory closed."""
+    from weight_broker.layout import differences
     from weight_broker.memory.tensors import describe
 
-    with contextlib.suppress(BrokerError):  # what cannot be shared: publishing says so
-        described = describe(tensors)
-        if described.device_kind == "cpu":
-            lease.prepare_memory(region_bytes(described.layout))
-
-
-def _load(load: Callable[[], None], lease: ColdLoadLease | None) -> None:
-    """Loads from disk. If that fails the lease is given up at once, so that another instance can try."""
     try:
-        load()
-    except BaseException as error:
-        if lease is not None:
-            _give_up(lease, f"the loader raised {type(error).__name__}")
+        wanted, resident = describe(like).layout, mapped.tensors.layout
+        if resident.fingerprint != wanted.fingerprint:
+            text = "; ".join(differences(resident, wanted))
+            raise LayoutMismatch(f"the resident weights have another layout: {text}", metadata={"differences": text})
+    except BaseException:
+        if mapped.shared is not None:
+            mapped.shared.close()
         raise
 
 
-def _publish(
-    client: BrokerClient, key: WeightSetKey, tensors: TensorSource, lease: ColdLoadLease | None
-) -> tuple[Publication | None, str | None]:
-    publication, publish_error = _attempt(key, lambda: client.publish(key, current(tensors), lease=lease))
-    if publication is None and lease is not None:
-        _give_up(lease, f"publishing failed: {publish_error}")
-    return publication, publish_error
-
-
-def _attempt(key: WeightSetKey, publish: Callable[[], Publication]) -> tuple[Publication | None, str | None]:
-    try:
-        return publish(), None
-    except Exception as error:  # the weights are loaded: whatever goes wrong now must not undo that
-        _logger.warning("%s is loaded but not published: %s", key.model, error, exc_info=not _expected(error))
-        return None, _text(error)
-
-
-def _give_up(lease: ColdLoadLease, reason: str) -> None:
-    try:
-        lease.give_up(reason)
-    except BrokerError as error:
-        _logger.warning("%r could not be given up: %s", lease, error)
-
-
-def _expected(error: Exception) -> bool:
-    return isinstance(error, BrokerError | OSError | MemoryError)
-
-
-def _text(error: Exception | None) -> str | None:
-    """What is kept of an error: not the object, whose traceback would keep the tensors alive."""
-    return None if error is None else f"{type(error).__name__}: {error}"
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -27,7 +27,7 @@ from weight_broker.errors import (
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout
 from weight_broker.load_group import LoadGroup
-from weight_broker.memory.shared import Shared
+from weight_broker.memory.kind import Shared
 
 if TYPE_CHECKING:
     from weight_broker.v1 import resources_pb2, weight_set_pb2
@@ -52,7 +52,6 @@ class Publication:
         key: WeightSetKey,
         shared: Shared,
         *,
-        owner: object = None,
         group: LoadGroup | None = None,
     ) -> None:
         self.key = key
@@ -61,7 +60,6 @@ class Publication:
         self.id = ""
         self.generation = 0
         self._attachment = attachment
-        self._owner = owner  # the client lives for as long as something of it is published
         self._shared = shared
         self._process = os.getpid()
         self._lock = threading.Lock()
@@ -192,6 +190,7 @@ class Publication:
             raise
         self.id, self.generation = published.publication_id, published.generation
         self._session, self._regions = session, regions
+        self._shared.note(published)
 
     def _retract(self, session: Session, timeout: float) -> None:
         from weight_broker.transfers import calls

@@ -254,8 +254,13 @@ class ExplainRequest(google.protobuf.message.Message):
     KEY_FIELD_NUMBER: builtins.int
     WEIGHT_SET_ID_FIELD_NUMBER: builtins.int
     LAYOUT_FIELD_NUMBER: builtins.int
+    DEVICE_KIND_FIELD_NUMBER: builtins.int
     weight_set_id: builtins.str
     """By its id."""
+    device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType
+    """Optional. The kind of memory that would receive; without it the kind in which the weight set is published, or host
+    memory.
+    """
     @property
     def key(self) -> weight_broker.v1.weight_set_pb2.WeightSetKey:
         """By its key."""
@@ -270,9 +275,10 @@ class ExplainRequest(google.protobuf.message.Message):
         key: weight_broker.v1.weight_set_pb2.WeightSetKey | None = ...,
         weight_set_id: builtins.str = ...,
         layout: weight_broker.v1.weight_set_pb2.Layout | None = ...,
+        device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "weight_set", b"weight_set", "weight_set_id", b"weight_set_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "weight_set", b"weight_set", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_kind", b"device_kind", "key", b"key", "layout", b"layout", "weight_set", b"weight_set", "weight_set_id", b"weight_set_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["weight_set", b"weight_set"]) -> typing.Literal["key", "weight_set_id"] | None: ...
 
 global___ExplainRequest = ExplainRequest

@@ -183,6 +183,7 @@ class Instance(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     ATTACH_TIME_FIELD_NUMBER: builtins.int
     PUBLICATION_COUNT_FIELD_NUMBER: builtins.int
+    AGE_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
     """Identity, unique for the life of the broker."""
     host_id: builtins.str
@@ -203,6 +204,10 @@ class Instance(google.protobuf.message.Message):
     def attach_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it attached."""
 
+    @property
+    def age(self) -> google.protobuf.duration_pb2.Duration:
+        """How long it has been attached: what a reader on another clock can trust."""
+
     def __init__(
         self,
         *,
@@ -215,9 +220,10 @@ class Instance(google.protobuf.message.Message):
         state: global___Instance.State.ValueType = ...,
         attach_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         publication_count: builtins.int = ...,
+        age: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attach_time", b"attach_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attach_time", b"attach_time", "gid", b"gid", "host_id", b"host_id", "instance_id", b"instance_id", "name", b"name", "pid", b"pid", "publication_count", b"publication_count", "state", b"state", "uid", b"uid"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["age", b"age", "attach_time", b"attach_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["age", b"age", "attach_time", b"attach_time", "gid", b"gid", "host_id", b"host_id", "instance_id", b"instance_id", "name", b"name", "pid", b"pid", "publication_count", b"publication_count", "state", b"state", "uid", b"uid"]) -> None: ...
 
 global___Instance = Instance
 
@@ -281,6 +287,7 @@ class Publication(google.protobuf.message.Message):
     QUARANTINE_REASON_FIELD_NUMBER: builtins.int
     LOAD_GROUP_FIELD_NUMBER: builtins.int
     IS_STAGED_FIELD_NUMBER: builtins.int
+    AGE_FIELD_NUMBER: builtins.int
     publication_id: builtins.str
     """Identity, unique for the life of the broker."""
     weight_set_id: builtins.str
@@ -323,6 +330,10 @@ class Publication(google.protobuf.message.Message):
     def load_group(self) -> weight_broker.v1.weight_set_pb2.LoadGroup:
         """The engine that its instance is a rank of, if it has several."""
 
+    @property
+    def age(self) -> google.protobuf.duration_pb2.Duration:
+        """How long it has been published."""
+
     def __init__(
         self,
         *,
@@ -345,9 +356,10 @@ class Publication(google.protobuf.message.Message):
         quarantine_reason: builtins.str = ...,
         load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
         is_staged: builtins.bool = ...,
+        age: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["load_group", b"load_group", "publish_time", b"publish_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "is_staged", b"is_staged", "layout_fingerprint", b"layout_fingerprint", "load_group", b"load_group", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["age", b"age", "load_group", b"load_group", "publish_time", b"publish_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["age", b"age", "device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "is_staged", b"is_staged", "layout_fingerprint", b"layout_fingerprint", "load_group", b"load_group", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___Publication = Publication
 
@@ -364,6 +376,8 @@ class ColdLoadLease(google.protobuf.message.Message):
     HOST_ID_FIELD_NUMBER: builtins.int
     ACQUIRE_TIME_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    AGE_FIELD_NUMBER: builtins.int
+    REMAINING_FIELD_NUMBER: builtins.int
     weight_set_id: builtins.str
     """The weight set."""
     fencing_token: builtins.int
@@ -382,6 +396,14 @@ class ColdLoadLease(google.protobuf.message.Message):
     def expire_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it ends unless extended."""
 
+    @property
+    def age(self) -> google.protobuf.duration_pb2.Duration:
+        """How long it has been held."""
+
+    @property
+    def remaining(self) -> google.protobuf.duration_pb2.Duration:
+        """How long it lasts unless extended."""
+
     def __init__(
         self,
         *,
@@ -392,9 +414,11 @@ class ColdLoadLease(google.protobuf.message.Message):
         host_id: builtins.str = ...,
         acquire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         expire_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        age: google.protobuf.duration_pb2.Duration | None = ...,
+        remaining: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["acquire_time", b"acquire_time", "expire_time", b"expire_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acquire_time", b"acquire_time", "expire_time", b"expire_time", "fencing_token", b"fencing_token", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["acquire_time", b"acquire_time", "age", b"age", "expire_time", b"expire_time", "remaining", b"remaining"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acquire_time", b"acquire_time", "age", b"age", "expire_time", b"expire_time", "fencing_token", b"fencing_token", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "remaining", b"remaining", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___ColdLoadLease = ColdLoadLease
 
@@ -490,6 +514,7 @@ class Transfer(google.protobuf.message.Message):
     START_TIME_FIELD_NUMBER: builtins.int
     END_TIME_FIELD_NUMBER: builtins.int
     FAILURE_FIELD_NUMBER: builtins.int
+    ELAPSED_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     """Identity, unique for the life of the broker."""
     acquisition_id: builtins.str
@@ -522,6 +547,10 @@ class Transfer(google.protobuf.message.Message):
     def end_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it ended; not set while it runs."""
 
+    @property
+    def elapsed(self) -> google.protobuf.duration_pb2.Duration:
+        """How long it took, or has taken so far."""
+
     def __init__(
         self,
         *,
@@ -539,9 +568,10 @@ class Transfer(google.protobuf.message.Message):
         start_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         end_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         failure: builtins.str = ...,
+        elapsed: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["end_time", b"end_time", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["acquisition_id", b"acquisition_id", "data_plane", b"data_plane", "end_time", b"end_time", "failure", b"failure", "path", b"path", "receiver_instance_id", b"receiver_instance_id", "size_bytes", b"size_bytes", "source_generation", b"source_generation", "source_instance_id", b"source_instance_id", "source_publication_id", b"source_publication_id", "start_time", b"start_time", "state", b"state", "transfer_id", b"transfer_id", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["elapsed", b"elapsed", "end_time", b"end_time", "start_time", b"start_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["acquisition_id", b"acquisition_id", "data_plane", b"data_plane", "elapsed", b"elapsed", "end_time", b"end_time", "failure", b"failure", "path", b"path", "receiver_instance_id", b"receiver_instance_id", "size_bytes", b"size_bytes", "source_generation", b"source_generation", "source_instance_id", b"source_instance_id", "source_publication_id", b"source_publication_id", "start_time", b"start_time", "state", b"state", "transfer_id", b"transfer_id", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___Transfer = Transfer
 
@@ -742,6 +772,7 @@ class Host(google.protobuf.message.Message):
     CARDS_FIELD_NUMBER: builtins.int
     DATASYSTEM_WORKER_FIELD_NUMBER: builtins.int
     DEVICE_PROBLEM_FIELD_NUMBER: builtins.int
+    UPTIME_FIELD_NUMBER: builtins.int
     host_id: builtins.str
     """Identity of the host, stable across restarts of the broker."""
     hostname: builtins.str
@@ -782,6 +813,10 @@ class Host(google.protobuf.message.Message):
     def datasystem_worker(self) -> global___DatasystemWorker:
         """The datasystem worker; not set where the broker uses none."""
 
+    @property
+    def uptime(self) -> google.protobuf.duration_pb2.Duration:
+        """How long the broker has been ready."""
+
     def __init__(
         self,
         *,
@@ -802,8 +837,9 @@ class Host(google.protobuf.message.Message):
         cards: collections.abc.Iterable[global___Card] | None = ...,
         datasystem_worker: global___DatasystemWorker | None = ...,
         device_problem: builtins.str = ...,
+        uptime: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["datasystem_worker", b"datasystem_worker", "start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cards", b"cards", "cold_load_lease_count", b"cold_load_lease_count", "datasystem_worker", b"datasystem_worker", "device_problem", b"device_problem", "directory", b"directory", "draining", b"draining", "host_id", b"host_id", "hostname", b"hostname", "instance_count", b"instance_count", "pid", b"pid", "publication_count", b"publication_count", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "version", b"version", "waiting_acquisition_count", b"waiting_acquisition_count"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["datasystem_worker", b"datasystem_worker", "start_time", b"start_time", "uptime", b"uptime"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cards", b"cards", "cold_load_lease_count", b"cold_load_lease_count", "datasystem_worker", b"datasystem_worker", "device_problem", b"device_problem", "directory", b"directory", "draining", b"draining", "host_id", b"host_id", "hostname", b"hostname", "instance_count", b"instance_count", "pid", b"pid", "publication_count", b"publication_count", "region_bytes", b"region_bytes", "region_count", b"region_count", "running_transfer_count", b"running_transfer_count", "start_time", b"start_time", "uptime", b"uptime", "version", b"version", "waiting_acquisition_count", b"waiting_acquisition_count"]) -> None: ...
 
 global___Host = Host

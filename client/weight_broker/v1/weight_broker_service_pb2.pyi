@@ -72,8 +72,8 @@ class AcquireRequest(google.protobuf.message.Message):
     if_absent: global___IfAbsent.ValueType
     """Required. What to do if nobody holds it."""
     path: weight_broker.v1.resources_pb2.TransferPath.ValueType
-    """Required. TRANSFER_PATH_COPY, TRANSFER_PATH_ZERO_COPY, or TRANSFER_PATH_STAGED if the receiver's device memory is
-    staged. A transfer is staged if either side is.
+    """Required. TRANSFER_PATH_COPY, TRANSFER_PATH_ZERO_COPY, or TRANSFER_PATH_STAGED if the receiver's device memory can
+    only be staged. A transfer is staged if either side is.
     """
     device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType
     """Required. Kind of memory that receives."""
@@ -82,7 +82,10 @@ class AcquireRequest(google.protobuf.message.Message):
     request_id: builtins.str
     """Required. Identifies the acquisition in logs and listings: a UUID or another string of at most 64 characters."""
     stage_id: builtins.str
-    """Required for TRANSFER_PATH_STAGED. StagedMemory.stage_id of the tensors that receive, on device_id."""
+    """Required for TRANSFER_PATH_STAGED, optional for TRANSFER_PATH_COPY where device memory can be staged.
+    StagedMemory.stage_id of the tensors that receive, on device_id. With regions too, the broker takes the way that its
+    cards.path allows, and stages what it cannot map.
+    """
     @property
     def key(self) -> weight_broker.v1.weight_set_pb2.WeightSetKey:
         """Required. The weight set."""
@@ -95,8 +98,9 @@ class AcquireRequest(google.protobuf.message.Message):
 
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.Region]:
-        """Optional. Memory that receives, where the broker moves the bytes; empty where the instance copies itself. If the
-        broker cannot map it, the error's metadata has "path" = "staged": ask again with stage_id.
+        """Optional. Memory that receives, where the broker moves the bytes; empty where the instance copies itself, and for
+        TRANSFER_PATH_STAGED. If the broker cannot map it, it is staged if stage_id is set too; otherwise the error's
+        metadata has "path" = "staged": ask again with stage_id.
         """
 
     @property
@@ -200,7 +204,8 @@ global___Waiting = Waiting
 @typing.final
 class Granted(google.protobuf.message.Message):
     """A source is reserved. On host memory the instance now takes the bytes and then calls ReportTransfer. Where the broker
-    moves them, Moved follows.
+    moves them, Moved follows. The same transfer may be granted again with TRANSFER_PATH_STAGED: the broker cannot map the
+    receiver's memory, and the instance copies it.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -566,14 +571,14 @@ class PublishRequest(google.protobuf.message.Message):
 
     @property
     def regions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.Region]:
-        """Required unless no tensor has elements or the memory is staged. The memory, all of one device; host regions were
-        offered on the attach socket before. If the broker cannot map it, the error's metadata has "path" = "staged": ask
-        again with staged memory.
+        """Required unless no tensor has elements or staged is set. The memory, all of one device; host regions were offered on
+        the attach socket before. If the broker cannot map it, it is staged if staged is set too; otherwise the error's
+        metadata has "path" = "staged": ask again with staged memory.
         """
 
     @property
     def placements(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[weight_broker.v1.weight_set_pb2.TensorPlacement]:
-        """Required unless the memory is staged. One for each tensor, in the layout's order; that of an alias is its target's."""
+        """Required unless only staged is set. One for each tensor, in the layout's order; that of an alias is its target's."""
 
     @property
     def load_group(self) -> weight_broker.v1.weight_set_pb2.LoadGroup:
@@ -581,7 +586,9 @@ class PublishRequest(google.protobuf.message.Message):
 
     @property
     def staged(self) -> weight_broker.v1.weight_set_pb2.StagedMemory:
-        """Optional. Instead of regions and placements: device memory that the broker is not to map."""
+        """Optional. Device memory that its owner copies. With regions and placements too, both of the same tensors, the broker
+        takes the way that its cards.path allows, and stages what it cannot map; without them it maps nothing.
+        """
 
     def __init__(
         self,

@@ -73,10 +73,10 @@ class WeightBrokerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReportTransfer(self, request, context):
-        """Reports how a transfer ended. Called once for each Granted message: on host memory when the instance has copied or
-        mapped the bytes and verified them; where the broker moves the bytes, when the instance has verified them after
-        Moved, or at any time to give up: that returns once nobody writes any more. After it the Acquire stream goes on:
-        with Done, or with the next source.
+        """Reports how a transfer ended. Called once for each transfer that was granted: on host memory when the instance has
+        copied or mapped the bytes and verified them; where the broker moves the bytes, when the instance has verified them
+        after Moved, or at any time to give up: that returns once nobody writes any more. After it the Acquire stream goes
+        on: with Done, or with the next source.
 
         INVALID_ARGUMENT (INVALID_ARGUMENT): a field is missing or wrong, or success is reported before Moved; correct it.
         NOT_FOUND (TRANSFER_NOT_FOUND): no such transfer runs for this instance.

@@ -592,8 +592,8 @@ global___LoadGroup = LoadGroup
 
 @typing.final
 class StagedMemory(google.protobuf.message.Message):
-    """Device memory that the broker does not map: the instance copies between it and a bucket of the broker's, when it is
-    asked to on its stage connection (see attach.proto).
+    """Device memory that the instance copies: between it and a bucket of the broker's, when it is asked to on its stage
+    connection (see attach.proto).
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

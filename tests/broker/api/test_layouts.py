@@ -5,7 +5,7 @@ from __future__ import annotations
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.wire import layout_to_wire
-from weight_brokerd.api.fields import LayoutCache
+from weight_brokerd.api.layouts import LayoutCache
 
 
 def message(name: str, tensors: int) -> weight_set_pb2.Layout:

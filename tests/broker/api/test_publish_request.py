@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from support.kinds import RecordedEvents
+from support.scripted_cards import ScriptedCards
 from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import InvalidArgument, PublishRefused
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import weight_broker_service_pb2, weight_set_pb2
 from weight_broker.wire import digests_to_wire, key_to_wire, layout_to_wire
-from weight_brokerd.api import fields as validation
+from weight_brokerd.api import publish_request as validation
+from weight_brokerd.api.layouts import LayoutCache
+from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.core.publications import Offer
+from weight_brokerd.kinds.cuda.kind import CudaKind
+from weight_brokerd.kinds.host.kind import HostKind
+from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.kinds.published import PublishedMemory
+from weight_brokerd.kinds.registry import Kinds
 
 GPU = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
 HANDLE = bytes(range(64))
@@ -36,28 +48,44 @@ def publish_request(handle: bytes = HANDLE, gpu: str = GPU) -> weight_broker_ser
     )
 
 
+def with_gpu() -> Kinds:
+    """A host with one GPU."""
+    gpus = ScriptedCards(GPU)
+    configuration = CardsConfiguration("", 0, kind="cuda")
+    return Kinds([CudaKind(configuration, RecordedEvents(), is_wanted=True, supervise=gpus.supervise)])
+
+
+def offered(
+    request: weight_broker_service_pb2.PublishRequest, kinds: Kinds | None = None
+) -> tuple[Offer, PublishedMemory]:
+    """What the broker understands."""
+
+    async def parse() -> tuple[Offer, PublishedMemory]:
+        kind = await validation.published_kind(request, kinds or with_gpu())
+        return validation.offer(request, "instance-1", LayoutCache(), kind)
+
+    return asyncio.run(parse())
+
+
 def test_an_allocation_is_what_its_gpu_is_to_open() -> None:
-    request = publish_request()
-    assert validation.published_kind(request) == weight_set_pb2.DEVICE_KIND_CUDA
-    offer, memory = validation.offer(request, "instance-1", validation.LayoutCache(), {"cpu", "cuda"}, {GPU})
+    offer, memory = offered(publish_request())
     assert (offer.device_kind, offer.device_id) == ("cuda", GPU)
-    assert memory.place is not None
     expected = ImportRegion("instance-1/cuda-1", 4096, ipc_handle=HANDLE.hex(), device_id=GPU)
     assert memory.place.regions == (expected,)
-    assert HANDLE not in memory.grant, "whoever knows the handle could open the memory"
+    assert HANDLE not in memory.digests + memory.place.granted, "whoever knows the handle could open the memory"
 
 
 @pytest.mark.parametrize("length", [0, 63, 65])
 def test_a_handle_of_another_length_is_none(length: int) -> None:
     with pytest.raises(InvalidArgument, match=r"ipc_handle.*64 bytes"):
-        validation.offer(publish_request(bytes(length)), "instance-1", validation.LayoutCache(), {"cpu", "cuda"}, {GPU})
+        offered(publish_request(bytes(length)))
 
 
 def test_a_gpu_of_another_host_is_refused_with_those_that_are_here() -> None:
     with pytest.raises(InvalidArgument, match=GPU):
-        validation.offer(publish_request(gpu="GPU-x"), "instance-1", validation.LayoutCache(), {"cpu", "cuda"}, {GPU})
+        offered(publish_request(gpu="GPU-x"))
 
 
 def test_a_broker_without_gpus_says_what_it_serves() -> None:
     with pytest.raises(PublishRefused, match=r"cuda memory; this broker serves: cpu"):
-        validation.offer(publish_request(), "instance-1", validation.LayoutCache(), {"cpu"}, frozenset())
+        offered(publish_request(), Kinds([HostKind(RegionTable(regions_per_instance=1))]))

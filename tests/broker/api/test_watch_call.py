@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from support.control_room import ControlRoom
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import inspection_service_pb2 as pb
@@ -13,12 +14,10 @@ from weight_broker.v1 import resources_pb2
 from weight_brokerd.api.inspection import CHANGES_PER_MESSAGE, CHANGES_PER_STEP, InspectionServicer
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.attach.peer import PeerCredentials
-from weight_brokerd.control.broker import Driver
-from weight_brokerd.core.coordinator import Coordinator
-from weight_brokerd.core.model import Limits, Offer
+from weight_brokerd.control.control import Control
+from weight_brokerd.core.publications import Offer
 from weight_brokerd.core.weight_sets import WeightSetRecord
-from weight_brokerd.directory.memory import MemoryDirectory
-from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.kinds.published import PublishedMemory
 
 EMPTY = Layout([TensorSpec("empty", "int8", (0,), (1,), 0)])
@@ -28,8 +27,8 @@ MANY = 10_000
 class CountingMessages(Messages):
     """Counts the weight sets that are built before anybody else gets a turn."""
 
-    def __init__(self, driver: Driver) -> None:
-        super().__init__(driver)
+    def __init__(self, control: Control) -> None:
+        super().__init__(control)
         self.since_turn = 0
         self.most = 0
 
@@ -53,24 +52,20 @@ class CallContext:
 
 
 class Host:
-    """A driver with one instance that publishes."""
+    """A control plane with one instance that publishes."""
 
     def __init__(self) -> None:
-        self.driver = Driver(
-            coordinator=Coordinator(host_id="host", limits=Limits()),
-            regions=RegionTable(regions_per_instance=8),
-            directory=MemoryDirectory(host_id="host", lease_seconds=60, first_token=1),
-        )
-        self.messages = CountingMessages(self.driver)
-        self.instance_id = self.driver.attach(PeerCredentials(1, 0, 0, frozenset()), "one", "").instance_id
+        self.control = ControlRoom().control
+        self.messages = CountingMessages(self.control)
+        self.instance_id = self.control.sessions.attach(PeerCredentials(1, 0, 0, frozenset()), "one", "").instance_id
 
     async def publish(self, model: str) -> str:
         offer = Offer(WeightSetKey(model), EMPTY, self.instance_id, "cpu", "", 0, f"request {model}")
-        return (await self.driver.publish(offer, PublishedMemory((), b""))).publication_id
+        return (await self.control.publishing.publish(offer, PublishedMemory(Place("cpu", ""), b""))).publication_id
 
     def watch(self) -> AsyncIterator[pb.WatchResponse]:
         context: Any = CallContext()
-        return InspectionServicer(self.driver, self.messages).Watch(pb.WatchRequest(), context)
+        return InspectionServicer(self.control, self.messages).Watch(pb.WatchRequest(), context)
 
 
 def models(responses: list[pb.WatchResponse]) -> set[str]:
@@ -107,7 +102,7 @@ def test_others_get_their_turn_while_ten_thousand_publications_are_told() -> Non
         assert not any(one.snapshot for one in changes)
         assert host.messages.most <= CHANGES_PER_STEP
         others.cancel()
-        host.driver.close()
+        host.control.close()
 
     asyncio.run(run())
 
@@ -118,8 +113,8 @@ def test_what_changes_while_the_state_is_told_follows_it() -> None:
         published = [await host.publish(f"{number}") for number in range(2 * CHANGES_PER_MESSAGE)]
         stream = host.watch()
         told = [await anext(stream)]
-        host.driver.evict("", published[0])  # told already
-        host.driver.evict("", published[-1])  # not yet
+        host.control.publishing.evict("", published[0])  # told already
+        host.control.publishing.evict("", published[-1])  # not yet
         await host.publish("new")
         while not told[-1].snapshot_end:
             told.append(await anext(stream))
@@ -128,7 +123,7 @@ def test_what_changes_while_the_state_is_told_follows_it() -> None:
         told.append(await anext(stream))
         assert not told[-1].snapshot
         assert models(told) == {"new", *(f"{number}" for number in range(1, len(published) - 1))}
-        host.driver.close()
+        host.control.close()
 
     asyncio.run(run())
 
@@ -140,13 +135,13 @@ def test_a_state_whose_last_things_go_while_it_is_told_still_has_an_end() -> Non
         stream = host.watch()
         first = await anext(stream)
         for publication_id in published[CHANGES_PER_MESSAGE:]:
-            host.driver.evict("", publication_id)
-        host.driver.departed(host.instance_id, "test")
+            host.control.publishing.evict("", publication_id)
+        host.control.sessions.departed(host.instance_id, "test")
         last = await anext(stream)
         assert (first.snapshot_start, first.snapshot_end) == (True, False)
         assert (last.snapshot, last.snapshot_start, last.snapshot_end) == (True, False, True)
         assert not last.changes
         assert not models([first, last, await anext(stream), await anext(stream)])
-        host.driver.close()
+        host.control.close()
 
     asyncio.run(run())

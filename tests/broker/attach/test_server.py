@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -189,7 +189,7 @@ def test_what_is_not_the_protocol_ends_the_connection(room: AttachRoom, packet: 
         assert message.startswith("packet is ")
         assert client.closed_by_broker()
     os.close(descriptor)
-    eventually(lambda: ("disconnected", "instance-1") in room.attendance.events, within=2)
+    eventually(lambda: ("disconnected", "instance-1") in room.attendance.events)
 
 
 REQUESTS = st.one_of(
@@ -223,12 +223,12 @@ def test_no_packet_harms_the_server(room: AttachRoom, conversation: list[tuple[b
         assert client.ask(GOODBYE).HasField("accepted")
 
 
-def test_a_killed_process_departs_within_a_second(
+def test_a_killed_process_departs(
     room: AttachRoom, start_child: Callable[[str], tuple[subprocess.Popen[str], str]]
 ) -> None:
     child, _ = start_child("stay")
     child.send_signal(signal.SIGKILL)
-    eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events, within=1)
+    eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events)
 
 
 def test_death_is_noticed_although_a_forked_child_keeps_the_connection_open(
@@ -237,7 +237,7 @@ def test_death_is_noticed_although_a_forked_child_keeps_the_connection_open(
     parent, grandchild = start_child("fork")
     try:
         parent.send_signal(signal.SIGKILL)
-        eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events, within=1)
+        eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events)
         assert ("disconnected", "instance-1") not in room.attendance.events
     finally:
         os.kill(int(grandchild), signal.SIGKILL)
@@ -247,10 +247,10 @@ def test_a_closed_connection_is_not_a_death_but_the_death_after_it_is(
     room: AttachRoom, start_child: Callable[[str], tuple[subprocess.Popen[str], str]]
 ) -> None:
     child, _ = start_child("close")
-    eventually(lambda: ("disconnected", "instance-1") in room.attendance.events, within=2)
+    eventually(lambda: ("disconnected", "instance-1") in room.attendance.events)
     assert not [event for event in room.attendance.events if event[0] == "departed"]
     child.send_signal(signal.SIGKILL)
-    eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events, within=1)
+    eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events)
 
 
 def test_goodbye_is_acted_on_before_it_is_answered_and_only_once(room: AttachRoom) -> None:
@@ -265,9 +265,9 @@ def test_goodbye_is_acted_on_before_it_is_answered_and_only_once(room: AttachRoo
 def test_goodbye_counts_although_earlier_answers_were_never_read(room: AttachRoom) -> None:
     with room.instance() as client:
         client.send(WITHDRAW)
-        eventually(lambda: room.attendance.events[-1][0] == "withdraw", within=2)
+        eventually(lambda: room.attendance.events[-1][0] == "withdraw")
         client.send(GOODBYE)
-    eventually(lambda: ("departed", "instance-1", "it said goodbye") in room.attendance.events, within=2)
+    eventually(lambda: ("departed", "instance-1", "it said goodbye") in room.attendance.events)
 
 
 def test_goodbye_counts_although_the_answer_before_it_finds_nobody(room: AttachRoom) -> None:
@@ -276,32 +276,29 @@ def test_goodbye_counts_although_the_answer_before_it_finds_nobody(room: AttachR
         for request in (WITHDRAW, GOODBYE):
             client.socket.send(request.SerializeToString())
         client.socket.shutdown(socket.SHUT_RDWR)
-        eventually(lambda: ("departed", "instance-1", "it said goodbye") in room.attendance.events, within=2)
+        eventually(lambda: ("departed", "instance-1", "it said goodbye") in room.attendance.events)
 
 
 def test_a_defect_in_the_broker_does_not_end_the_watch_over_others(room: AttachRoom) -> None:
     with room.instance() as first, room.instance() as second:
         room.attendance.error = ValueError("defect")
         first.socket.close()
-        eventually(lambda: ("disconnected", "instance-1") in room.attendance.events, within=2)
+        eventually(lambda: ("disconnected", "instance-1") in room.attendance.events)
         room.attendance.error = None
         assert second.ask(WITHDRAW).HasField("accepted")
 
 
 def test_a_client_that_never_reads_loses_its_connection_and_costs_nobody_time(room: AttachRoom) -> None:
     with room.instance() as deaf, room.instance() as polite:
-        deaf.socket.settimeout(0.2)
         sent = 0
         with suppress(BrokenPipeError, ConnectionResetError):
             while sent < 100_000:
                 deaf.send(WITHDRAW)
                 sent += 1
                 if sent % 50 == 0:
-                    begun = time.monotonic()
-                    polite.ask(WITHDRAW)
-                    assert time.monotonic() - begun < 1
+                    assert polite.ask(WITHDRAW).HasField("accepted")
         assert sent < 100_000
-        eventually(lambda: ("disconnected", "instance-1") in room.attendance.events, within=2)
+        eventually(lambda: ("disconnected", "instance-1") in room.attendance.events)
         assert polite.ask(WITHDRAW).HasField("accepted")
 
 
@@ -321,19 +318,32 @@ def test_a_crowd_of_strangers_keeps_no_instance_out(room: AttachRoom, monkeypatc
         assert instance.ask(WITHDRAW).HasField("accepted")
 
 
-def test_without_descriptors_the_server_waits_without_spinning(room: AttachRoom) -> None:
+def test_without_descriptors_the_server_waits_without_spinning(
+    room: AttachRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[tuple[float, Callable[[], None]]] = []
+    out_of_files = threading.Event()
+
+    def pause(seconds: float, resume: Callable[[], None]) -> None:
+        pauses.append((seconds, resume))
+        out_of_files.set()
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.settimeout(5)
+        client.settimeout(60)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
         try:
-            client.connect(str(room.path))
-            client.send(HELLO.SerializeToString())
-            begun = time.process_time()
-            time.sleep(0.5)
-            assert time.process_time() - begun < 0.25
+            with monkeypatch.context() as patched:
+                patched.setattr(room.loop, "call_later", pause)
+                client.connect(str(room.path))
+                client.send(HELLO.SerializeToString())
+                assert out_of_files.wait(60)
+                room.turn()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        [(seconds, resume)] = pauses
+        assert seconds == 1.0, "until then it does not try"
+        room.loop.call_soon_threadsafe(resume)
         assert pb.AttachResponse.FromString(client.recv(4096)).HasField("welcome")
 
 
@@ -359,7 +369,7 @@ class TestKernelsBefore6Point5:
     ) -> None:
         child, _ = start_child("stay")
         child.send_signal(signal.SIGKILL)
-        eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events, within=1)
+        eventually(lambda: ("departed", "instance-1", "the process ended") in room.attendance.events)
 
     @pytest.fixture
     def pair(self) -> Iterator[tuple[socket.socket, socket.socket]]:

@@ -14,7 +14,7 @@ import pytest
 
 from support.attach_room import AttachRoom
 from support.waiting import eventually
-from weight_broker.connection.stage_server import StageServer
+from weight_broker.connection.stage_server import StagingServer
 from weight_broker.errors import NotAttached
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
@@ -44,7 +44,7 @@ class Tensors:
 
     def copy(self, bucket_id: str, bucket_offset: int, content_offset: int, size: int, *, to_bucket: bool) -> None:
         self.is_copying = True
-        assert self.may_go_on.wait(10)
+        assert self.may_go_on.wait(60)
         self.is_copying = False
         if size == 13:
             raise ValueError("thirteen bytes")
@@ -61,8 +61,7 @@ class Broker(AttachRoom):
 
         def connect(instance_id: str, connection: Any) -> None:
             if self.stages is None:
-                self.stages = Stages()
-                self.stages.on_lost = lambda instance_id, why: self.lost.append((instance_id, why))
+                self.stages = Stages(lambda instance_id, why: self.lost.append((instance_id, why)))
             self.stages.connected(instance_id, connection)
 
         self.attendance.stage_connected = connect  # type: ignore[method-assign]
@@ -92,110 +91,110 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
 
 
 @pytest.fixture
-def server(broker: Broker) -> Iterator[StageServer]:
-    server = StageServer(broker.path, b"token")
+def server(broker: Broker) -> Iterator[StagingServer]:
+    server = StagingServer(broker.path, b"token")
     yield server
     server.close()
 
 
 def test_chunks_are_copied_when_the_broker_asks_and_the_thread_ends_with_the_last(
-    broker: Broker, server: StageServer
+    broker: Broker, server: StagingServer
 ) -> None:
     tensors = Tensors()
     server.add("s", tensors)
-    eventually(broker.has, within=5)
+    eventually(broker.has)
     for request in (OPEN, COPY, CLOSE, CLOSE):
-        broker.ask(request).result(10)
+        broker.ask(request).result(60)
     assert tensors.done == [("open", "b"), ("copy", "b", 5, True), ("close", "b")]
     assert server.serves("s")
     server.remove("s")
-    eventually(lambda: not broker.has(), within=5)
+    eventually(lambda: not broker.has())
     assert not server.serves("s")
-    eventually(lambda: "weight-broker-stage" not in {thread.name for thread in threading.enumerate()}, within=5)
+    eventually(lambda: "weight-broker-stage" not in {thread.name for thread in threading.enumerate()})
     server.add("s", tensors)
-    eventually(broker.has, within=5)
-    broker.ask(OPEN).result(10)
+    eventually(broker.has)
+    broker.ask(OPEN).result(60)
 
 
-def test_what_fails_is_answered_and_the_next_request_is_served(broker: Broker, server: StageServer) -> None:
+def test_what_fails_is_answered_and_the_next_request_is_served(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
-    eventually(broker.has, within=5)
+    eventually(broker.has)
     unlucky = pb.StageRequest(copy_chunk=pb.CopyChunk(bucket_id="b", stage_id="s", size_bytes=13))
     with pytest.raises(StageRefused, match="thirteen bytes"):
-        broker.ask(unlucky).result(10)
+        broker.ask(unlucky).result(60)
     stranger = pb.StageRequest(copy_chunk=pb.CopyChunk(bucket_id="b", stage_id="other"))
     with pytest.raises(StageRefused, match="nothing is staged as 'other'"):
-        broker.ask(stranger).result(10)
-    broker.ask(OPEN).result(10)
+        broker.ask(stranger).result(60)
+    broker.ask(OPEN).result(60)
 
 
 def test_removing_waits_for_the_copy_that_runs_and_nothing_is_copied_after_it(
-    broker: Broker, server: StageServer
+    broker: Broker, server: StagingServer
 ) -> None:
     tensors, other = Tensors(), Tensors()
     server.add("s", tensors)
     server.add("t", other)
-    eventually(broker.has, within=5)
+    eventually(broker.has)
     tensors.may_go_on.clear()
     first, second = broker.ask(COPY), broker.ask(COPY)
-    eventually(lambda: tensors.is_copying, within=5)
+    eventually(lambda: tensors.is_copying)
     removing = threading.Thread(target=server.remove, args=("s",))
     removing.start()
     removing.join(0.2)
     assert removing.is_alive()
     tensors.may_go_on.set()
-    removing.join(10)
-    first.result(10)
+    removing.join(60)
+    first.result(60)
     with pytest.raises(StageRefused, match="any more"):
-        second.result(10)
+        second.result(60)
     assert tensors.done == [("copy", "b", 5, True)]
 
 
-def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker: Broker, server: StageServer) -> None:
+def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
-    eventually(broker.has, within=5)
-    broker.ask(OPEN).result(10)
+    eventually(broker.has)
+    broker.ask(OPEN).result(60)
     tensors.may_go_on.clear()
     with pytest.raises(StageSilent):
-        broker.ask(COPY, timeout=0.2).result(10)
+        broker.ask(COPY, timeout=0.2).result(60)
     assert broker.lost == [("instance-1", "it did not answer within 0.2 s")]
     with pytest.raises(StageGone, match="no stage connection"):
-        broker.ask(COPY).result(10)
+        broker.ask(COPY).result(60)
     tensors.may_go_on.set()
-    eventually(lambda: ("close", "b") in tensors.done, within=5)
-    eventually(lambda: not server.serves("s"), within=5)
+    eventually(lambda: ("close", "b") in tensors.done)
+    eventually(lambda: not server.serves("s"))
 
 
-def test_the_end_of_the_connection_is_heard_by_whoever_waits(broker: Broker, server: StageServer) -> None:
+def test_the_end_of_the_connection_is_heard_by_whoever_waits(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
-    eventually(broker.has, within=5)
+    eventually(broker.has)
     tensors.may_go_on.clear()
     waiting = broker.ask(COPY)
-    eventually(lambda: tensors.is_copying, within=5)
+    eventually(lambda: tensors.is_copying)
     closing = threading.Thread(target=server.close)
     closing.start()
     tensors.may_go_on.set()
-    closing.join(10)
-    waiting.result(10)  # it was done before the connection ended
-    eventually(lambda: not broker.has(), within=5)
+    closing.join(60)
+    waiting.result(60)  # it was done before the connection ended
+    eventually(lambda: not broker.has())
 
 
-def test_a_forked_child_serves_nothing_and_takes_nothing_from_its_parent(broker: Broker, server: StageServer) -> None:
+def test_a_forked_child_serves_nothing_and_takes_nothing_from_its_parent(broker: Broker, server: StagingServer) -> None:
     tensors = Tensors()
     server.add("s", tensors)
-    eventually(broker.has, within=5)
+    eventually(broker.has)
     child = os.fork()
     if not child:
         os._exit(1 if server.serves("s") else 0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    broker.ask(OPEN).result(10)
+    broker.ask(OPEN).result(60)
     assert server.serves("s")
 
 
-def test_whoever_is_not_attached_may_not_serve(broker: Broker, server: StageServer) -> None:
+def test_whoever_is_not_attached_may_not_serve(broker: Broker, server: StagingServer) -> None:
     broker.attendance.refuse(NotAttached("no such token"))
     with pytest.raises(NotAttached, match="no such token"):
         server.add("s", Tensors())

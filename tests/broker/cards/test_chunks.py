@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weight_broker.layout import Layout, TensorSpec
-from weight_broker.memory.device.describe import describe_device
 from weight_broker.memory.device.tensor import DeviceTensor
 from weight_broker.memory.npu import stage as npu_stage
+from weight_broker.memory.npu.kind import describe_device
 from weight_broker.memory.npu.stage import NpuStagedTensors
 from weight_brokerd.cards.plan import chunks as stage_plan
 from weight_brokerd.cards.plan import pieces as plan

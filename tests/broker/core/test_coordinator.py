@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import pytest
 
+from support.local_core import LocalCoordinator as Coordinator
 from weight_broker.errors import (
     AcquireTimeout,
     BrokerError,
@@ -19,8 +20,8 @@ from weight_broker.errors import (
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.coordinator import Coordinator
-from weight_brokerd.core.explain import Outcome, explain
+from weight_brokerd.core import selection
+from weight_brokerd.core.answers import Outcome, Question
 from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
@@ -28,12 +29,11 @@ from weight_brokerd.core.model import (
     IfAbsent,
     Instance,
     Limits,
-    Offer,
-    Publication,
-    PublicationState,
     TransferPath,
     WaitReason,
 )
+from weight_brokerd.core.publications import Offer, Publication, PublicationState
+from weight_brokerd.core.sources import Holder
 from weight_brokerd.directory.lease_table import LeaseTable
 
 Kind = TypeVar("Kind")
@@ -53,7 +53,7 @@ def coordinator() -> Coordinator:
 def publish(coordinator: Coordinator, instance_id: str = "a", *, layout: Layout = LAYOUT) -> Publication:
     offer = Offer(KEY, layout, instance_id, "cpu", "", 0, f"request-{instance_id}")
     publication, _ = coordinator.publish(offer, 0.0)
-    coordinator.mapped(publication, 0.0)
+    coordinator.held(publication, 0.0)
     return publication
 
 
@@ -112,7 +112,7 @@ def test_a_source_that_is_being_mapped_is_waited_for(coordinator: Coordinator, i
     publication = registering(coordinator)
     waiting = only(decide.Wait, coordinator.acquire(acquisition("one", if_absent=if_absent), 1.0))
     assert waiting.reason is WaitReason.REGISTERING
-    assert only(decide.Grant, coordinator.mapped(publication, 2.0)).transfer.publication is publication
+    assert only(decide.Grant, coordinator.held(publication, 2.0)).transfer.publication is publication
 
 
 def test_a_source_that_is_being_mapped_is_none_yet_for_those_who_will_not_wait(coordinator: Coordinator) -> None:
@@ -132,7 +132,7 @@ def test_who_waits_for_a_source_that_is_never_mapped_is_told_to_load(coordinator
     only(decide.Wait, coordinator.acquire(acquisition("one"), 1.0))
     match end:
         case "fails":
-            decisions = coordinator.mapping_failed(publication, 2.0)
+            decisions = coordinator.not_held(publication, 2.0)
         case "depart":
             decisions = coordinator.depart("a", 2.0)
         case "evict":
@@ -186,15 +186,13 @@ def test_the_lease_holder_is_told_to_load_and_its_publication_serves_the_others(
     table = LeaseTable()
     claim = only(decide.ClaimLease, coordinator.acquire(acquisition("one"), 1.0))
     coordinator.acquire(acquisition("two", "c"), 1.0)
-    answer = table.claim(
-        claim.weight_set_id, instance_id="b", instance_name="name-b", host_id="host", now=1.0, seconds=60.0
-    )
+    answer = table.claim(claim.weight_set_id, Holder("host", "b"), now=1.0, seconds=60.0)
     told = coordinator.lease_claimed(claim.weight_set_id, answer, 1.0)
-    assert only(decide.TellColdLoad, told).acquisition_id == "one"
+    assert only(decide.LoadFromDisk, told).acquisition_id == "one"
     assert only(decide.Wait, told).acquisition_id == "two"
     offer = Offer(KEY, LAYOUT, "b", "cpu", "", answer.lease.fencing_token, "request")
     publication, _ = coordinator.publish(offer, 2.0)
-    mapped = coordinator.mapped(publication, 2.0)
+    mapped = coordinator.held(publication, 2.0)
     assert only(decide.Grant, mapped).acquisition_id == "two"
     assert only(decide.ReleaseLease, mapped).lease == answer.lease
 
@@ -211,19 +209,17 @@ def test_where_the_directory_does_not_answer_each_waiter_is_sent_to_the_disk_in_
 
 def test_a_lease_is_reported_on_by_its_holder_only(coordinator: Coordinator) -> None:
     claim = only(decide.ClaimLease, coordinator.acquire(acquisition("one"), 1.0))
-    answer = LeaseTable(5).claim(
-        claim.weight_set_id, instance_id="b", instance_name="", host_id="host", now=1.0, seconds=60.0
-    )
+    answer = LeaseTable(5).claim(claim.weight_set_id, Holder("host", "b"), now=1.0, seconds=60.0)
     coordinator.lease_claimed(claim.weight_set_id, answer, 1.0)
-    assert coordinator.lease_held_by("b", KEY.id, 5) == answer.lease
+    assert coordinator.weight_sets.lease_held_by(Holder("host", "b"), KEY.id, 5) == answer.lease
     for instance_id, token in (("c", 5), ("b", 4), ("b", 6)):
         with pytest.raises(LeaseLost):
-            coordinator.lease_held_by(instance_id, KEY.id, token)
+            coordinator.weight_sets.lease_held_by(Holder("host", instance_id), KEY.id, token)
 
 
 def test_an_extended_lease_does_not_expire_at_its_first_end() -> None:
     table = LeaseTable()
-    lease = table.claim("w", instance_id="a", instance_name="", host_id="h", now=0.0, seconds=10.0).lease
+    lease = table.claim("w", Holder("host", "a"), now=0.0, seconds=10.0).lease
     longer = table.extend(lease, 25.0)
     assert table.expire(20.0) == []
     assert table.expire(30.0) == [longer]
@@ -243,7 +239,7 @@ def test_a_drain_answers_who_waits_and_lets_transfers_run(coordinator: Coordinat
     publish(coordinator)
     running = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0)).transfer
     coordinator.acquire(acquisition("two", "c"), 1.0)
-    assert failure(coordinator.drain()).reason is Reason.DRAINING
+    assert failure(coordinator.drain(0.0)).reason is Reason.DRAINING
     with pytest.raises(BrokerError, match="draining"):
         coordinator.acquire(acquisition("three"), 2.0)
     done = coordinator.transfer_succeeded(running.transfer_id, "b", Arrival(8, (), "full"), 2.0)
@@ -253,7 +249,7 @@ def test_a_drain_answers_who_waits_and_lets_transfers_run(coordinator: Coordinat
 def test_whose_source_fails_during_a_drain_is_not_told_to_load(coordinator: Coordinator) -> None:
     publish(coordinator)
     running = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0)).transfer
-    coordinator.drain()
+    coordinator.drain(0.0)
     failed = coordinator.transfer_failed(running.transfer_id, "b", FailureCause.SOURCE_UNREACHABLE, "", 2.0)
     assert failure(failed).reason is Reason.DRAINING
 
@@ -268,7 +264,7 @@ def test_a_waiting_acquisition_is_answered_at_its_deadline(coordinator: Coordina
 def test_explain_names_the_fields_of_a_near_miss(coordinator: Coordinator) -> None:
     publish(coordinator)
     wanted = replace(KEY, revision="2", dtype="float16")
-    explanation = explain(coordinator, weight_set_id=wanted.id, key=wanted, layout=None)
+    explanation = coordinator.explain(Question(wanted.id, wanted, layout=None))
     assert explanation.outcome is Outcome.COLD_LOAD
     assert explanation.near_misses[0].weight_set_id == KEY.id
     assert explanation.near_misses[0].differing_fields == ("revision", "dtype")
@@ -276,7 +272,7 @@ def test_explain_names_the_fields_of_a_near_miss(coordinator: Coordinator) -> No
 
 def test_explain_tells_what_an_acquisition_then_gets(coordinator: Coordinator) -> None:
     def outcome() -> Outcome:
-        return explain(coordinator, weight_set_id=KEY.id, key=None, layout=LAYOUT).outcome
+        return coordinator.explain(Question(KEY.id, None, LAYOUT)).outcome
 
     assert outcome() is Outcome.COLD_LOAD
     publication = publish(coordinator)
@@ -286,5 +282,55 @@ def test_explain_tells_what_an_acquisition_then_gets(coordinator: Coordinator) -
     coordinator.abandon("one", 2.0)
     coordinator.quarantine(publication.publication_id, "test", 2.0)
     assert outcome() is Outcome.COLD_LOAD
-    coordinator.drain()
+    coordinator.drain(0.0)
     assert outcome() is Outcome.DRAINING
+
+
+def test_explain_waits_for_a_source_that_is_being_mapped_as_acquire_does(coordinator: Coordinator) -> None:
+    registering(coordinator)
+    assert coordinator.explain(Question(KEY.id, None, LAYOUT)).outcome is Outcome.WAIT_FOR_SOURCE
+
+
+def test_explain_takes_the_kind_of_memory_in_which_the_weight_set_is_published(coordinator: Coordinator) -> None:
+    publication, _ = coordinator.publish(Offer(KEY, LAYOUT, "a", "npu", "npu:0", 0, "request-a"), 0.0)
+    coordinator.held(publication, 0.0)
+    assert coordinator.explain(Question(KEY.id, None, LAYOUT)).outcome is Outcome.TRANSFER
+    assert coordinator.explain(Question(KEY.id, None, LAYOUT, "cpu")).outcome is Outcome.COLD_LOAD
+
+
+def test_waiters_that_are_alike_are_judged_once(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(coordinator)
+    coordinator.acquire(acquisition("reads"), 1.0)
+    for number in range(100):
+        coordinator.acquire(acquisition(f"waits-{number}", "c"), 1.0)
+    judged: list[object] = []
+    judge = selection._judge
+
+    def count(source: Publication, receiver: selection.Receiver) -> selection.Candidate[Publication]:
+        judged.append(source)
+        return judge(source, receiver)
+
+    monkeypatch.setattr(selection, "_judge", count)
+    publish(coordinator, "b")
+    assert len(judged) == 2 * 2, "both sources, once for the free slot and once for all who go on waiting"
+
+
+def test_the_next_deadline_is_that_of_the_acquisitions_that_wait(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    early = acquisition("one")
+    early.deadline = 10.0
+    granted = only(decide.Grant, coordinator.acquire(early, 1.0))
+    coordinator.acquire(acquisition("two", "c"), 1.0)
+    assert coordinator.next_deadline() == 100.0
+    coordinator.transfer_failed(granted.transfer.transfer_id, "b", FailureCause.SOURCE_UNREACHABLE, "", 2.0)
+    assert coordinator.next_deadline() == 10.0
+    assert only(decide.Fail, coordinator.advance(10.0)).acquisition_id == "one"
+
+
+def test_an_instance_of_another_host_keeps_its_lease_when_one_of_the_same_name_departs(
+    coordinator: Coordinator,
+) -> None:
+    claim = only(decide.ClaimLease, coordinator.acquire(acquisition("one", "c"), 1.0))
+    elsewhere = LeaseTable().claim(claim.weight_set_id, Holder("another host", "b"), now=1.0, seconds=60.0)
+    coordinator.lease_claimed(claim.weight_set_id, replace(elsewhere, granted=False), 1.0)
+    assert not [one for one in coordinator.depart("b", 2.0) if isinstance(one, decide.ReleaseLease)]

@@ -22,12 +22,12 @@ from weight_brokerd.core.model import (
     IfAbsent,
     Instance,
     Limits,
-    Offer,
-    Publication,
     RankOfGroup,
     TransferPath,
     WaitReason,
 )
+from weight_brokerd.core.publications import Offer, Publication
+from weight_brokerd.core.sources import Holder
 from weight_brokerd.directory.lease_table import LeaseTable
 
 LAYOUT = Layout([TensorSpec("weight", "bfloat16", (4,), (1,), 8)])
@@ -66,7 +66,7 @@ class Scene:
         offer = Offer(key(member), layout, f"{engine}{member}", "cpu", "", token, f"{engine}{member}-{self.now}", rank)
         publication, _ = self.core.publish(offer, self.now)
         if is_mapped:
-            self.follow(self.core.mapped(publication, self.now))
+            self.follow(self.core.held(publication, self.now))
         return publication
 
     def publish_all(self, engine: str) -> list[Publication]:
@@ -102,19 +102,14 @@ class Scene:
         for decision in decisions:
             match decision:
                 case decide.ClaimLease(weight_set_id, instance_id):
-                    claim = self.leases.claim(
-                        weight_set_id,
-                        instance_id=instance_id,
-                        instance_name="",
-                        host_id="",
-                        now=self.now,
-                        seconds=900.0,
-                    )
+                    claim = self.leases.claim(weight_set_id, Holder("host", instance_id), now=self.now, seconds=900.0)
                     self.follow(self.core.lease_claimed(weight_set_id, claim, self.now))
+                case decide.Reserve(transfer):
+                    self.follow(self.core.reserved(transfer.transfer_id))
                 case decide.ReleaseLease(lease):
                     if self.leases.release(lease):
-                        self.follow(self.core.lease_free(lease, self.now))
-                case decide.Grant() | decide.Wait() | decide.TellColdLoad() | decide.Complete() | decide.Fail():
+                        self.follow(self.core.lease_ended(lease, self.now))
+                case decide.Grant() | decide.Wait() | decide.LoadFromDisk() | decide.Complete() | decide.Fail():
                     self.told.setdefault(decision.acquisition_id, []).append(decision)
 
     def last(self, name: str) -> Any:
@@ -166,7 +161,7 @@ def test_all_ranks_read_from_one_engine(scene: Scene) -> None:
     scene.publish("a", 0)
     scene.publish("c", 1)
     scene.ask("b")
-    assert all(isinstance(scene.last(f"b{member}"), decide.TellColdLoad) for member in range(2))
+    assert all(isinstance(scene.last(f"b{member}"), decide.LoadFromDisk) for member in range(2))
     whole = scene.publish_all("d")
     scene.ask("e")
     assert [scene.last(f"e{member}").transfer.publication for member in range(2)] == whole
@@ -190,7 +185,7 @@ def test_a_rank_that_cannot_be_served_sends_all_to_the_disk(scene: Scene) -> Non
     publications = scene.publish_all("a")
     scene.follow(scene.core.evict(publications[1].publication_id, scene.now)[1])
     scene.ask("b")
-    assert all(isinstance(scene.last(f"b{member}"), decide.TellColdLoad) for member in range(2))
+    assert all(isinstance(scene.last(f"b{member}"), decide.LoadFromDisk) for member in range(2))
 
 
 def test_a_transfer_that_fails_sends_all_to_another_engine_or_to_the_disk(scene: Scene) -> None:
@@ -202,7 +197,7 @@ def test_a_transfer_that_fails_sends_all_to_another_engine_or_to_the_disk(scene:
     assert [scene.last(f"b{member}").transfer.publication for member in range(2)] == second
     scene.fail("b0", FailureCause.DIGEST_MISMATCH)
     scene.succeed("b1")
-    assert all(isinstance(scene.last(f"b{member}"), decide.TellColdLoad) for member in range(2))
+    assert all(isinstance(scene.last(f"b{member}"), decide.LoadFromDisk) for member in range(2))
 
 
 def test_nobody_is_sent_to_the_disk_while_its_transfer_runs(scene: Scene) -> None:
@@ -246,6 +241,21 @@ def test_a_layout_that_differs_for_one_rank_is_told_to_that_rank(scene: Scene) -
     assert isinstance(scene.error("b0"), LoadGroupFailed)
 
 
+def test_a_matching_source_that_is_being_mapped_is_waited_for_although_another_layout_is_resident(
+    scene: Scene,
+) -> None:
+    scene.attach("other")
+    scene.attach("a")
+    for member in range(2):
+        scene.publish("other", member, layout=OTHER_LAYOUT)
+    coming = [scene.publish("a", member, is_mapped=False) for member in range(2)]
+    scene.ask("b")
+    assert [scene.last(f"b{member}").reason for member in range(2)] == [WaitReason.REGISTERING] * 2
+    for publication in coming:
+        scene.follow(scene.core.held(publication, scene.now))
+    assert [scene.last(f"b{member}").transfer.publication for member in range(2)] == coming
+
+
 def test_busy_sources_are_waited_for_together() -> None:
     scene = Scene(readers=1)
     scene.publish_all("a")
@@ -266,11 +276,11 @@ def test_an_engine_whose_last_rank_is_being_mapped_is_waited_for(scene: Scene, w
     scene.ask("b")
     assert [scene.last(f"b{member}").reason for member in range(2)] == [WaitReason.REGISTERING] * 2
     if works:
-        scene.follow(scene.core.mapped(coming, scene.now))
+        scene.follow(scene.core.held(coming, scene.now))
     else:
-        scene.follow(scene.core.mapping_failed(coming, scene.now))
+        scene.follow(scene.core.not_held(coming, scene.now))
     assert all(
-        isinstance(scene.last(f"b{member}"), decide.Grant if works else decide.TellColdLoad) for member in (0, 1)
+        isinstance(scene.last(f"b{member}"), decide.Grant if works else decide.LoadFromDisk) for member in (0, 1)
     )
 
 
@@ -285,7 +295,7 @@ def test_an_engine_whose_leader_gives_up_is_followed_by_the_next(scene: Scene) -
     scene.ask("b")
     for lease in leases:
         scene.follow([decide.ReleaseLease(lease)])
-    assert all(isinstance(scene.last(f"b{member}"), decide.TellColdLoad) for member in range(2))
+    assert all(isinstance(scene.last(f"b{member}"), decide.LoadFromDisk) for member in range(2))
 
 
 def test_weights_that_cannot_be_published_are_waited_for_by_nobody(scene: Scene) -> None:
@@ -360,12 +370,12 @@ def test_whatever_happens_the_ranks_of_an_engine_are_told_the_same(events: list[
             case "die":
                 dead.add(name)
                 scene.follow(scene.core.depart(name, scene.now))
-            case "publish" if name in scene.told and isinstance(scene.last(name), decide.TellColdLoad):
+            case "publish" if name in scene.told and isinstance(scene.last(name), decide.LoadFromDisk):
                 scene.publish(engines[number], member, token=scene.last(name).lease.fencing_token)
             case "evict":
-                for publication in scene.core.registry.of_instance(name):
+                for publication in scene.core.publications.of_instance(name):
                     scene.follow(scene.core.evict(publication.publication_id, scene.now)[1])
-            case "release" if name in scene.told and isinstance(scene.last(name), decide.TellColdLoad):
+            case "release" if name in scene.told and isinstance(scene.last(name), decide.LoadFromDisk):
                 scene.follow([decide.ReleaseLease(scene.last(name).lease)])
             case "time":
                 scene.now += 4.0
@@ -383,7 +393,7 @@ def test_whatever_happens_the_ranks_of_an_engine_are_told_the_same(events: list[
     for engine in engines:
         ends = [scene.last(f"{engine}{member}") for member in range(2) if scene.told.get(f"{engine}{member}")]
         alive = [end for end in ends if end.acquisition_id not in dead]
-        assert all(isinstance(end, decide.Complete | decide.TellColdLoad | decide.Fail) for end in alive), alive
+        assert all(isinstance(end, decide.Complete | decide.LoadFromDisk | decide.Fail) for end in alive), alive
         kinds = {isinstance(end, decide.Complete) for end in ends if end.acquisition_id not in dead}
         assert len(kinds) <= 1, ends
     assert not scene.core.acquisitions

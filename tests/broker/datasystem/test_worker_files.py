@@ -21,7 +21,7 @@ from weight_brokerd.datasystem.leftover import WorkerDirectory
 from weight_brokerd.datasystem.worker_command import NoWheelError, WorkerFiles, command, environment
 from weight_brokerd.processes.start_time import start_time
 
-SECONDS = 10
+SECONDS = 60
 
 
 @pytest.fixture

@@ -9,20 +9,29 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from support.kinds import RecordedEvents
 from weight_broker.drivers.cuda import ARGUMENTS, LIBRARY
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
+from weight_brokerd.attach.stage import Stages
 from weight_brokerd.config.loading import Config, load
-from weight_brokerd.core.model import Acquisition, DataPlane, IfAbsent, Offer, TransferPath
-from weight_brokerd.core.publications import Registry
+from weight_brokerd.core.model import Acquisition, DataPlane, IfAbsent, TransferPath
+from weight_brokerd.core.publications import Offer, Publications
 from weight_brokerd.core.transfers import data_plane_between
 from weight_brokerd.kinds.cuda import settings as cuda_settings
 from weight_brokerd.kinds.cuda.settings import cuda_configuration, why_no_gpus
-from weight_brokerd.kinds.setup import make_devices
+from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.kinds.registry import Kinds
+from weight_brokerd.kinds.setup import make_kinds
 
 
 def configured(**values: Any) -> Config:
     return load(None, {f"WEIGHT_BROKER_{name.upper()}": str(value) for name, value in values.items()})
+
+
+def kinds_of(config: Config, directory: Path) -> Kinds:
+    stages = Stages(lambda _instance_id, _why: None)
+    return make_kinds(config, directory, RegionTable(regions_per_instance=8), stages, RecordedEvents())
 
 
 @pytest.fixture
@@ -36,16 +45,13 @@ def _loader_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_loader_finds_nothing")
 def test_a_host_without_the_driver_has_no_devices_and_says_nothing(tmp_path: Path) -> None:
     with capture_logs() as logs:
-        assert make_devices(Config(), tmp_path) is None
+        assert kinds_of(Config(), tmp_path).served == {"cpu"}
     assert {entry["log_level"] for entry in logs} <= {"debug"}
 
 
 @pytest.mark.usefixtures("_loader_finds_nothing")
 def test_whoever_says_that_there_are_gpus_is_believed(tmp_path: Path) -> None:
-    devices = make_devices(configured(cuda_enabled="on"), tmp_path)
-    assert devices is not None
-    assert devices.served == {"cuda"}
-    assert devices.npus is None
+    assert kinds_of(configured(cuda_enabled="on"), tmp_path).served == {"cpu", "cuda"}
 
 
 def test_gpus_can_be_left_out_although_there_is_a_driver(tmp_path: Path) -> None:
@@ -80,12 +86,12 @@ def test_between_gpus_of_a_host_the_driver_copies(
 ) -> None:
     key, layout = WeightSetKey("m"), Layout([TensorSpec("w", "int8", (4,), (1,), 4)])
     offer = Offer(key, layout, "instance-1", kind, source, 0, "request")
-    registry = Registry(host_id="here", first_generation=1, limit=1, readers_per_publication=1)
-    publication = registry.add(offer, instance_name="first", now=0.0)
+    publications = Publications(host_id="here", first_generation=1, limit=1, readers_per_publication=1)
+    publication = publications.add(offer, instance_name="first", now=0.0)
     acquisition = Acquisition(
         "acquisition-1", key, layout, "instance-2", IfAbsent.FAIL, kind, destination, TransferPath.COPY, 0.0, 1.0
     )
-    assert data_plane_between(publication, acquisition) is expected
+    assert data_plane_between(publication, acquisition, "here") is expected
 
 
 def test_the_double_has_every_function_that_is_called() -> None:

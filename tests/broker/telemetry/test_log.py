@@ -17,7 +17,8 @@ import pytest
 
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_brokerd import __version__
-from weight_brokerd.telemetry.metrics import Counts, Metrics
+from weight_brokerd.telemetry.counts import Counts
+from weight_brokerd.telemetry.metrics import Metrics
 
 SERVICE = "weight_broker.v1.InspectionService"
 
@@ -136,13 +137,13 @@ def make_server(metrics: Metrics, socket: Path) -> grpc.aio.Server:
 
 def call(channel: grpc.Channel, method: str) -> object:
     return channel.unary_unary(f"/{SERVICE}/{method}", pb.GetHostRequest.SerializeToString)(
-        pb.GetHostRequest(), timeout=5
+        pb.GetHostRequest(), timeout=60
     )
 
 
 def call_stream(channel: grpc.Channel, method: str) -> Any:
     return channel.unary_stream(f"/{SERVICE}/{method}", pb.GetHostRequest.SerializeToString)(
-        pb.GetHostRequest(), timeout=5
+        pb.GetHostRequest(), timeout=60
     )
 
 

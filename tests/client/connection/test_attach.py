@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
 from support.scripted_broker import TOKEN, ScriptedBroker, refused
-from weight_broker.connection import attach
+from support.scripted_stage import assert_set
+from support.waiting import eventually
+from weight_broker.connection import attach, session
 from weight_broker.connection.attach import AttachConnection
 from weight_broker.connection.session import Attachment
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, PublishRefused, Reason
@@ -66,22 +69,29 @@ def test_a_claimed_descriptor_is_the_callers_and_is_not_inherited(
 def test_a_broker_that_does_not_answer_in_time_is_left_with_a_goodbye(
     broker: ScriptedBroker, connection: AttachConnection
 ) -> None:
-    broker.on_attach = lambda request: time.sleep(0.3)
+    given_up = threading.Event()
+    broker.on_attach = lambda request: assert_set(given_up)
     with pytest.raises(BrokerUnavailable, match="within"):
         connection._ask(attach_pb2.AttachRequest(withdraw_region=attach_pb2.WithdrawRegion()), timeout=0.05)
+    given_up.set()
     assert connection.is_over()
     with pytest.raises(NotAttached):
         connection.withdraw_region("region")
-    requests = [broker.attach_requests.get(timeout=5) for _ in range(3)]
+    requests = [broker.attach_requests.get(timeout=60) for _ in range(3)]
     assert requests == ["hello", "withdraw_region", "goodbye"]  # what it does late, it undoes
 
 
 def test_the_answer_to_an_interrupted_request_is_not_taken_for_the_next_one(
     broker: ScriptedBroker, connection: AttachConnection
 ) -> None:
+    caller = threading.get_ident()
+    interrupted = threading.Event()
+
     def late(request: attach_pb2.AttachRequest) -> None:
         if request.WhichOneof("request") == "claim_region":
-            time.sleep(0.3)
+            eventually(lambda: connection._owed == 1 and not connection._unsure)  # it waits for the answer
+            signal.pthread_kill(caller, signal.SIGUSR1)
+            assert_set(interrupted)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -90,13 +100,13 @@ def test_the_answer_to_an_interrupted_request_is_not_taken_for_the_next_one(
     broker.regions["transfer", 0] = region
     broker.on_attach = late
     open_before = len(os.listdir("/proc/self/fd"))
-    handler = signal.signal(signal.SIGALRM, interrupt)
+    handler = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
             connection.claim_region("transfer", 0)
     finally:
-        signal.signal(signal.SIGALRM, handler)
+        interrupted.set()
+        signal.signal(signal.SIGUSR1, handler)
     broker.on_attach = lambda request: refused(Reason.REGION_REFUSED, "the second answer")
     with pytest.raises(PublishRefused, match="the second answer"):
         connection.withdraw_region("region")
@@ -135,38 +145,53 @@ def test_a_forked_child_lets_go_without_a_word(broker: ScriptedBroker, connectio
         os._exit(0 if connection.is_over() else 1)
     assert os.waitpid(child, 0)[1] == 0
     connection.withdraw_region("region")
-    requests = [broker.attach_requests.get(timeout=5) for _ in range(2)]
+    requests = [broker.attach_requests.get(timeout=60) for _ in range(2)]
     assert requests == ["hello", "withdraw_region"]
 
 
 def test_leaving_says_goodbye(broker: ScriptedBroker, connection: AttachConnection) -> None:
     connection.leave()
-    assert [broker.attach_requests.get(timeout=5) for _ in range(3)] == ["hello", "goodbye", "end"]
+    assert [broker.attach_requests.get(timeout=60) for _ in range(3)] == ["hello", "goodbye", "end"]
     connection.leave()
     with pytest.raises(NotAttached):
         connection.goodbye()
 
 
-def test_a_broker_that_hangs_costs_many_threads_the_time_of_one(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(tmp_path / "attach.sock"))
-        listener.listen(100)
-        attachment = Attachment(tmp_path, "name", 0.5)
-        failed: list[str] = []
+def test_a_broker_that_hangs_costs_many_threads_the_time_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has asked before it is found out is told what the first one finds, and does not try as well."""
+    count = 8
+    asked = threading.Semaphore(0)
+    tries: list[Path] = []
 
-        def ask() -> None:
-            with pytest.raises(BrokerUnavailable, match="does not answer") as caught:
-                attachment.session()
-            failed.append(caught.value.message)
+    def note_and_tell_the_time() -> float:
+        asked.release()
+        return time.monotonic()
 
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        begun = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(failed) == 8
-        assert time.monotonic() - begun < 2
+    def try_until_all_have_asked(directory: Path, name: str, connect_timeout: float) -> NoReturn:
+        tries.append(directory)
+        for _ in range(count):
+            assert asked.acquire(timeout=60)
+        raise BrokerUnavailable("it does not answer")
+
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=note_and_tell_the_time))
+    monkeypatch.setattr(session, "Session", try_until_all_have_asked)
+    attachment = Attachment(tmp_path, "name", 600)
+    failed: list[str] = []
+
+    def ask() -> None:
+        with pytest.raises(BrokerUnavailable, match="does not answer") as caught:
+            attachment.session()
+        failed.append(caught.value.message)
+
+    threads = [threading.Thread(target=ask) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(failed) == count
+    assert tries == [tmp_path]
 
 
 def test_without_a_free_descriptor_there_is_no_broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

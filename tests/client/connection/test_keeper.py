@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from support.waiting import eventually
+from weight_broker.connection import keeper as keeper_module
 from weight_broker.connection.keeper import Keeper, _restore
 from weight_broker.errors import BrokerUnavailable
 
@@ -20,14 +23,14 @@ class Lamp:
     def __init__(self, route: object = None) -> None:
         self.route = route or self
         self.failures = 0
-        self.attempts: list[float] = []
+        self.attempts = 0
         self.restored = 0
         self.near, self.far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def restore(self) -> None:
         if self.far.fileno() >= 0:
             return
-        self.attempts.append(time.monotonic())
+        self.attempts += 1
         if self.failures:
             self.failures -= 1
             raise BrokerUnavailable("not yet")
@@ -46,50 +49,91 @@ def keeper() -> Iterator[Keeper]:
     created.stop()
 
 
-def until(condition: Callable[[], bool], seconds: float = 5) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], float | None]]:
+    """How the keeper sleeps: the sockets whose end wakes it, and for how many seconds at most, which do not pass."""
+    slept: list[tuple[set[int], float | None]] = []
+    sleep = keeper_module._sleep
+
+    def note_and_sleep(bell: int, sockets: Iterable[int], seconds: float | None) -> None:
+        watched = set(sockets)
+        slept.append((watched, seconds))
+        if seconds is None:
+            sleep(bell, watched, None)
+
+    monkeypatch.setattr(keeper_module, "_sleep", note_and_sleep)
+    return slept
 
 
 def keeper_threads() -> int:
     return sum(thread.name == "weight-broker-keeper" for thread in threading.enumerate())
 
 
-def test_the_thread_lives_only_while_something_is_kept(keeper: Keeper) -> None:
+def test_the_thread_lives_only_while_something_is_kept(
+    keeper: Keeper, sleeps: list[tuple[set[int], float | None]]
+) -> None:
     assert keeper_threads() == 0
     one, other = Lamp(), Lamp()
     keeper.add(one)
     keeper.add(other)
     assert keeper_threads() == 1
     keeper.remove(one)
-    time.sleep(0.05)
+    eventually(lambda: sleeps and sleeps[-1] == ({other.fileno()}, None))
     assert keeper_threads() == 1
     keeper.remove(other)
-    until(lambda: keeper_threads() == 0)
+    eventually(lambda: keeper_threads() == 0)
     keeper.add(one)
     assert keeper_threads() == 1
 
 
-def test_the_end_of_a_session_is_noticed_at_once(keeper: Keeper) -> None:
+def test_it_sleeps_until_a_session_ends_and_never_just_for_a_while(
+    keeper: Keeper, sleeps: list[tuple[set[int], float | None]]
+) -> None:
     lamp = Lamp()
     keeper.add(lamp)
-    time.sleep(0.05)
-    ended = time.monotonic()
+    eventually(lambda: len(sleeps) == 1)
     lamp.far.close()
-    until(lambda: lamp.restored == 1)
-    assert lamp.attempts[0] - ended < 0.1
+    eventually(lambda: len(sleeps) == 2)
+    assert (lamp.attempts, lamp.restored) == (1, 1)
+    assert [seconds for _, seconds in sleeps] == [None, None]
 
 
-def test_it_tries_again_until_it_succeeds_and_slower_each_time(keeper: Keeper) -> None:
+def test_it_tries_again_until_it_succeeds_and_slower_each_time(
+    keeper: Keeper, sleeps: list[tuple[set[int], float | None]]
+) -> None:
     lamp = Lamp()
-    lamp.failures = 3
-    keeper.add(lamp)
+    lamp.failures = 7
     lamp.far.close()
-    until(lambda: lamp.restored == 1)
-    pauses = [later - earlier for earlier, later in zip(lamp.attempts, lamp.attempts[1:], strict=False)]
-    assert pauses == pytest.approx([0.2, 0.3, 0.45], abs=0.1)
+    keeper.add(lamp)
+    eventually(lambda: lamp.restored == 1)
+    assert lamp.attempts == 8
+    pauses = [seconds for _, seconds in sleeps if seconds is not None]
+    assert pauses == pytest.approx([0.2, 0.3, 0.45, 0.675, 1.0, 1.0, 1.0])
+
+
+def test_while_something_is_broken_an_ended_socket_does_not_cut_a_sleep_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    lamp = Lamp()
+    lamp.far.close()
+    polls: list[tuple[list[int], float | None]] = []
+
+    class Poller:
+        def __init__(self) -> None:
+            self.registered: list[int] = []
+
+        def register(self, descriptor: int, events: int) -> None:
+            self.registered.append(descriptor)
+
+        def poll(self, milliseconds: float | None) -> None:
+            polls.append((self.registered, milliseconds))
+
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    monkeypatch.setattr(
+        keeper_module, "select", SimpleNamespace(poll=Poller, POLLIN=select.POLLIN, POLLRDHUP=select.POLLRDHUP)
+    )
+    keeper_module._sleep(bell, [lamp.fileno()], 0.2)
+    keeper_module._sleep(bell, [lamp.fileno()], None)
+    os.close(bell)
+    assert polls == [([bell], 200.0), ([bell, lamp.fileno()], None)]
 
 
 def test_where_one_finds_no_broker_the_others_do_not_try() -> None:
@@ -99,7 +143,7 @@ def test_where_one_finds_no_broker_the_others_do_not_try() -> None:
         lamp.failures = 1
         lamp.far.close()
     assert _restore([first, second, elsewhere], set())
-    assert [len(lamp.attempts) for lamp in (first, second, elsewhere)] == [1, 0, 1]
+    assert [lamp.attempts for lamp in (first, second, elsewhere)] == [1, 0, 1]
 
 
 class Broken(Lamp):
@@ -116,23 +160,6 @@ def test_a_defect_in_one_does_not_keep_the_others_from_being_restored() -> None:
     assert other.restored == 1
 
 
-def test_idle_it_uses_no_processor_time(keeper: Keeper) -> None:
-    keeper.add(Lamp())
-    time.sleep(0.05)
-    before = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - before < 0.03
-
-
-def test_what_is_broken_does_not_make_it_spin(keeper: Keeper) -> None:
-    lamp = Lamp()
-    lamp.failures = 1000
-    keeper.add(lamp)
-    lamp.far.close()
-    time.sleep(0.6)
-    assert len(lamp.attempts) <= 4
-
-
 def test_a_forked_child_has_no_keeper_and_can_have_its_own(keeper: Keeper) -> None:
     keeper.add(Lamp())
     child = os.fork()
@@ -142,7 +169,7 @@ def test_a_forked_child_has_no_keeper_and_can_have_its_own(keeper: Keeper) -> No
             mine = Lamp()
             keeper.add(mine)
             mine.far.close()
-            until(lambda: mine.restored == 1)
+            eventually(lambda: mine.restored == 1)
         except BaseException:  # noqa: BLE001 - the parent sees the status
             os._exit(1)
         os._exit(0)
@@ -155,6 +182,6 @@ def test_a_reason_is_a_warning_once_and_then_a_detail(keeper: Keeper, caplog: py
     lamp.failures = 3
     keeper.add(lamp)
     lamp.far.close()
-    until(lambda: lamp.restored == 1)
+    eventually(lambda: lamp.restored == 1)
     levels = [record.levelname for record in caplog.records if "cannot be published now" in record.message]
     assert levels == ["WARNING", "DEBUG", "DEBUG"]

@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from weight_broker.demo.npu import memory as npu_memory
-from weight_broker.demo.npu.instance import Result
 from weight_broker.demo.npu.report import CardReport, bytes_per_second
+from weight_broker.demo.orders import CardResult
 from weight_broker.integrations.checkpoint import CheckpointError
 from weight_broker.layout import ITEM_SIZES
 from weight_brokerd.ascend_check.steps import Row, StepFailedError, Steps
 
-DISK = Result("instance 1", "npu:0", "disk", "", "read", 1000, 2, 0.1, 0.1, 2.0, 1.0, {}, 0.5, 1000, "")
+DISK = CardResult("instance 1", "npu:0", "disk", "", "read", 1000, 2, 0.1, 0.1, 2.0, 1.0, {}, 0.5, 1000, "")
 PHASES = {"attach": 0.01, "reserve": 0.01, "map": 0.2, "transfer": 0.1, "verify": 0.05, "confirm": 0.01}
 PEER = replace(
     DISK, name="instance 2", device_id="npu:1", source="instance 1", data_plane="datasystem", path="copy",

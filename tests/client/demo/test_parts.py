@@ -16,7 +16,7 @@ from weight_broker.demo import checkpoint as demo_checkpoint
 from weight_broker.demo import page_cache
 from weight_broker.demo.available_memory import PROCESS_BYTES, Plan, fitting_size
 from weight_broker.demo.checkpoint import DEFAULT_SIZE, ensure_checkpoint, model_shape, parse_size
-from weight_broker.demo.instance import Result
+from weight_broker.demo.orders import Result
 from weight_broker.demo.report import DemoReport
 from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_tensors
 
@@ -127,7 +127,7 @@ def test_two_that_write_at_once_both_get_a_whole_model(tmp_path: Path) -> None:
             nonlocal waited
             if not waited:
                 waited = True
-                together.wait(30)
+                together.wait(60)
 
         found.append(ensure_checkpoint(SIZE, report, directory=tmp_path))
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from weight_broker import BrokerError
+from weight_broker.drivers.cuda import CudaUnavailable
 from weight_broker.integrations.engine.completeness import refusal, snapshot, state_refusal
 from weight_broker.integrations.engine.tensors import other_state, weight_tensors
 
@@ -119,3 +122,18 @@ def test_what_a_property_remembers_is_no_reason() -> None:
     assert layer.is_padded
     assert "is_padded" in vars(layer)
     assert state_refusal(before, other_state(layer)) == ""
+
+
+class GpuTensor(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device: Any = property(lambda self: torch.device("cuda", 0))
+
+
+def test_the_content_of_a_gpu_is_not_digested_with_another_vendors_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise CudaUnavailable("libcuda.so.1", 0, "not here")
+
+    monkeypatch.setattr("weight_broker.drivers.cuda.load", missing)
+    with pytest.raises(BrokerError, match=r"libcuda\.so\.1"):
+        snapshot({"w": torch.zeros(4).as_subclass(GpuTensor)}, contents=True)

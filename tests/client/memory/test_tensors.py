@@ -222,6 +222,6 @@ def test_the_same_tensors_have_the_same_layout_object_and_others_another() -> No
 
 
 def test_a_very_large_layout_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weight_broker.memory.tensors._KEPT_TENSORS", 1)
+    monkeypatch.setattr("weight_broker.memory.described._KEPT_TENSORS", 1)
     tensors = {"only here": torch.zeros(3), "and here": torch.zeros(3)}
     assert describe(tensors).layout is not describe(tensors).layout

@@ -68,7 +68,7 @@ def test_the_holder_of_the_lease_loads_and_publishes_with_it(broker: ScriptedBro
     report = client.acquire_or_load(KEY, model.weights, model.load)
     assert (report.source, model.loads, report.publish_error, report.acquire_error) == ("disk", 1, None, None)
     assert report.publication is not None
-    assert broker.publish_requests.get(timeout=5).fencing_token == 9
+    assert broker.publish_requests.get(timeout=60).fencing_token == 9
     assert report.seconds >= report.acquire_seconds + report.load_seconds + report.publish_seconds - 0.001
 
 
@@ -80,7 +80,7 @@ def test_what_is_published_is_what_is_there_after_the_load(broker: ScriptedBroke
         model.weights = {"w": np.ones((3, 4), np.float64)}
 
     client.acquire_or_load(KEY, lambda: model.weights, load)
-    assert list(broker.publish_requests.get(timeout=5).layout.tensors[0].shape) == [3, 4]
+    assert list(broker.publish_requests.get(timeout=60).layout.tensors[0].shape) == [3, 4]
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
@@ -95,7 +95,7 @@ def test_a_loader_that_raises_gives_the_lease_up_and_its_exception_is_unchanged(
     with pytest.raises(type(error)) as caught:
         client.acquire_or_load(KEY, Model().weights, load)
     assert caught.value is error
-    report = broker.load_reports.get(timeout=5)
+    report = broker.load_reports.get(timeout=60)
     assert (report.fencing_token, report.WhichOneof("action")) == (9, "give_up")
     assert type(error).__name__ in report.give_up.reason
 
@@ -111,7 +111,7 @@ def test_a_failed_publication_is_told_not_raised_and_the_lease_is_given_up(
     assert report.publish_error is not None
     assert "PublishRefused" in report.publish_error
     assert "not published" in caplog.text
-    assert broker.load_reports.get(timeout=5).WhichOneof("action") == "give_up"
+    assert broker.load_reports.get(timeout=60).WhichOneof("action") == "give_up"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_any_failure_of_the_broker_leads_to_the_disk_and_then_to_a_new_source(
     assert (report.source, model.loads) == ("disk", 1)
     assert report.acquire_error is not None
     assert report.publication is not None
-    assert broker.publish_requests.get(timeout=5).fencing_token == 0
+    assert broker.publish_requests.get(timeout=60).fencing_token == 0
     assert "from disk" in caplog.text
     assert ("another layout" in caplog.text) == (reason is Reason.LAYOUT_MISMATCH)
 
@@ -146,7 +146,7 @@ def test_memory_that_may_still_be_written_to_is_not_loaded_into(
     def poisoned(*args: object, **kwargs: object) -> None:
         raise BrokerError("unknown", touched=True, quiesced=False)
 
-    monkeypatch.setattr(client, "_acquire_and_share", poisoned)
+    monkeypatch.setattr(client._exchange, "fill", poisoned)
     model = Model()
     with pytest.raises(BrokerError) as caught:
         client.acquire_or_load(KEY, model.weights, model.load)
@@ -179,7 +179,7 @@ def test_who_is_filled_becomes_a_source_of_the_same_memory_without_a_copy(
 
     def play(request: pb.AcquireRequest, context: Context) -> Iterator[pb.AcquireResponse]:
         yield granted("transfer-1", described, region)
-        broker.transfer_reports.get(timeout=10)
+        broker.transfer_reports.get(timeout=60)
         yield done("transfer-1", 4000)
 
     broker.on_acquire = play
@@ -194,7 +194,7 @@ def test_who_is_filled_becomes_a_source_of_the_same_memory_without_a_copy(
     assert (report.publication is None) == publish_fails
     assert (report.publish_error is not None) == publish_fails
     if not publish_fails:
-        request = broker.publish_requests.get(timeout=5)
+        request = broker.publish_requests.get(timeout=60)
         assert [(one.region_index, one.offset_bytes) for one in request.placements] == list(region.placements)
         assert [tuple(digests.values) for digests in request.digests] == [one.values for one in region.digests]
 
@@ -208,7 +208,7 @@ def test_a_process_without_descriptors_memory_or_threads_for_the_broker_loads_fr
     def fail_here(*arguments: object, **keywords: object) -> object:
         raise error
 
-    monkeypatch.setattr(client, "_acquire_and_share", fail_here)
+    monkeypatch.setattr(client._exchange, "fill", fail_here)
     model = Model()
     report = client.acquire_or_load(KEY, model.weights, model.load, timeout=5)
     assert (report.source, model.loads) == ("disk", 1)

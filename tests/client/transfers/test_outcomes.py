@@ -37,7 +37,7 @@ def test_a_cold_load_is_a_lease_that_can_be_given_up_once(stage: Stage) -> None:
     assert isinstance(lease, ColdLoadLease)
     assert (lease.fencing_token, lease.weight_set_id, lease.touched) == (9, KEY.id, False)
     lease.give_up("no disk")
-    report = stage.broker.load_reports.get(timeout=5)
+    report = stage.broker.load_reports.get(timeout=60)
     assert (report.fencing_token, report.give_up.reason) == (9, "no disk")
     stage.broker.drop_attachments()
     with pytest.raises(LeaseLost):
@@ -61,7 +61,7 @@ def test_a_broker_that_has_forgotten_this_process_is_attached_to_again(stage: St
     tensors = arrays(0)
     stage.client.acquire(KEY, tensors)
     assert holds(tensors, 5)
-    requests = [stage.broker.attach_requests.get(timeout=5) for _ in range(5)]
+    requests = [stage.broker.attach_requests.get(timeout=60) for _ in range(5)]
     assert sorted(requests) == ["claim_region", "end", "goodbye", "hello", "hello"]
 
 

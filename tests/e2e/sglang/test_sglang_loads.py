@@ -88,7 +88,6 @@ def test_without_a_broker_the_disk_is_read_at_once(start_engine: Start, models: 
     result = start_engine(models["untied"])[0].result()
     assert only(result)["source"] == "disk"
     assert "BrokerUnavailable" in only(result)["acquire_error"]
-    assert only(result)["seconds"]["acquire"] < 30, "a socket that is not there costs no timeout"
 
 
 def test_a_fine_tune_of_the_same_shape_under_the_same_path_is_another_model(

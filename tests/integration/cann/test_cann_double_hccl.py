@@ -231,5 +231,5 @@ def test_faults_can_be_there_from_the_start_of_a_process(start_process: StartPro
     begun = time.monotonic()
     waiting = process.begin(card_actions.meet, root, 0)
     peer.call(card_actions.meet, root, 1)
-    waiting(10)
-    assert time.monotonic() - begun > 0.45
+    waiting(60)
+    assert time.monotonic() - begun >= 0.5

@@ -16,11 +16,11 @@ from weight_broker.layout import MemoryFormat
 from weight_broker.memory.npu.kind import Segment, SegmentKind, describe_device
 from weight_broker.v1 import weight_set_pb2 as pb
 from weight_brokerd.cards.events import Hooks
-from weight_brokerd.cards.handles import import_request
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.offers import OfferEnd, fresh_key
 from weight_brokerd.cards.plan import pieces as plan
 from weight_brokerd.cards.plan.blobs import BlobList
+from weight_brokerd.kinds.npu.place import import_region
 from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 MIB = 1 << 20
@@ -72,7 +72,7 @@ def requests(prefix: str, shared: Shared) -> list[ImportRegion]:
         else:
             message.npu_segment.shareable_handles.extend(region.shareable_handles)
             message.npu_segment.chunk_bytes = region.chunk_bytes
-        found.append(import_request(f"{prefix}/{region.region_id}", message))
+        found.append(import_region("region", f"{prefix}/{region.region_id}", message))
     return found
 
 

@@ -10,7 +10,6 @@ import asyncio
 import inspect
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -62,16 +61,14 @@ def test_h2_a_sender_killed_in_mid_transfer_costs_one_fetch_and_neither_a_minute
         fetching = asyncio.create_task(
             cards.fetch(card_name(1), key, destination.blobs(), [destination.region], timeout=90)
         )
-        await asyncio.sleep(0.7)
-        begun = time.monotonic()
+        await scene.until_moving(cards)
         os.kill(cards.health[0].sender_pid, signal.SIGKILL)
         await until(lambda: lost == [key])
         fetching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetching
         scene.host.clear()
-        await move(cards, source, destination)
-        assert time.monotonic() - begun < 30, "the engine's own time-out is a minute"
+        await move(cards, source, destination, timeout=40)  # the engine's own time-out is a minute
         assert destination.digest() == source.digest()
 
     scene.run(scenario, source, hooks=Hooks(on_offers_lost=lambda keys, _: lost.extend(keys)))
@@ -86,7 +83,7 @@ def test_h3_a_slow_reader_gets_the_right_bytes_although_a_fast_one_is_done_and_w
         await asyncio.gather(cards.warm_up(card_name(1)), cards.warm_up(card_name(2)))
         scene.host.inject(Fault.SLOW_LINK, card=2, value=MIB // 4)
         slowly = asyncio.create_task(move(cards, source, slow))
-        await asyncio.sleep(0.3)
+        await scene.until_moving(cards, 2)
         await move(cards, source, fast)
         assert not slowly.done(), "they did not overlap"
         assert cards.health[0].offers == 1, "the slow reader is counted"
@@ -116,10 +113,8 @@ def test_h3_memory_that_is_taken_back_under_a_reader_is_unmapped_and_the_reader_
         fetching = asyncio.create_task(
             cards.fetch(card_name(1), key, destination.blobs(), [destination.region], timeout=30)
         )
-        await asyncio.sleep(0.7)
-        begun = time.monotonic()
+        await scene.until_moving(cards)
         await cards.unregister(card_name(0), source.region.region_id)
-        assert time.monotonic() - begun < 4
         assert lost == [key]
         # The driver would refuse this if anybody had it open still.
         source.process.call(acl.close_key, bytes.fromhex(source.region.export_key))
@@ -146,9 +141,7 @@ def test_h4_and_h7_transfers_of_the_same_memory_follow_each_other_without_a_stal
         for turn in range(5):
             source.fill(turn)
             for destination in destinations:
-                begun = time.monotonic()
-                await move(cards, source, destination)
-                assert time.monotonic() - begun < 10
+                await move(cards, source, destination, timeout=40)  # a stall is of a minute
                 assert destination.digest() == source.digest()
         assert cards.health[0].offers == 0
 
@@ -177,13 +170,12 @@ def test_h8_the_first_requests_to_a_fresh_process_may_come_all_at_once(scene: Ca
 
     async def scenario(cards: CardSupervisor) -> None:
         keys = [fresh_key() for _ in range(THREADS)]
-        begun = time.monotonic()
         await asyncio.gather(*(cards.offer(card_name(0), key, source.blobs()) for key in keys))
-        assert time.monotonic() - begun < 15, "the hazard costs 15 to 61 s"
         await asyncio.gather(*(cards.withdraw(card_name(0), key, OfferEnd.UNREAD) for key in keys))
         assert cards.health[0].retiring_pids == ()
 
-    scene.run(scenario, source)
+    # The hazard costs 15 to 61 s: more than a request may take here.
+    scene.run(scenario, source, request_seconds=14.0)
 
 
 def test_h9_blobs_that_the_engine_merges_go_to_cards_other_than_the_first(scene: CardScene) -> None:
@@ -237,7 +229,7 @@ def test_h12_a_process_whose_fetch_hangs_goes_on_answering(scene: CardScene) -> 
         await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=MIB // 2)
         moving = asyncio.create_task(move(cards, source, destination))
-        await asyncio.sleep(0.7)
+        await scene.until_moving(cards)
         (figures,) = (await cards.figures(card_name(1))).values()
         assert figures.imports == 1
         assert not moving.done(), "it was over before"

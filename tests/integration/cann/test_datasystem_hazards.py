@@ -6,7 +6,6 @@ and a reason to look at the design again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +15,7 @@ from support import acl
 from support import datasystem_actions as engine
 from support.card_process import CardProcess
 from support.datasystem_worker import DatasystemWorker, require_wheel
+from support.waiting import eventually
 
 SIZE = 24 << 20
 
@@ -56,7 +56,7 @@ def test_h3_of_two_readers_of_one_key_the_slower_gets_wrong_bytes_and_no_error(
     cann_host.inject(Fault.SLOW_LINK, pid=slow.pid, value=5e6)
     cann_host.inject(Fault.SLOW_LINK, pid=fast.pid, value=30e6)
     slowly = slow.begin(engine.fetch, "client", key, 2, destinations[2])
-    time.sleep(0.5)
+    eventually(lambda: "pending_tasks" in cann_host.live(slow.pid))
     assert fast.call(engine.fetch, "client", key, 1, destinations[1]).failed_keys == []
     assert fast.call(engine.digest, destinations[1]) == expected
     assert sender.call(engine.withdraw, "client", key, 0).failed_keys == [], "the source says that nobody reads it"
@@ -99,7 +99,7 @@ def test_h1_one_client_on_both_ends_waits_for_itself(
     destination = process.call(engine.allocate, 1, [1 << 20])
     outcome = process.begin(engine.fetch, "client", key, 1, destination, 3000)(120)
     assert outcome.error
-    assert 55 < outcome.seconds < 80
+    assert outcome.seconds > 55, "although it was told to wait 3 s"
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_h9_more_than_100_mib_of_small_blobs_in_one_key_never_arrive(
     assert publisher.call(engine.publish, "client", key, 0, source).failed_keys == []
     outcome = reader.begin(engine.fetch, "client", key, 1, destination, 3000)(120)
     assert outcome.error
-    assert 55 < outcome.seconds < 80
+    assert outcome.seconds > 55, "although it was told to wait 3 s"
 
 
 @pytest.mark.slow
@@ -128,11 +128,11 @@ def test_h2_a_publisher_killed_in_mid_transfer_costs_a_minute_and_poisons_the_ke
     assert publisher.call(engine.publish, "client", key, 0, source).failed_keys == []
     cann_host.inject(Fault.SLOW_LINK, value=6e6)
     fetching = reader.begin(engine.fetch, "client", key, 1, destination, 3000)
-    time.sleep(1.5)
+    eventually(lambda: "pending_tasks" in cann_host.live(reader.pid))
     publisher.kill()
     outcome = fetching(120)
     assert outcome.error
-    assert 55 < outcome.seconds < 80, "although it was told to wait 3 s"
+    assert outcome.seconds > 55, "although it was told to wait 3 s"
     source = next_publisher.call(engine.allocate, 2, [SIZE], 1)
     assert next_publisher.call(engine.publish, "client", key, 2, source).failed_keys == [key]
     assert next_publisher.call(engine.publish, "client", f"{key}-2", 2, source).failed_keys == []
@@ -156,7 +156,4 @@ def test_h5_a_fetch_that_has_timed_out_goes_on_writing(
         reader.call(acl.free, destination[0][0])
     received = cann_host.counters(reader.pid)["bytes_received"]
     cann_host.clear()
-    deadline = time.monotonic() + 30
-    while cann_host.counters(reader.pid)["bytes_received"] < received + SIZE:
-        assert time.monotonic() < deadline, "it was given up"
-        time.sleep(0.1)
+    eventually(lambda: cann_host.counters(reader.pid)["bytes_received"] >= received + SIZE)

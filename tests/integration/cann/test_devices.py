@@ -159,7 +159,9 @@ def test_memory_of_another_kind_is_no_source_and_explain_says_so(device_host: De
     key = instance.key_of("model")
     with BrokerClient(broker.runtime_directory) as client, pytest.raises(WeightsNotFound):
         client.acquire(key, {"a": numpy.empty(4, "float32")}, wait=False)
-    explained = broker.inspection.Explain(inspection.ExplainRequest(key=key_to_wire(key)), timeout=10)
+    explained = broker.inspection.Explain(
+        inspection.ExplainRequest(key=key_to_wire(key), device_kind=weight_set_pb2.DEVICE_KIND_CPU), timeout=60
+    )
     (candidate,) = explained.candidates
     assert candidate.refusal == inspection.Candidate.REFUSAL_DEVICE_KIND
     assert "it is in npu memory" in candidate.detail
@@ -178,7 +180,7 @@ def test_a_card_that_this_host_does_not_have_is_named_and_nothing_changes(device
             npu_allocation=weight_set_pb2.NpuAllocation(export_key=b"k"),
         )
         with pytest.raises(grpc.RpcError) as refused:
-            raw.weight_broker.Publish(request, metadata=raw.metadata, timeout=20)
+            raw.weight_broker.Publish(request, metadata=raw.metadata, timeout=60)
     error = decode_error(refused.value)
     assert error.reason is Reason.INVALID_ARGUMENT
     assert "npu:77" in error.message

@@ -25,7 +25,7 @@ def test_a_reader_that_crashes_does_not_keep_the_only_slot_of_its_source(device_
     crashing.begin(instance.acquire, "model")
     scene.wait_until_moving(1)
     waiting = next_one.begin(instance.acquire, "model")
-    eventually(lambda: scene.broker.host().waiting_acquisition_count == 1, within=10)
+    eventually(lambda: scene.broker.host().waiting_acquisition_count == 1)
     crashing.kill()
     assert waiting(60).source == "first"
 
@@ -104,7 +104,7 @@ def test_a_stopped_instance_serves_and_a_card_process_that_hangs_is_given_up(dev
     os.kill(hung, signal.SIGSTOP)
     outcome = second.call(instance.acquire, "model", timeout=50.0)
     assert (outcome.error, outcome.quiesced) == ("TransferFailed", True)
-    eventually(lambda: cards(scene.broker)[card_name(0)].sender_pid not in (0, hung), within=30)
+    eventually(lambda: cards(scene.broker)[card_name(0)].sender_pid not in (0, hung))
     scene.warm_up(second)
     assert second.call(instance.digest, "model") == first.call(instance.digest, "model")
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -91,8 +90,6 @@ async def test_a_worker_is_started_serves_and_is_gone_after_the_end(state: Path)
         pid = worker.pid
         assert os.readlink(f"/proc/{pid}/exe").endswith("/datasystem_worker")
         await asyncio.to_thread(round_trip, host, port)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < managed_worker.STOP_SECONDS + managed_worker.KILL_SECONDS
     assert not is_running(pid)
     assert not (state / "datasystem/worker.pid").exists()
 
@@ -100,8 +97,7 @@ async def test_a_worker_is_started_serves_and_is_gone_after_the_end(state: Path)
 @on_a_loop
 async def test_a_worker_that_dies_is_told_and_started_again_where_it_was(state: Path) -> None:
     changes: list[bool] = []
-    worker = ManagedWorker(SETTINGS, state)
-    worker.on_change = lambda: changes.append(worker.is_ready)
+    worker = ManagedWorker(SETTINGS, state, on_change=lambda: changes.append(worker.is_ready))
     host, port = await worker.start()
     try:
         assert await worker.wait_ready(START_SECONDS), worker.problem
@@ -171,7 +167,7 @@ async def test_a_worker_ends_with_its_killed_broker_and_the_next_one_starts_clea
     assert is_running(pid)
     broker.kill()
     broker.wait()
-    await asyncio.to_thread(eventually, lambda: not is_running(pid), within=10)
+    await asyncio.to_thread(eventually, lambda: not is_running(pid))
     async with managed(state) as worker:
         await worker.start()
         assert await worker.wait_ready(START_SECONDS), worker.problem

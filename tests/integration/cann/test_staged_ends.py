@@ -41,7 +41,7 @@ def until_both_copy(*processes: CardProcess) -> None:
 
 def until_nothing_is_mapped(*processes: CardProcess) -> None:
     """No bucket stays."""
-    eventually(lambda: not any(one.live.get("imports") for one in processes), within=20)
+    eventually(lambda: not any(one.live.get("imports") for one in processes))
 
 
 def test_a_killed_receiver_and_then_a_killed_source(device_host: DeviceHost) -> None:
@@ -52,8 +52,8 @@ def test_a_killed_receiver_and_then_a_killed_source(device_host: DeviceHost) -> 
     second.begin(instance.acquire, "model")
     until_both_copy(first, second)
     second.kill()
-    eventually(lambda: not first.live.get("imports"), within=40)
-    eventually(lambda: broker.host().running_transfer_count == 0, within=40)
+    eventually(lambda: not first.live.get("imports"))
+    eventually(lambda: broker.host().running_transfer_count == 0)
     answer = third.begin(instance.acquire, "model")
     until_both_copy(first, third)
     first.kill()
@@ -61,7 +61,7 @@ def test_a_killed_receiver_and_then_a_killed_source(device_host: DeviceHost) -> 
     assert (failed.error, failed.quiesced) == ("TransferFailed", True)
     assert "imports" not in third.live
     device_host.cann.clear()
-    wait_until_idle(broker, within=40)
+    wait_until_idle(broker)
     fourth = device_host.start_instance("fourth")
     fourth.call(instance.create, "model", 0, MODEL, 9, sleeps=True)
     assert fourth.call(instance.publish, "model").error == ""
@@ -102,7 +102,7 @@ def test_a_killed_broker_leaves_no_bucket_mapped_and_its_successor_finds_the_sou
     failed = answer(60)
     assert (failed.error, failed.quiesced) == ("BrokerUnavailable", True)
     until_nothing_is_mapped(first, second)
-    eventually(lambda: not any(is_alive(pid) for pid in children), within=20)
+    eventually(lambda: not any(is_alive(pid) for pid in children))
     device_host.cann.clear()
     broker = device_host.start_broker(settings=SMALL_BUCKET)
     eventually(lambda: [one.is_staged for one in broker.publications()] == [True], within=60)
@@ -135,7 +135,7 @@ def test_a_source_that_does_not_answer_is_no_source_until_it_does(device_host: D
     assert "did not answer" in failed.message
     assert broker.publications() == []
     first.process.send_signal(signal.SIGCONT)
-    eventually(lambda: [one.is_staged for one in broker.publications()] == [True], within=40)
+    eventually(lambda: [one.is_staged for one in broker.publications()] == [True])
     again = second.call(instance.acquire, "model")
     assert (again.error, again.path) == ("", "staged")
     assert second.call(instance.digest, "model") == first.call(instance.digest, "model")

@@ -79,7 +79,7 @@ def test_a_gpu_is_known_by_its_uuid_whatever_number_a_process_gives_it(gpu_host:
 def test_the_broker_lists_its_gpus_and_opens_none_before_it_has_to(gpu_host: GpuHost) -> None:
     gpu_host.cuda.inject(Fault.OUT_OF_MEMORY)
     broker = gpu_host.start_broker()
-    eventually(lambda: len(cards(broker)) == GPUS, within=30)
+    eventually(lambda: len(cards(broker)) == GPUS)
     assert [(card.device_id, card.device_index) for card in broker.host().cards] == [(uuid(i), i) for i in range(GPUS)]
     for card in cards(broker).values():
         assert card.device_kind == weight_set_pb2.DEVICE_KIND_CUDA
@@ -121,7 +121,7 @@ def test_a_copy_past_its_deadline_costs_its_process_and_nothing_else(gpu_host: G
     first.call(instance.publish, "model")  # the process that copies is there from now on
     gpu_host.cuda.inject(Fault.COPY_HANGS)
     acquiring = second.begin(instance.acquire, "model", timeout=20.0)
-    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=15)
+    eventually(lambda: len(gpu_host.cuda.opened()) == 2)
     (process,) = cards(broker)[uuid(0)].receiver_pids
     late = acquiring(60.0)
     assert late.error == "AcquireTimeout", late
@@ -160,10 +160,10 @@ def test_a_publisher_killed_in_the_middle_is_left_for_the_next_source(gpu_host: 
     third.call(instance.publish, "model")
     gpu_host.cuda.inject(Fault.COPY_HANGS)
     answer = second.begin(instance.acquire, "model", timeout=60.0)  # from the older publication
-    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=30)
+    eventually(lambda: len(gpu_host.cuda.opened()) == 2)
     assert {name.split("-")[0] for name in gpu_host.cuda.opened()} == {str(first.pid), str(second.pid)}
     first.kill()
-    eventually(lambda: published_on(broker) == [("third", uuid(2))], within=30)
+    eventually(lambda: published_on(broker) == [("third", uuid(2))])
     gpu_host.cuda.clear(Fault.COPY_HANGS)
     filled = answer(90.0)
     assert (filled.error, filled.source) == ("", "third")
@@ -180,7 +180,7 @@ def test_a_retract_returns_when_nobody_has_the_memory_open(gpu_host: GpuHost) ->
     first.call(instance.publish, "model")
     gpu_host.cuda.inject(Fault.COPY_HANGS)
     acquiring = second.begin(instance.acquire, "model", timeout=30.0)
-    eventually(lambda: len(gpu_host.cuda.opened()) == 2, within=30)
+    eventually(lambda: len(gpu_host.cuda.opened()) == 2)
     retracting = first.begin(instance.retract, "model")
     gpu_host.cuda.clear(Fault.COPY_HANGS)
     assert acquiring(60.0).error == ""
@@ -206,7 +206,7 @@ def test_a_host_without_a_gpu_serves_host_memory_and_complains_only_if_told_that
 ) -> None:
     broker = gpu_host.start_broker(enabled=enabled, CUDA_VISIBLE_DEVICES="")
     if enabled == "on":
-        eventually(lambda: "no CUDA-capable device" in broker.host().device_problem, within=30)
+        eventually(lambda: "no CUDA-capable device" in broker.host().device_problem)
     else:
         first = gpu_host.start_instance("first")
         first.call(gpu.create, "model", 0, MIXED, 7)

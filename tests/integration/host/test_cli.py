@@ -316,7 +316,7 @@ def test_watch_ends_with_the_broker(broker: BrokerProcess) -> None:
     assert process.stdout is not None
     assert "full state" in process.stdout.readline()
     broker.terminate()
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode in (0, 3)
     assert "Traceback" not in err
 

@@ -25,9 +25,10 @@ from weight_brokerd import __main__ as daemon
 from weight_brokerd.config import loading as config
 from weight_brokerd.core.publications import TRANSITIONS
 
-NAMES = ("README.md", *sorted(f"docs/{path.name}" for path in REPOSITORY.glob("docs/*.md")))
+NAMES = ("README.md", *sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("docs/**/*.md")))
 DOCUMENTS = {name: Document(name) for name in NAMES}
 ARCHITECTURE, ERRORS, OPERATIONS = (DOCUMENTS[f"docs/{name}.md"] for name in ("ARCHITECTURE", "ERRORS", "OPERATIONS"))
+STATES, BUDGETS = (DOCUMENTS[f"docs/design/{name}.md"] for name in ("leases-and-groups", "benchmarks"))
 
 NOT_RUN = {
     r"sudo .*": "needs root and changes the machine; tests/e2e boots the unit under a systemd of its own",
@@ -54,7 +55,8 @@ RUN_INSTEAD = {
 }
 """Commands that run in another form."""
 
-FENCES = {"console", "python", "mermaid", "toml"}
+FENCES = {"console", "python", "mermaid", "toml", "text"}
+"""All but drawings (`mermaid`, `text`) are run."""
 PLACES = {"benchmarks", "broker", "client", "deploy", "docs", "proto", "tests", "weight_broker", "weight_brokerd"}
 ROOTS = (REPOSITORY, REPOSITORY / "client", REPOSITORY / "broker")
 
@@ -82,7 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def reader(tmp_path: Path, models: Path) -> Iterator[Reader]:
-    """Somebody in a checkout of their own, with models on the disk."""
+    """A reader with a checkout, and models on the disk."""
     reader = Reader(tmp_path, {"/models/": f"{models}/"})
     yield reader
     reader.leave()
@@ -91,10 +93,11 @@ def reader(tmp_path: Path, models: Path) -> Iterator[Reader]:
 # Examples
 
 
-@pytest.mark.parametrize("name", [name for name, one in DOCUMENTS.items() if one.examples])
+@pytest.mark.parametrize("name", [name for name, document in DOCUMENTS.items() if document.examples])
 def test_everything_that_a_document_shows_works_from_top_to_bottom(name: str, reader: Reader, tmp_path: Path) -> None:
     for language, block in DOCUMENTS[name].examples:
         assert language in FENCES, f"```{language}: say what it is, so that it is run"
+        assert language != "text" or "$ " not in block, "a drawing is not run: put the commands into a console"
         if language == "python":
             reader.paste(block)
         if language == "toml":
@@ -107,7 +110,7 @@ def test_everything_that_a_document_shows_works_from_top_to_bottom(name: str, re
 
 def test_the_lists_of_commands_that_are_not_run_have_nothing_that_no_document_shows() -> None:
     shown = [command for document in DOCUMENTS.values() for command in document.commands]
-    assert [one for one in NOT_RUN if not any(re.fullmatch(one, command.line) for command in shown)] == []
+    assert [line for line in NOT_RUN if not any(re.fullmatch(line, command.line) for command in shown)] == []
     assert RUN_INSTEAD.keys() <= {command.line for command in shown}
 
 
@@ -145,13 +148,16 @@ def test_operations_lists_every_setting_with_its_default_and_its_variable() -> N
         unquoted(row[0]): (ast.literal_eval(unquoted(row[1])), unquoted(row[2])) for row in OPERATIONS.table("Setting")
     }
     settings = [
-        (f"{section.name}.{one.name}", config.environment_variable(section.name, one.name), one)
+        (f"{section.name}.{setting.name}", config.environment_variable(section.name, setting.name), setting)
         for section in fields(config.Config)
-        for one in fields(getattr(config.Config(), section.name))
+        for setting in fields(getattr(config.Config(), section.name))
     ]
-    defaults = {key: list(one.default) if isinstance(one.default, tuple) else one.default for key, _, one in settings}
+    defaults = {
+        key: list(setting.default) if isinstance(setting.default, tuple) else setting.default
+        for key, _, setting in settings
+    }
     assert listed == {key: (defaults[key], variable) for key, variable, _ in settings}
-    other_variables = [one.metadata["also"] for _, _, one in settings if one.metadata["also"]]
+    other_variables = [setting.metadata["also"] for _, _, setting in settings if setting.metadata["also"]]
     assert set(other_variables) <= set(OPERATIONS.code_spans)
 
 
@@ -182,22 +188,30 @@ def test_operations_lists_extras_that_the_wheel_has() -> None:
     assert {unquoted(row[0]) for row in OPERATIONS.table("Wheel extra")} == extras | {"(none)"}
 
 
-def test_architecture_has_a_room_for_every_package() -> None:
-    rooms = {unquoted(row[0]) for row in ARCHITECTURE.table("Folder")}
-    packages = {
-        path.parent.relative_to(REPOSITORY).as_posix() for root in ROOTS[1:] for path in root.rglob("*/__init__.py")
-    }
-    assert packages - {"broker/weight_brokerd"} <= rooms
-    assert [room for room in rooms if not (REPOSITORY / room).is_dir()] == []
+def test_architecture_draws_every_room_on_its_floor() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    [contract] = [item for item in project["tool"]["importlinter"]["contracts"] if item["type"] == "layers"]
+    floors = [re.split(r" *[|:] *", layer) for layer in contract["layers"]]
+    [drawing] = (block for language, block in ARCHITECTURE.examples if language == "text")
+    client, daemon = rooms_in(drawing)
+    for package, drawn in (("weight_broker", client), ("weight_brokerd", daemon)):
+        listed = {name.removeprefix(f"{package}."): floor for floor, names in enumerate(floors) for name in names}
+        expected = {room: floor for room, floor in listed.items() if "." not in room}
+        assert sorted(drawn) == sorted(expected)
+        assert [expected[room] for room in drawn] == sorted(expected.values()), "the floors from top to bottom"
 
 
-def test_architecture_draws_the_states_of_a_publication_as_they_are() -> None:
-    drawing = next(block for language, block in ARCHITECTURE.examples if language == "mermaid")
+def test_architecture_can_be_read_in_one_sitting() -> None:
+    assert len(ARCHITECTURE.text.splitlines()) <= 130
+
+
+def test_the_states_of_a_publication_are_drawn_as_they_are() -> None:
+    drawing = next(block for language, block in STATES.examples if language == "mermaid")
     drawn = set(re.findall(r"^ *(\w+) --> (\w+)", drawing, re.MULTILINE))
     assert drawn == {(str(begin), str(end)) for begin, ends in TRANSITIONS.items() for end in ends}
 
 
-def test_architecture_names_the_benchmark_of_every_budget() -> None:
+def test_every_budget_has_a_benchmark_and_every_benchmark_a_budget() -> None:
     module = ast.parse((REPOSITORY / "benchmarks/__main__.py").read_text())
     values = [
         node.value
@@ -205,7 +219,17 @@ def test_architecture_names_the_benchmark_of_every_budget() -> None:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("BENCHMARKS", "ON_REQUEST")
     ]
     named = {name for value in values for name in ast.literal_eval(value)}
-    assert {unquoted(row[2]) for row in ARCHITECTURE.table("What")} == named
+    assert {unquoted(row[2]) for row in BUDGETS.table("What")} == named
+
+
+def test_documents_install_the_versions_that_the_tests_run_with() -> None:
+    groups = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["dependency-groups"]
+    pinned = dict(
+        requirement.split("==") for name in ("torch", "datasystem", "vllm", "sglang") for requirement in groups[name]
+    )
+    shown = [found for document in DOCUMENTS.values() for found in re.findall(r"([\w-]+)==([\w.]+)", document.text)]
+    assert [(name, version) for name, version in shown if pinned.get(name) != version] == []
+    assert shown
 
 
 # References
@@ -226,17 +250,39 @@ def test_every_relative_link_leads_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_file_and_function_that_a_document_names_exists(name: str) -> None:
-    for span in DOCUMENTS[name].code_spans:
-        path, _, symbol = span.partition(":")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", path) or path.split("/")[0] not in PLACES:
-            continue
-        found = [root / path for root in ROOTS if (root / path).exists()]
-        assert found, f"{span}: there is no such file"
-        assert not symbol or symbol in defined_in(found[0]), f"{span}: it has no such definition"
+    assert [problem for span in references(name) if (problem := missing(span))] == []
 
 
 def test_architecture_names_enough_functions_to_follow_a_call() -> None:
     assert sum(bool(re.fullmatch(r"weight_brokerd?/[\w/]+\.py:[\w.]+", span)) for span in ARCHITECTURE.code_spans) > 30
+
+
+def references(name: str) -> list[str]:
+    """Files of this project, and functions in them ("file:function"), that a document names."""
+    spans = [(span, span.partition(":")[0]) for span in DOCUMENTS[name].code_spans]
+    return [span for span, path in spans if re.fullmatch(r"[\w.-]+(/[\w.-]+)+", path) and path.split("/")[0] in PLACES]
+
+
+def missing(span: str) -> str:
+    """What of a reference does not exist; "" if all of it does."""
+    path, _, symbol = span.partition(":")
+    found = [root / path for root in ROOTS if (root / path).exists()]
+    if not found:
+        return f"{span}: there is no such file"
+    return f"{span}: it has no such definition" if symbol and symbol not in defined_in(found[0]) else ""
+
+
+def rooms_in(drawing: str) -> tuple[list[str], list[str]]:
+    """The rooms of the client and of the daemon, from top to bottom: the first column of every cell."""
+    client: list[str] = []
+    daemon: list[str] = []
+    for line in drawing.splitlines():
+        cells = line.strip().split("|")[1:-1]
+        # Left and right of the sockets; what both sides share is the client's.
+        for cell, rooms in zip(cells[::2], (client, daemon), strict=False):
+            first_column = re.split(r"\s{2,}", cell.removeprefix(" "))[0]
+            rooms.extend(first_column.replace(":", " ").split())
+    return client, daemon
 
 
 def defined_in(path: Path) -> set[str]:

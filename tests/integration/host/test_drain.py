@@ -23,8 +23,13 @@ from weight_broker.v1 import administration_service_pb2 as administration
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
+from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
 
-IDLE_DRAIN_SECONDS = 3.0
+
+@pytest.fixture
+def broker(start_broker: Callable[..., BrokerProcess]) -> BrokerProcess:
+    """It lets transfers run for longer than a test takes: if it ends, that is for another reason than its limit."""
+    return start_broker(WEIGHT_BROKER_LIMITS_DRAIN_SECONDS="600")
 
 
 @pytest.fixture
@@ -44,12 +49,12 @@ def terminate(broker: BrokerProcess) -> None:
     """SIGTERM; returns when the broker has heard it."""
     assert broker.process is not None
     broker.process.send_signal(signal.SIGTERM)
-    eventually(lambda: broker.host().draining, within=2)
+    eventually(lambda: broker.host().draining)
 
 
-def exit_status(broker: BrokerProcess, within: float) -> int:
+def exit_status(broker: BrokerProcess) -> int:
     assert broker.process is not None
-    return broker.process.wait(within)
+    return broker.process.wait(60)
 
 
 def refusal(call: Callable[[], object]) -> Refusal:
@@ -74,7 +79,7 @@ def test_a_running_transfer_finishes_and_nothing_new_begins(
     assert broker.process.poll() is None, "it waits for the transfer"
     receiver.report_success(transfer_id)
     assert next(acquire).done.report.transfer_id == transfer_id
-    assert exit_status(broker, within=IDLE_DRAIN_SECONDS) == 0
+    assert exit_status(broker) == 0
     assert_no_defect(broker.log)
 
 
@@ -86,7 +91,7 @@ def test_who_waits_for_a_cold_load_is_told_at_once(broker: BrokerProcess, receiv
         assert broker.process is not None
         broker.process.send_signal(signal.SIGTERM)
         assert refusal(lambda: next(waiting)).reason is Reason.DRAINING
-        assert exit_status(broker, within=IDLE_DRAIN_SECONDS) == 0
+        assert exit_status(broker) == 0
 
 
 def test_an_idle_broker_stops_although_watches_are_open(broker: BrokerProcess, source: RawClient) -> None:
@@ -94,13 +99,11 @@ def test_an_idle_broker_stops_although_watches_are_open(broker: BrokerProcess, s
     next(watch)
     health_watch = health.watch(broker.channel)
     next(health_watch)
-    begun = time.monotonic()
     assert broker.process is not None
     broker.process.send_signal(signal.SIGTERM)
     list(watch)  # both end in order: the broker has said all it had to say
     assert [one.status for one in health_watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
-    assert exit_status(broker, within=IDLE_DRAIN_SECONDS) == 0
-    assert time.monotonic() - begun < IDLE_DRAIN_SECONDS
+    assert exit_status(broker) == 0
     assert not broker.socket_path.exists()
     assert_no_defect(broker.log)
 
@@ -112,14 +115,16 @@ def test_watches_that_nobody_reads_hold_nothing_up(broker: BrokerProcess, source
         names = ["", *(f"weight_broker.v1.{name}" for name in SERVICES)]
         watches = [health.watch(channel, name) for name in names]
         watches.append(InspectionServiceStub(channel).Watch(inspection.WatchRequest()))
-        time.sleep(0.3)  # the calls have arrived; there is no sign of it to wait for
-        begun = time.monotonic()
+        # The last call of the connection, which is heard although nobody reads its answer: the others have arrived.
+        [publication] = broker.publications()
+        request = pb.RetractRequest(publication_id=publication.publication_id)
+        retraction = WeightBrokerServiceStub(channel).Retract.future(request, metadata=source.metadata)
+        eventually(lambda: not broker.publications())
         assert broker.process is not None
         broker.process.send_signal(signal.SIGTERM)
-        assert exit_status(broker, within=10) == 0
-        assert time.monotonic() - begun < IDLE_DRAIN_SECONDS
-        for watch in watches:
-            watch.cancel()
+        assert exit_status(broker) == 0
+        for call in (*watches, retraction):
+            call.cancel()
     assert_no_defect(broker.log)
 
 
@@ -132,8 +137,8 @@ def test_a_transfer_that_does_not_end_is_cut_off_at_the_limit(start_broker: Call
         assert broker.process is not None
         begun = time.monotonic()
         broker.process.send_signal(signal.SIGTERM)
-        assert exit_status(broker, within=10) == 0
-        assert 0.5 <= time.monotonic() - begun < 0.5 + IDLE_DRAIN_SECONDS
+        assert exit_status(broker) == 0
+        assert time.monotonic() - begun >= 0.5, "the transfer has until then"
         assert refusal(lambda: next(acquire)).reason is Reason.BROKER_UNAVAILABLE
 
 
@@ -144,14 +149,14 @@ def test_a_second_signal_does_not_wait_for_the_transfer(
     next(acquire)
     terminate(broker)
     os.kill(broker.pid, signal.SIGTERM)
-    assert exit_status(broker, within=IDLE_DRAIN_SECONDS) == 0
+    assert exit_status(broker) == 0
     acquire.cancel()
 
 
 def drain(client: RawClient, seconds: float) -> administration.DrainResponse:
     request = administration.DrainRequest()
     request.timeout.FromNanoseconds(int(seconds * 1e9))
-    return client.administration.Drain(request, metadata=client.metadata, timeout=20)
+    return client.administration.Drain(request, metadata=client.metadata, timeout=60)
 
 
 def test_an_administrators_drain_says_what_still_runs_and_then_that_nothing_does(
@@ -166,10 +171,10 @@ def test_an_administrators_drain_says_what_still_runs_and_then_that_nothing_does
     assert refusal(lambda: next(receiver.acquire())).reason is Reason.DRAINING
 
     answers: list[administration.DrainResponse] = []
-    waiter = threading.Thread(target=lambda: answers.append(drain(source, 15)))
+    waiter = threading.Thread(target=lambda: answers.append(drain(source, 50)))
     waiter.start()
     receiver.report_success(transfer_id)
-    waiter.join(5)
+    waiter.join(60)
     assert [answer.host.running_transfer_count for answer in answers] == [0]
     assert next(acquire).HasField("done")
     assert broker.process is not None
@@ -181,7 +186,7 @@ def test_a_publication_can_be_retracted_while_the_broker_drains(broker: BrokerPr
     drain(source, 1)
     [publication] = broker.publications()
     source.weight_broker.Retract(
-        pb.RetractRequest(publication_id=publication.publication_id), metadata=source.metadata, timeout=5
+        pb.RetractRequest(publication_id=publication.publication_id), metadata=source.metadata, timeout=60
     )
     assert broker.publications() == []
 
@@ -201,7 +206,7 @@ def test_a_retraction_that_runs_late_says_why(broker: BrokerProcess, source: Raw
     late = refusal(lambda: source.weight_broker.Retract(request, metadata=source.metadata, timeout=1))
     assert (late.code, late.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.RETRACT_TIMEOUT)
     receiver.report_success(transfer_id)
-    again = refusal(lambda: source.weight_broker.Retract(request, metadata=source.metadata, timeout=5))
+    again = refusal(lambda: source.weight_broker.Retract(request, metadata=source.metadata, timeout=60))
     assert again.reason is Reason.PUBLICATION_NOT_FOUND, "it went with its last reader"
 
 
@@ -209,5 +214,5 @@ def test_a_wrong_request_is_told_so_also_while_the_broker_drains(broker: BrokerP
     drain(source, 1)
     request = publish_request()
     request.request_id = ""
-    wrong = refusal(lambda: source.weight_broker.Publish(request, metadata=source.metadata, timeout=5))
+    wrong = refusal(lambda: source.weight_broker.Publish(request, metadata=source.metadata, timeout=60))
     assert wrong.reason is Reason.INVALID_ARGUMENT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from datetime import datetime
 
 import grpc
@@ -53,13 +52,12 @@ def test_every_watch_turns_to_not_serving_at_sigterm_while_a_transfer_runs(broke
         watches = [health.watch(broker.channel, name) for name in NAMES]
         assert [next(watch).status for watch in watches] == [SERVING] * len(NAMES)
         assert broker.process is not None
-        begun = time.monotonic()
         broker.process.send_signal(signal.SIGTERM)
         assert [next(watch).status for watch in watches] == [NOT_SERVING] * len(NAMES)
-        assert time.monotonic() - begun < 1.0
+        assert broker.process.poll() is None, "it waits for the transfer"
         assert health.check(broker.channel, "") == NOT_SERVING
         assert health.check(broker.channel, "liveness") == SERVING
         receiver.report_success(transfer_id)
         assert next(acquire).HasField("done")
-        assert broker.process.wait(10) == 0
+        assert broker.process.wait(60) == 0
     assert_no_defect(broker.log)

@@ -75,9 +75,9 @@ def test_a_deadline_in_the_middle_says_that_the_tensors_were_touched(
     publisher, reader = start_instance("publisher"), start_instance("reader")
     publisher.call(actions.publish, "model", 1, count=16)
     reader.call(actions.prepare, count=16)
-    reader.call(actions.slow_copies, 0.2)
+    reader.call(actions.slow_copies, 2.0)
     with pytest.raises(AcquireTimeout) as failed:
-        reader.call(actions.acquire, "model", timeout=1.0)
+        reader.call(actions.acquire, "model", timeout=3.0)
     assert failed.value.touched
     assert failed.value.quiesced
     before = reader.call(actions.current)

@@ -110,7 +110,7 @@ def test_reflection_names_every_service_and_gives_its_schema(scene: Scene, versi
         *(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in sorted(OWN_SERVICES)),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="no.such.Symbol"),
     ]
-    listed, *schemas, unknown = method(iter(requests), timeout=10)
+    listed, *schemas, unknown = method(iter(requests), timeout=60)
     assert {service.name for service in listed.list_services_response.service} >= OWN_SERVICES
     assert all(schema.file_descriptor_response.file_descriptor_proto for schema in schemas)
     assert unknown.error_response.error_code == 5, "NOT_FOUND"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from weight_broker.drivers import cuda
@@ -17,7 +17,8 @@ from weight_broker.drivers.cuda import Cuda, CudaError
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child.copying import CopyingWork
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
-from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.messages import ImportRegion, Role
+from weight_brokerd.cards.probe import Device
 
 
 class CudaDriver:
@@ -109,3 +110,15 @@ class CudaCard:
         identity, name = driver.device_id(self._device), driver.device_name(self._device)
         ready = messages.Ready(os.getpid(), identity, name, {"open": time.monotonic() - at})
         return CopyingWork(CardMemory(self._driver)), ready
+
+
+def open_card(role: Role, device: int) -> CudaCard:
+    """For `weight_brokerd.cards.child.main`; every process of a GPU does the same."""
+    return CudaCard(device)
+
+
+def find_devices() -> Iterator[Device]:
+    """Without opening them: a context takes hundreds of megabytes of the GPU and half a second."""
+    driver = cuda.load()
+    for index in range(driver.device_count()):
+        yield Device(index, driver.device_id(index), driver.device_name(index))

@@ -6,9 +6,11 @@ It prints nothing, does what comes over the socket, and ends when the other end 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -43,10 +45,13 @@ class Card(Protocol):
         """Opens the card. Raises DriverError, EngineError."""
 
 
+OpenCard = Callable[[Role, int], Card]
+
+
 def main() -> None:
     """Serves until the socket closes. Ends without destructors: an engine that hangs in one keeps no memory mapped."""
     parser = argparse.ArgumentParser(prog="weight_brokerd.cards.child.main")
-    parser.add_argument("--kind", choices=["npu", "cuda"], required=True)
+    parser.add_argument("--kind", required=True, help="a module beside this one that has open_card")
     parser.add_argument("--role", type=Role, required=True)
     parser.add_argument("--device", type=int, required=True)
     parser.add_argument("--socket", type=int, required=True)
@@ -57,13 +62,9 @@ def main() -> None:
 
 
 def _card(kind: str, role: Role, device: int) -> Card:
-    if kind == "cuda":
-        from weight_brokerd.cards.child.cuda import CudaCard
-
-        return CudaCard(device)
-    from weight_brokerd.cards.child.npu import NpuCard
-
-    return NpuCard(role, device)
+    """What the module of the kind opens: another kind's driver is not imported."""
+    open_card: OpenCard = importlib.import_module(f"weight_brokerd.cards.child.{kind}").open_card
+    return open_card(role, device)
 
 
 class _Child:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from weight_broker.drivers import acl
@@ -13,6 +13,7 @@ from weight_brokerd.cards.child.engine import Engine
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
 from weight_brokerd.cards.child.work import Work
 from weight_brokerd.cards.messages import ImportRegion, Role
+from weight_brokerd.cards.probe import Device
 
 
 class NpuDriver:
@@ -121,3 +122,23 @@ class NpuCard:
         ready = messages.Ready(runtime.bare_tgid(), identity, soc, seconds)
         driver = NpuDriver(runtime, self._device)
         return Work(self._role, CardMemory(driver, driver), engine, self.use), ready
+
+
+def open_card(role: Role, device: int) -> NpuCard:
+    """For `weight_brokerd.cards.child.main`."""
+    return NpuCard(role, device)
+
+
+def find_devices() -> Iterator[Device]:
+    """Opens each card for a moment: a card that another process keeps shows itself only then."""
+    runtime = acl.load()
+    runtime.initialize()
+    for index in range(runtime.device_count()):
+        identity, words, soc = "", "", ""
+        try:
+            identity, soc = device_id(runtime, index), runtime.soc_name()
+            runtime.set_device(index)
+            runtime.reset_device(index)
+        except acl.AclError as error:
+            words = str(error)
+        yield Device(index, identity or f"?{index}", soc, words)

@@ -1,49 +1,75 @@
-"""The GPUs of this host, for the daemon."""
+"""The GPUs of this host."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import structlog
 
-from weight_broker.errors import BrokerUnavailable
+from weight_broker.errors import BrokerUnavailable, InvalidArgument
+from weight_broker.kinds import MemoryKind
+from weight_broker.v1.weight_set_pb2 import Region
 from weight_brokerd.cards.configuration import CardsConfiguration
+from weight_brokerd.cards.errors import CardError
 from weight_brokerd.cards.events import Hooks
-from weight_brokerd.cards.health import CardHealth
-from weight_brokerd.cards.regions import DeviceMemory
-from weight_brokerd.core.model import CUDA_MEMORY, DataPlane
-from weight_brokerd.dataplane.local import LocalPlane
-from weight_brokerd.dataplane.protocol import BulkPlane
+from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.core.publications import Publication
+from weight_brokerd.core.transfers import Transfer
+from weight_brokerd.dataplane.copy import CopyPlane
+from weight_brokerd.dataplane.plane import DataPlane, Place
 from weight_brokerd.kinds.cuda.supervisor import GpuSupervisor
+from weight_brokerd.kinds.device_memory import DeviceMemory, refusal
+from weight_brokerd.kinds.kind import KindEvents, KindHealth
+from weight_brokerd.kinds.place_request import PlaceRequest, device_of, placements_of, regions_of, require_unstaged
 
 log = structlog.get_logger()
+HANDLE_BYTES = 64
+
+Supervise = Callable[[CardsConfiguration, Hooks], GpuSupervisor]
 
 
-class CudaDevices:
-    """See `weight_brokerd.kinds.registry.DeviceKind`."""
+class CudaKind:
+    """As `weight_brokerd.kinds.kind.Kind`. Each transfer opens the memory anew, so no `memory_lost` is told: a transfer
+    that cannot open it fails."""
 
-    kind = CUDA_MEMORY
+    name: str = MemoryKind.CUDA
 
-    def __init__(self, configuration: CardsConfiguration, *, is_wanted: bool) -> None:
-        """`is_wanted`: somebody said that there are GPUs, so that it is a problem if there are none."""
-        self.on_region_lost: Callable[[str, str], None] = lambda _region, _why: None
-        """Never called: memory is opened anew for each transfer, and a transfer that cannot is told so."""
-        self.on_health_change: Callable[[], None] = lambda: None
-        self._configuration = configuration
+    def __init__(
+        self,
+        configuration: CardsConfiguration,
+        events: KindEvents,
+        *,
+        is_wanted: bool,
+        supervise: Supervise = GpuSupervisor,
+    ) -> None:
+        """`is_wanted`: the settings say that there are GPUs, so that it is a problem if there are none."""
+        self._events = events
         self._is_wanted = is_wanted
-        self._gpus = GpuSupervisor(configuration, Hooks(on_health_change=self._changed))
+        self._gpus = supervise(configuration, Hooks(on_health_change=events.health_changed))
         self._memory = DeviceMemory(self._gpus)
-        self._planes: dict[DataPlane, BulkPlane] = {DataPlane.LOCAL: LocalPlane(self._gpus)}
+        self._plane = CopyPlane(self._gpus)
         self._started: asyncio.Task[None] | None = None
         self._problem = ""
 
+    @property
+    def is_served(self) -> bool:
+        """Until it turns out that this host has no GPU."""
+        is_known = self._started is not None and self._started.done()
+        return self._is_wanted or not is_known or bool(self._gpus.health)
+
+    @property
+    def health(self) -> KindHealth:
+        """No GPU is a problem only where one is expected."""
+        problem = self._problem if self._is_wanted else ""
+        return KindHealth(self._gpus.health, problem, self._memory.region_count, self._memory.region_bytes)
+
     def start(self) -> None:
-        """Begins to look for GPUs."""
+        """Looks for GPUs."""
         self._started = asyncio.get_running_loop().create_task(self._start())
 
     async def ready(self) -> None:
-        """Returns when the GPUs are known. Raises `BrokerUnavailable` if there should be some and are none."""
+        """Returns when the GPUs are known."""
         if self._started is not None:
             await asyncio.shield(self._started)
         if self._is_wanted and not self._gpus.health:
@@ -56,34 +82,38 @@ class CudaDevices:
             await asyncio.gather(self._started, return_exceptions=True)
         await self._gpus.close()
 
-    @property
-    def problem(self) -> str:
-        """Why no GPU can be served; empty if nobody expects one."""
-        return self._problem if self._is_wanted else ""
+    def place(self, request: PlaceRequest) -> Place:
+        """Allocations that CUDA IPC can open."""
+        require_unstaged(self.name, request)
+        device_id = device_of(request, self.health.device_ids)
+        regions = regions_of(self.name, request, _import_region)
+        return Place(self.name, device_id, regions, placements_of(self.name, request))
 
-    @property
-    def is_absent(self) -> bool:
-        """Whether this host has no GPU, and nobody said that it has."""
-        is_known = self._started is not None and self._started.done()
-        return is_known and not self._is_wanted and not self._gpus.health
+    def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
+        """Opens and closes the memory, to see that it can be."""
+        return asyncio.ensure_future(self._hold(publication.publication_id, place))
 
-    @property
-    def memory(self) -> DeviceMemory:
-        """What is published."""
-        return self._memory
+    async def release(self, publication_id: str) -> None:
+        """Waits until no transfer has the memory open."""
+        await self._memory.release(publication_id)
 
-    @property
-    def planes(self) -> Mapping[DataPlane, BulkPlane]:
-        """What moves it: between any two GPUs of a host, a copy does."""
-        return self._planes
+    def grant(self, transfer: Transfer) -> bytes:
+        """Nothing: the broker moves the bytes."""
+        return b""
 
-    @property
-    def health(self) -> Sequence[CardHealth]:
-        """Every GPU that was found."""
-        return self._gpus.health
+    def end(self, transfer: Transfer) -> None:
+        """The process that copied has closed the memory."""
 
-    def _changed(self) -> None:
-        self.on_health_change()
+    def route(self, source: Place, destination: Place) -> DataPlane:
+        """One process copies between any two GPUs of a host."""
+        return self._plane
+
+    async def _hold(self, publication_id: str, place: Place) -> Place:
+        try:
+            await self._memory.hold(publication_id, place)
+        except CardError as error:
+            raise refusal(place, error) from error
+        return place
 
     async def _start(self) -> None:
         await self._gpus.start()
@@ -92,4 +122,11 @@ class CudaDevices:
         else:
             self._problem = self._gpus.problem or "the driver knows no GPU"
             log.log(40 if self._is_wanted else 10, "no_gpus", problem=self._problem)
-        self.on_health_change()
+        self._events.health_changed()
+
+
+def _import_region(field: str, region_id: str, region: Region) -> ImportRegion:
+    handle = region.cuda_allocation.ipc_handle
+    if len(handle) != HANDLE_BYTES:
+        raise InvalidArgument(f"{field}.cuda_allocation.ipc_handle", len(handle), f"{HANDLE_BYTES} bytes")
+    return ImportRegion(region_id, region.size_bytes, ipc_handle=handle.hex(), device_id=region.device_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weight_broker.cli import status_cards, text
-from weight_broker.cli.doctor.run import Finding, ok, problem, warning
+from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
 from weight_broker.memory.npu import driver as npu_driver
 from weight_broker.v1 import resources_pb2 as pb
@@ -140,7 +140,7 @@ def _torch_npu(probed: dict[str, Any]) -> list[Finding]:
 
 
 def _npus(state: State) -> list[pb.Card]:
-    return [one for one in state.host.cards if one.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
+    return [card for card in state.host.cards if card.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
 
 
 def _cards(state: State | None) -> list[Finding]:
@@ -150,13 +150,13 @@ def _cards(state: State | None) -> list[Finding]:
     found = []
     if state.host.device_problem:
         found.append(problem("devices", f"the broker does not serve them: {state.host.device_problem}", _RESTART))
-    for one in state.host.cards:
-        name, soc = f"card {one.device_id}", text.plain(one.soc)
-        if one.state == pb.Card.STATE_READY:
-            found.append(ok(name, f"{soc}, ready; {one.region_count} regions are mapped"))
+    for card in state.host.cards:
+        name, soc = f"card {card.device_id}", text.plain(card.soc)
+        if card.state == pb.Card.STATE_READY:
+            found.append(ok(name, f"{soc}, ready; {card.region_count} regions are mapped"))
         else:
-            fix = _RESTART if one.state == pb.Card.STATE_FAILED else _LOOK_AGAIN
-            found.append(problem(name, f"{text.state(pb.Card.State.Name(one.state))}: {one.problem}", fix))
+            fix = _RESTART if card.state == pb.Card.STATE_FAILED else _LOOK_AGAIN
+            found.append(problem(name, f"{text.state(pb.Card.State.Name(card.state))}: {card.problem}", fix))
     return found
 
 
@@ -186,14 +186,14 @@ def _worker(state: State | None) -> Finding:
 def _settings(state: State | None, version: str | None) -> list[Finding]:
     """Of this process and of every attached instance that this user may look at."""
     found = _settings_of("this process", dict(os.environ), "", version)
-    for one in state.instances if state is not None else ():
+    for instance in state.instances if state is not None else ():
         try:
-            entries = Path(f"/proc/{one.pid}/environ").read_bytes().decode(errors="replace").split("\0")
-            command = Path(f"/proc/{one.pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            entries = Path(f"/proc/{instance.pid}/environ").read_bytes().decode(errors="replace").split("\0")
+            command = Path(f"/proc/{instance.pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
         except OSError:
             continue
         variables = dict(entry.split("=", 1) for entry in entries if "=" in entry)
-        found += _settings_of(text.plain(one.name or one.instance_id), variables, command, version)
+        found += _settings_of(text.plain(instance.name or instance.instance_id), variables, command, version)
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weight_broker._version import __version__
 from weight_broker.cli import status
-from weight_broker.cli.doctor.run import Finding, ok, problem, warning
+from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import Inspector, State
 from weight_broker.errors import BrokerError
 from weight_broker.runtime_directory import ATTACH_SOCKET, ENVIRONMENT_VARIABLE, GRPC_SOCKET, runtime_directory
@@ -29,7 +29,7 @@ def findings(given: Path | None, timeout: float) -> tuple[list[Finding], State |
     if found[0].fix:
         return found, None
     found += [_socket(directory / name) for name in (GRPC_SOCKET, ATTACH_SOCKET)]
-    if any(one.fix for one in found):
+    if any(entry.fix for entry in found):
         return found, None
     found.append(_attach(directory, timeout))
     try:
@@ -115,7 +115,10 @@ def _broker(state: State) -> list[Finding]:
             )
         )
     quarantined = [
-        one for weight_set in state.weight_sets for one in weight_set.publications if one.state == one.STATE_QUARANTINED
+        entry
+        for weight_set in state.weight_sets
+        for entry in weight_set.publications
+        if entry.state == entry.STATE_QUARANTINED
     ]
     if quarantined:
         found.append(

@@ -9,7 +9,7 @@ import re
 import resource
 from pathlib import Path
 
-from weight_broker.cli.doctor.run import Finding, ok, problem, warning
+from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
 from weight_broker.memory.host.streaming import streaming_copy
 

@@ -11,71 +11,20 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+from weight_broker.demo.orders import CardOrder, CardResult
 
 if TYPE_CHECKING:
     from weight_broker import BrokerClient
     from weight_broker.demo.npu.memory import CardMemory
 
 
-@dataclass(frozen=True)
-class Order:
-    """What an instance is to do."""
-
-    name: str
-    card: int
-    """Index as this process counts."""
-    model_dir: str
-    runtime_directory: str | None
-    """None loads from disk, without a broker."""
-    framework: str
-    """One of `weight_broker.demo.npu.memory.FRAMEWORKS`."""
-    timeout_seconds: float
-
-    def to_argument(self) -> str:
-        """The order as one argument of a command line."""
-        return json.dumps(asdict(self))
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an instance did."""
-
-    name: str
-    device_id: str
-    """The physical card."""
-    source: str
-    """"disk", or the name of the instance that the weights came from."""
-    data_plane: str
-    """"datasystem", "local", or empty: from disk."""
-    path: str
-    """"read", "copy" or "staged"."""
-    size_bytes: int
-    tensor_count: int
-    open_seconds: float
-    """Before anything: opening the card."""
-    allocate_seconds: float
-    """Before anything: allocating the tensors."""
-    ready_seconds: float
-    """From the order to begin until every weight is in place and verified."""
-    disk_seconds: float
-    """Of that, reading the checkpoint from disk into the card."""
-    phases: dict[str, float]
-    """Of that, seconds of the acquisition by phase."""
-    publish_seconds: float
-    """After that, becoming a source for others."""
-    disk_bytes: int | None
-    """Bytes read from the disk for this process; None if the kernel does not say."""
-    verified: str
-    problems: list[str] = field(default_factory=list)
-    """What went wrong on the way; empty if all is well."""
-
-
 def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
     """Runs one instance."""
-    order = Order(**json.loads(argument))
+    order = CardOrder(**json.loads(argument))
     from weight_broker import BrokerClient
     from weight_broker.demo.npu.memory import card_memory, checkpoint, digest
 
@@ -100,7 +49,7 @@ def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
             client.close()
 
 
-def _open(order: Order) -> str:
+def _open(order: CardOrder) -> str:
     """Opens the card and imports what any start of an inference process imports; the card's physical identity."""
     from weight_broker.drivers import acl
     from weight_broker.memory.npu import kind as npu
@@ -116,8 +65,8 @@ def _open(order: Order) -> str:
 
 
 def _load(
-    order: Order, device_id: str, spent: tuple[float, float], memory: CardMemory, client: BrokerClient | None
-) -> Result:
+    order: CardOrder, device_id: str, spent: tuple[float, float], memory: CardMemory, client: BrokerClient | None
+) -> CardResult:
     from weight_broker import WeightSetKey
     from weight_broker.integrations.checkpoint import checkpoint_digest
 
@@ -148,7 +97,7 @@ def _load(
             }
             size_bytes = acquired.size_bytes
     read_after = _disk_bytes()
-    return Result(
+    return CardResult(
         name=order.name,
         device_id=device_id,
         size_bytes=size_bytes,
@@ -165,7 +114,9 @@ def _load(
 
 
 def _sizes(memory: CardMemory) -> list[int]:
-    return [int(getattr(one, "storage_bytes", 0) or getattr(one, "nbytes", 0)) for one in memory.tensors.values()]
+    return [
+        int(getattr(tensor, "storage_bytes", 0) or getattr(tensor, "nbytes", 0)) for tensor in memory.tensors.values()
+    ]
 
 
 def _disk_bytes() -> int | None:

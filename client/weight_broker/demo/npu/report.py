@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from weight_broker.cli import output, text
-from weight_broker.demo.npu.instance import Result
+from weight_broker.demo.orders import CardResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,11 +33,11 @@ _WORDS = ("instance", "card", "source", "plane", "path", "digest")
 class CardReport:
     """What a run of the demo on cards measured."""
 
-    first: Result
+    first: CardResult
     """Instance 1, from disk."""
-    warm: Result
+    warm: CardResult
     """The same from a warm page cache, without a broker."""
-    others: tuple[Result, ...]
+    others: tuple[CardResult, ...]
     """Those that were started at once, and last the one that was started after instance 1 was killed."""
     digests: Mapping[str, str]
     """What each instance had on its card, read back, by the instance's name."""
@@ -49,7 +49,7 @@ class CardReport:
     """Share of the checkpoint that was in the page cache when instance 1 began; None if nobody says."""
 
     @property
-    def all(self) -> tuple[Result, ...]:
+    def all(self) -> tuple[CardResult, ...]:
         """All of them, in the order of the table."""
         return (self.first, self.warm, *self.others)
 
@@ -60,15 +60,17 @@ class CardReport:
 
     def failures(self) -> list[str]:
         """Why the demo has failed; empty if it has not."""
-        found = [f"{one.name}: {problem}" for one in self.all for problem in one.problems]
-        found += [f"{one.name}: it read the disk" for one in self.others if one.source == "disk"]
+        found = [f"{result.name}: {problem}" for result in self.all for problem in result.problems]
+        found += [f"{result.name}: it read the disk" for result in self.others if result.source == "disk"]
         found += [f"{name}: its memory changed after it was filled" for name in self.changed]
         found += [
             f"{name}: what is on its card differs from the checkpoint"
             for name, digest in self.digests.items()
             if digest != self.expected
         ]
-        found += [f"{one.name}: its card was not read back" for one in self.others if one.name not in self.digests]
+        found += [
+            f"{result.name}: its card was not read back" for result in self.others if result.name not in self.digests
+        ]
         return found
 
     def verdict(self) -> str:
@@ -86,9 +88,9 @@ class CardReport:
             return f"Page cache emptied: {self.cold_share:.1%} of the checkpoint was in it when instance 1 began."
         return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
 
-    def speed_up(self, one: Result, baseline: Result) -> float:
+    def speed_up(self, result: CardResult, baseline: CardResult) -> float:
         """How many times sooner than `baseline` the weights of `one` were in place."""
-        return baseline.ready_seconds / one.ready_seconds
+        return baseline.ready_seconds / result.ready_seconds
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for programs."""
@@ -97,21 +99,21 @@ class CardReport:
             "page_cache_share": self.cold_share,
             "expected_digest": self.expected,
             "instances": [
-                asdict(one)
+                asdict(result)
                 | {
-                    "digest": self.digests.get(one.name),
-                    "bytes_per_second": bytes_per_second(one),
-                    "speed_up_against_cold_disk": self.speed_up(one, self.first) if self.is_cold else None,
-                    "speed_up_against_warm_disk": self.speed_up(one, self.warm),
+                    "digest": self.digests.get(result.name),
+                    "bytes_per_second": bytes_per_second(result),
+                    "speed_up_against_cold_disk": self.speed_up(result, self.first) if self.is_cold else None,
+                    "speed_up_against_warm_disk": self.speed_up(result, self.warm),
                 }
-                for one in self.all
+                for result in self.all
             ],
             "failures": self.failures(),
         }
 
     def rows(self) -> list[dict[str, str]]:
         """The table's cells by column, a row for each instance; columns that say nothing are left out."""
-        rows = [self._row(one) for one in self.all]
+        rows = [self._row(result) for result in self.all]
         if set(self.digests.values()) == {self.expected}:
             for row in rows:
                 row["digest"] = ""
@@ -122,39 +124,39 @@ class CardReport:
         """For a terminal."""
         rows = self.rows()
         columns = "|".join(name if name in _WORDS else f">{name}" for name in rows[0])
-        made = output.table("How each instance got its weights onto its card", columns)
+        table_ = output.table("How each instance got its weights onto its card", columns)
         for row in rows:
-            made.add_row(*(value if name in _WORDS else value.replace(" ", "") for name, value in row.items()))
-        return made
+            table_.add_row(*(value if name in _WORDS else value.replace(" ", "") for name, value in row.items()))
+        return table_
 
-    def _row(self, one: Result) -> dict[str, str]:
-        speed = bytes_per_second(one)
+    def _row(self, result: CardResult) -> dict[str, str]:
+        speed = bytes_per_second(result)
         return {
-            "instance": one.name,
-            "card": one.device_id,
-            "source": text.plain(one.source),
-            "plane": one.data_plane or "-",
-            "path": one.path,
-            "ready": text.seconds(one.ready_seconds),
-            "read": _seconds(one.disk_seconds),
-            **{name: _seconds(seconds_of(one, name)) for name in PHASES},
+            "instance": result.name,
+            "card": result.device_id,
+            "source": text.plain(result.source),
+            "plane": result.data_plane or "-",
+            "path": result.path,
+            "ready": text.seconds(result.ready_seconds),
+            "read": _seconds(result.disk_seconds),
+            **{name: _seconds(seconds_of(result, name)) for name in PHASES},
             "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
-            "x cold": f"{self.speed_up(one, self.first):.2f}" if self.is_cold else "-",
-            "x warm": f"{self.speed_up(one, self.warm):.2f}",
-            "publish": _seconds(one.publish_seconds),
-            "digest": self.digests.get(one.name, "")[:8],
+            "x cold": f"{self.speed_up(result, self.first):.2f}" if self.is_cold else "-",
+            "x warm": f"{self.speed_up(result, self.warm):.2f}",
+            "publish": _seconds(result.publish_seconds),
+            "digest": self.digests.get(result.name, "")[:8],
         }
 
 
-def seconds_of(one: Result, column: str) -> float:
+def seconds_of(result: CardResult, column: str) -> float:
     """Seconds of an acquisition in the phases of a column of `PHASES`."""
-    return sum(one.phases.get(name, 0.0) for name in PHASES[column])
+    return sum(result.phases.get(name, 0.0) for name in PHASES[column])
 
 
-def bytes_per_second(one: Result) -> float | None:
+def bytes_per_second(result: CardResult) -> float | None:
     """Bandwidth while bytes moved; None if none did."""
-    moving = one.disk_seconds if one.source == "disk" else seconds_of(one, "move")
-    return one.size_bytes / moving if moving > 0 else None
+    moving = result.disk_seconds if result.source == "disk" else seconds_of(result, "move")
+    return result.size_bytes / moving if moving > 0 else None
 
 
 def _seconds(value: float) -> str:

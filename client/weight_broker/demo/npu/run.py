@@ -18,14 +18,15 @@ from pathlib import Path
 from weight_broker.cli import output, status, text
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector, State
+from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.demo import checkpoint as demo_checkpoint
 from weight_broker.demo import page_cache
 from weight_broker.demo.npu import memory as npu_memory
-from weight_broker.demo.npu.instance import Order, Result
 from weight_broker.demo.npu.report import LEGEND, CardReport
+from weight_broker.demo.orders import CardOrder, CardResult
 from weight_broker.demo.process import Answering, Broker
-from weight_broker.demo.scene import Stage, stoppable
+from weight_broker.demo.scene import Scene
 from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_files
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
@@ -41,28 +42,27 @@ _WORKER_VARIABLES = ("DS_WORKER_ADDR", "WEIGHT_BROKER_DATASYSTEM_WORKER_ADDRESS"
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Runs the demo on cards and prints what it measured."""
-    with stoppable():
-        progress = Progress(quiet=options.json)
-        framework = framework_of(options.framework)
-        model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
-        with CardStage(model_dir, framework, progress) as stage:
-            stage.start(options.instances)
-            report, state = stage.play()
-        failures = report.failures()
-        if options.json:
-            output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
-        else:
-            console = output.console()
-            for part in (report.table(), report.cold_sentence(), LEGEND):
-                console.print(part)
-            if not failures:
-                console.print(report.verdict(), style="bold green")
-            console.print("\nweight-broker status, while all of them were alive:", style="bold")
-            for one in status.renderables(state):
-                console.print(one)
-        for failure in failures:
-            print(f"weight-broker: {failure}", file=sys.stderr)
-        return ExitCode.FAILED if failures else ExitCode.DONE
+    progress = Progress(quiet=options.json)
+    framework = framework_of(options.framework)
+    model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
+    with CardStage(model_dir, framework, progress) as stage:
+        stage.start(options.instances)
+        report, state = stage.play()
+    failures = report.failures()
+    if options.json:
+        output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
+    else:
+        console = output.console()
+        for part in (report.table(), report.cold_sentence(), LEGEND):
+            console.print(part)
+        if not failures:
+            console.print(report.verdict(), style="bold green")
+        console.print("\nweight-broker status, while all of them were alive:", style="bold")
+        for one in status.renderables(state):
+            console.print(one)
+    for failure in failures:
+        print(f"weight-broker: {failure}", file=sys.stderr)
+    return ExitCode.FAILED if failures else ExitCode.DONE
 
 
 def framework_of(wanted: str) -> str:
@@ -103,18 +103,19 @@ def driver_variables() -> dict[str, str]:
     return {"LD_LIBRARY_PATH": path} if path else {}
 
 
-def start_broker(stage: Stage) -> Broker:
+def start_broker(stage: Scene) -> Broker:
     """A broker that serves the host's cards, with a datasystem worker of its own unless the environment names one."""
     settings = {"WEIGHT_BROKER_CARDS_ENABLED": "on"}
     if not any(os.environ.get(name) for name in _WORKER_VARIABLES):
         settings["WEIGHT_BROKER_DATASYSTEM_MANAGED"] = "true"
-    broker = Broker(stage.runtime_directory, stage.directory, **settings)
-    stage.processes.append(broker)
+    with held():
+        broker = Broker(stage.runtime_directory, stage.directory, **settings)
+        stage.processes.append(broker)
     broker.wait_until_ready()
     return broker
 
 
-def wait_for_cards(stage: Stage, tick: Callable[[], None]) -> pb.Host:
+def wait_for_cards(stage: Scene, tick: Callable[[], None]) -> pb.Host:
     """The host, once its driver was asked and the datasystem worker serves. Raises `CommandError` if it never does."""
     deadline = time.monotonic() + _CARDS_SECONDS
     with Inspector(stage.runtime_directory) as inspector:
@@ -140,13 +141,13 @@ def npus(host: pb.Host) -> list[pb.Card]:
 class CardInstance(Answering):
     """An instance on a card."""
 
-    def __init__(self, order: Order, directory: Path) -> None:
+    def __init__(self, order: CardOrder, directory: Path) -> None:
         self.order = order
         arguments = ["-m", "weight_broker.demo.npu.instance", order.to_argument()]
         super().__init__(order.name, arguments, directory, **driver_variables())
 
 
-class CardStage(Stage):
+class CardStage(Scene):
     """A broker and instances on cards."""
 
     def __init__(self, model_dir: Path, framework: str, progress: Progress) -> None:
@@ -218,7 +219,7 @@ class CardStage(Stage):
             raise CommandError(f"{max(wanted, 2)} cards are needed and {len(ready)} are ready; {fix}{others}")
         return ready[:wanted]
 
-    def _load_warm(self) -> Result:
+    def _load_warm(self) -> CardResult:
         warm = self._instance("warm disk", self._cards[-1], broker=False)
         self._open([warm])
         for file in self._files:
@@ -232,9 +233,10 @@ class CardStage(Stage):
 
     def _instance(self, name: str, card: int, *, broker: bool = True) -> CardInstance:
         directory = str(self.runtime_directory) if broker else None
-        order = Order(name, card, str(self._model_dir), directory, self._framework, _SECONDS)
-        instance = CardInstance(order, self.directory)
-        self.processes.append(instance)
+        order = CardOrder(name, card, str(self._model_dir), directory, self._framework, _SECONDS)
+        with held():
+            instance = CardInstance(order, self.directory)
+            self.processes.append(instance)
         return instance
 
     def _open(self, instances: list[CardInstance]) -> None:
@@ -243,10 +245,12 @@ class CardStage(Stage):
             for one in instances:
                 one.answer("ready", time.monotonic() + _SECONDS, self._check)
 
-    def _results(self, instances: list[CardInstance]) -> list[Result]:
+    def _results(self, instances: list[CardInstance]) -> list[CardResult]:
         for one in instances:
             one.tell("begin")
-        return [Result(**one.answer("done", time.monotonic() + _SECONDS, self._check)["result"]) for one in instances]
+        return [
+            CardResult(**one.answer("done", time.monotonic() + _SECONDS, self._check)["result"]) for one in instances
+        ]
 
     def _digest(self, instance: CardInstance) -> str:
         instance.tell("digest")

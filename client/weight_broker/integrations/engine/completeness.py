@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from weight_broker.digest import FULL_BLOCK_BYTES, SAMPLE_BLOCK_BYTES, DigestAlgorithm, is_available
-from weight_broker.memory.host import copying
-from weight_broker.memory.tensors import DescribedTensors, describe
+from weight_broker.memory.kind import kind_of
+from weight_broker.memory.tensors import describe
 
 _SHOWN = 4
 
@@ -72,35 +70,11 @@ def state_refusal(before: Mapping[str, str], after: Mapping[str, str]) -> str:
 
 
 def content_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """A digest of each tensor's content: every byte, or a sample in host memory if xxhash is not installed."""
+    """A digest of each tensor's content: every byte, or a sample in host memory if xxhash is not installed. Raises
+    `BrokerError`."""
     described = describe(tensors)
-    if described.device_kind == "cpu":
-        values = _host_digests(described)
-    else:
-        from weight_broker.memory.npu.digest import digest_tensors
-
-        values = list(digest_tensors(described).values)  # type: ignore[arg-type]
-    return {one.spec.name: value for one, value in zip(described.tensors, values, strict=True)}
-
-
-def _host_digests(described: DescribedTensors) -> list[int]:
-    contents: list[tuple[int, int]] = []
-    gapped: dict[int, torch.Tensor] = {}
-    for index, one in enumerate(described.tensors):
-        tensor = one.owner
-        assert isinstance(tensor, torch.Tensor)
-        if one.spec.storage_bytes != one.spec.content_bytes:
-            tensor = gapped[index] = tensor.contiguous()
-        contents.append((0, 0) if one.spec.alias_of else (tensor.data_ptr(), one.spec.content_bytes))
-    if not is_available(DigestAlgorithm.XXH3_64):
-        return copying.digest_samples(contents, DigestAlgorithm.CRC32, SAMPLE_BLOCK_BYTES)
-    found = [0] * len(contents)
-
-    def digest(index: int) -> None:
-        found[index] = copying.digest_full(*contents[index], DigestAlgorithm.XXH3_64, FULL_BLOCK_BYTES)
-
-    copying.run([partial(digest, index) for index in range(len(contents))])
-    return found
+    digests = kind_of(described.device_kind).digests(described)
+    return {tensor.spec.name: value for tensor, value in zip(described.tensors, digests.values, strict=True)}
 
 
 def _some(names: list[str]) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from weight_broker.client import BrokerClient, IfAbsent
-from weight_broker.errors import BrokerError, BrokerUnavailable, LayoutMismatch, TransferFailed
+from weight_broker.client import BrokerClient
+from weight_broker.errors import BrokerError, BrokerUnavailable, TransferFailed
 from weight_broker.integrations.checkpoint import CheckpointError
 from weight_broker.integrations.engine import completeness, published, stage
 from weight_broker.integrations.engine.engine import Engine, NotServable
@@ -20,17 +20,12 @@ from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.engine.report import EngineLoad
 from weight_broker.integrations.engine.tensors import other_state, weight_tensors, without_memory
 from weight_broker.load_group import LoadGroup
-from weight_broker.transfers.lease import ColdLoadLease
-from weight_broker.transfers.load import prepare_memory
+from weight_broker.transfers import load as loading
+from weight_broker.transfers.load import SURVIVABLE
 
 if TYPE_CHECKING:
     from weight_broker.key import WeightSetKey
-    from weight_broker.memory.shared import Shared
-    from weight_broker.transfers.publication import Publication
     from weight_broker.transfers.report import AcquireReport
-
-# Of this process: no memory, descriptor or thread left. The disk may well do without.
-_SHORTAGES = (OSError, MemoryError, ImportError)
 
 
 class Reinitialise(Exception):
@@ -52,8 +47,7 @@ class Load:
         self._client: BrokerClient | None = None
         self._key: WeightSetKey | None = None
         self._group: LoadGroup | None = None
-        self._lease: ColdLoadLease | None = None
-        self._shared: Shared | None = None
+        self._load: loading.Load | None = None
         self._before: completeness.Snapshot | None = None
         self._unpublishable = ""
         self._disk_only = ""
@@ -71,21 +65,27 @@ class Load:
         with self._timed("key"):
             try:
                 self._key = self._engine.make_key(self._options)
-            except (NotServable, CheckpointError, BrokerError, *_SHORTAGES) as error:
+            except (NotServable, CheckpointError, *SURVIVABLE) as error:
                 self.without_broker(f"{self._engine.model} has no key: {error}")
                 return
-        rank = self._key.rank
-        shown = f"{self._key.model}-{self._key.role}-tp{rank.tensor_parallel_rank}pp{rank.pipeline_parallel_rank}"
         self.report.weight_set_id = self._key.id
-        self._client = BrokerClient(
+        try:
+            ranks = self._engine.ranks(self._key)
+            if ranks is not None:
+                self._group = LoadGroup(*ranks, assembly_timeout=self._options.rank_timeout)
+            self._client = self._make_client(self._key)
+        except SURVIVABLE as error:
+            self.without_broker(f"{self._engine.model} cannot ask the broker: {error}")
+
+    def _make_client(self, key: WeightSetKey) -> BrokerClient:
+        rank = key.rank
+        shown = f"{key.model}-{key.role}-tp{rank.tensor_parallel_rank}pp{rank.pipeline_parallel_rank}"
+        return BrokerClient(
             self._options.runtime_directory or None,
             name=self._options.name or shown,
             connect_timeout=self._options.connect_timeout,
             digest_mode=self._options.digest_mode,
         )
-        ranks = self._engine.ranks(self._key)
-        if ranks is not None:
-            self._group = LoadGroup(*ranks, assembly_timeout=self._options.rank_timeout)
 
     def weights(self, model: nn.Module) -> None:
         """Fills `model`. Raises `Reinitialise` once, if it has to be made anew for that."""
@@ -103,7 +103,7 @@ class Load:
                 return
             elif self._filled(weight_tensors(model)):
                 # Of host memory others read a sealed copy, whatever becomes of this process's own.
-                own = self._shared is not None and self._shared.needs_retraction
+                own = self._load is not None and self._load.shares_own_memory
                 self._before = self._snapshot(weight_tensors(model), contents=own)
                 return
         state = other_state(model)
@@ -141,11 +141,8 @@ class Load:
         except Exception as error:  # the model is loaded: whatever goes wrong now must not undo that
             self.report.not_published = f"{type(error).__name__}: {error}"
             self._logger.warning("%s is loaded but not published: %s", self._engine.model, error, exc_info=True)
-            self._give_up(self.report.not_published, unpublishable=False)
         finally:
-            self._close_shared()
-            if not self.report.publication_id and self._client is not None:
-                self._client.close()
+            self._close()
         times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.report.seconds.items())
         self._logger.info(
             "loaded %s from %s: weight set %s, %d tensors, %d bytes%s; %s; %s",
@@ -163,10 +160,7 @@ class Load:
 
     def abandon(self, error: BaseException) -> None:
         """The engine could not make the model: the next one is told to load."""
-        self._give_up(f"the engine raised {type(error).__name__}", unpublishable=False)
-        self._close_shared()
-        if self._client is not None:
-            self._client.close()
+        self._close(f"the engine raised {type(error).__name__}")
 
     # Filling
 
@@ -174,95 +168,71 @@ class Load:
         if torch.equal(tensors[stage.STATE], stage.state_digest(model)):
             return
         self.report.source, self.report.source_publication_id = "disk", ""
-        self._note_error(
-            TransferFailed("post-processing left other numbers or flags here than where the weights are from")
-        )
-        self._close_shared()
+        why = TransferFailed("post-processing left other numbers or flags here than where the weights are from")
+        self.report.acquire_error = f"{type(why).__name__}: {why}"
+        self._logger.warning("loading %s from disk: %s", self._engine.model, why)
+        self._begun().discard()
         self._reinitialise("its objects are in another state than those of the source")
 
     def _filled(self, tensors: dict[str, torch.Tensor]) -> bool:
         """True if the tensors are filled from a peer; False if the model is to be read from disk."""
+        load = self._begun()
         with self._timed("acquire"):
             try:
-                outcome = self._acquire(tensors)
+                is_filled = self._fill_or_map(load, tensors)
             except BrokerError as error:
-                self._fall_back(error)
-                return False
-            except _SHORTAGES as error:
-                if self._options.strict:
-                    raise
-                self._note_error(error)
-                return False
-        if isinstance(outcome, ColdLoadLease):
-            self._lease = outcome
-            if outcome.touched:
-                self._reinitialise("a source failed half way")
-            if self._options.publish:
-                prepare_memory(outcome, tensors)
-            return False
-        report, self._shared = outcome
-        self.report.source = "peer"
-        self.report.source_publication_id = report.source_publication_id
-        self.report.source_generation = report.source_generation
-        self.report.size_bytes, self.report.tensor_count = report.size_bytes, report.tensor_count
-        self.report.verified = str(report.verified)
-        return True
-
-    def _acquire(self, tensors: dict[str, torch.Tensor]) -> tuple[AcquireReport, Shared | None] | ColdLoadLease:
-        assert self._client is not None
-        assert self._key is not None
-        if_absent: IfAbsent = "fail"
-        if self._options.wait:
-            if_absent = "load" if self._options.publish else "wait"
-        if self._options.zero_copy and not self._is_runtime:  # kernels may have noted where their weights are
-            return self._map(tensors, if_absent)
-        outcome = self._client._acquire_and_share(
-            self._key, tensors, timeout=self._options.timeout, if_absent=if_absent, group=self._group
-        )
-        return outcome if isinstance(outcome, ColdLoadLease) else (outcome.report, outcome.shared)
-
-    def _map(
-        self, tensors: dict[str, torch.Tensor], if_absent: IfAbsent
-    ) -> tuple[AcquireReport, Shared | None] | ColdLoadLease:
-        """Puts views of the resident memory in place of the tensors' own."""
-        from weight_broker.layout import differences
-        from weight_broker.memory.tensors import describe
-
-        assert self._client is not None
-        assert self._key is not None
-        outcome = self._client._attach_and_share(
-            self._key, framework="torch", timeout=self._options.timeout, if_absent=if_absent, group=self._group
-        )
-        if isinstance(outcome, ColdLoadLease):
-            return outcome
-        attached, shared = outcome
-        layout = describe(tensors).layout
-        if attached.layout.fingerprint != layout.fingerprint:
-            shared.close()
-            text = "; ".join(differences(attached.layout, layout))
-            raise LayoutMismatch(f"the resident weights have another layout: {text}", metadata={"differences": text})
-        for name, tensor in tensors.items():
-            tensor.data = attached[name]
-        return attached.report, shared
-
-    def _fall_back(self, error: BrokerError) -> None:
-        if not error.quiesced:
-            raise WeightsNotQuiesced(
-                f"{self._engine.model} cannot be loaded: a transfer into this process's memory failed and may "
-                f"still be running ({error}). End this process: nothing it loads there is safe."
-            ) from error
-        if self._options.strict:
-            raise error
-        self._note_error(error)
-        if error.touched:
-            self._reinitialise(str(error))
-
-    def _note_error(self, error: Exception) -> None:
-        self.report.acquire_error = f"{type(error).__name__}: {error}"
-        if isinstance(error, BrokerUnavailable):
+                if error.quiesced:
+                    raise  # the option `strict`
+                raise WeightsNotQuiesced(
+                    f"{self._engine.model} cannot be loaded: a transfer into this process's memory failed and may "
+                    f"still be running ({error}). End this process: nothing it loads there is safe."
+                ) from error
+        if is_filled:
+            self._note_source(load.report.report)
+            return True
+        self.report.acquire_error = load.report.acquire_error or ""
+        if issubclass(load.failure or type(None), BrokerUnavailable):
             # Harmless: there is none, or it has gone. One that comes later is none of this load's business.
             self._unpublishable = self.report.acquire_error
-        self._logger.warning("loading %s from disk: %s", self._engine.model, error)
+        if load.touched:
+            self._reinitialise(self.report.acquire_error or "a source failed half way")
+        return False
+
+    def _begun(self) -> loading.Load:
+        """The load of the key, which is known by now."""
+        if self._load is None:
+            assert self._client is not None
+            assert self._key is not None
+            options = self._options
+            self._load = self._client._load(
+                self._key,
+                timeout=options.timeout,
+                publish=options.publish,
+                wait=options.wait,
+                group=self._group,
+                strict=options.strict,
+                logger=self._logger,
+            )
+        return self._load
+
+    def _fill_or_map(self, load: loading.Load, tensors: dict[str, torch.Tensor]) -> bool:
+        if not self._options.zero_copy or self._is_runtime:  # kernels may have noted where their weights are
+            return load.fill(tensors)
+        attached = load.map("torch", like=tensors)
+        if attached is None:
+            return False
+        for name, tensor in tensors.items():
+            tensor.data = attached[name]
+        return True
+
+    def _note_source(self, acquired: AcquireReport | None) -> None:
+        assert acquired is not None
+        report = self.report
+        report.source = "peer"
+        report.source_publication_id = acquired.source_publication_id
+        report.source_generation = acquired.source_generation
+        report.size_bytes, report.tensor_count = acquired.size_bytes, acquired.tensor_count
+        report.verified = str(acquired.verified)
 
     def _reinitialise(self, why: str) -> None:
         self._disk_only = why
@@ -285,7 +255,7 @@ class Load:
         with self._timed("check"):
             try:
                 return completeness.snapshot(tensors, contents=contents)
-            except BrokerError as error:  # what cannot be shared
+            except SURVIVABLE as error:  # what cannot be shared
                 self._unpublishable = self._unpublishable or str(error)
                 return None
 
@@ -298,12 +268,16 @@ class Load:
             self.report.not_published = refusal
             if refusal != self.report.acquire_error:  # that has been said
                 self._logger.warning("%s is loaded but not published: %s", self._engine.model, refusal)
-            self._give_up(refusal, unpublishable=True)
+            self._begun().give_up(refusal, unpublishable=True)
             return
         assert self._before is not None
         offered = tensors if self._is_runtime else {name: tensors[name] for name in self._before.places}
         with self._timed("publish"):
-            publication = self._offer(offered)
+            load = self._begun()
+            publication = load.publish(offered)
+        if publication is None:
+            self.report.not_published = load.report.publish_error or self.report.acquire_error
+            return
         self.report.publication_id = publication.id
         self.report.size_bytes, self.report.tensor_count = publication.size_bytes, len(publication.layout)
         published.add(
@@ -319,16 +293,6 @@ class Load:
             )
         )
         self._engine.watch(model)
-
-    def _offer(self, tensors: dict[str, torch.Tensor]) -> Publication:
-        assert self._client is not None
-        assert self._key is not None
-        if self._shared is not None:  # sealed, and verified when it was read: nothing needs to be copied
-            shared, self._shared = self._shared, None
-            return self._client._publish_shared(self._key, shared, group=self._group)
-        publication = self._client.publish(self._key, tensors, lease=self._lease, group=self._group)
-        self._lease = None
-        return publication
 
     def _refusal(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> str:
         if self._options.stage == "runtime" and not self._is_runtime:
@@ -348,19 +312,16 @@ class Load:
             after = completeness.snapshot(kept, contents=contents)
         return completeness.refusal(self._before, after)
 
-    def _give_up(self, reason: str, *, unpublishable: bool) -> None:
-        lease, self._lease = self._lease, None
-        if lease is None:
+    def _close(self, reason: str = "nothing was published") -> None:
+        """Gives back what is left; the client too, unless something is published through it."""
+        if self._load is not None:
+            self._load.close(reason)
+        if self._client is None or self.report.publication_id:
             return
         try:
-            lease.give_up(reason, unpublishable=unpublishable)
-        except BrokerError as error:
-            self._logger.warning("%r could not be given up: %s", lease, error)
-
-    def _close_shared(self) -> None:
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            shared.close()
+            self._client.close()
+        except SURVIVABLE as error:
+            self._logger.warning("the client of %s could not be closed: %s", self._engine.model, error)
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

@@ -67,7 +67,7 @@ def parse(given: object) -> Options:
         given = {}
     if not isinstance(given, Mapping):
         raise InvalidArgument(_FIELD, given, "an object of options")
-    known = {one.name: one for one in fields(Options)}
+    known = {option.name: option for option in fields(Options)}
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, 1)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.errors import BrokerError
 from weight_broker.integrations.engine.report import EngineLoad
+from weight_broker.transfers.load import SURVIVABLE
 
 if TYPE_CHECKING:
     import torch
@@ -61,65 +61,74 @@ def retract(reason: str = "asked to", *, model: nn.Module | None = None, for_sle
     more; the number of publications that ended. To be called before weights change: the engine's own ways to change
     them do so by themselves. Raises `RetractTimeout` if readers are still running; the weights must not change then."""
     ended = 0
-    for one in list(_published):
-        if model is not None and one.model() is not model:
+    for entry in list(_published):
+        if model is not None and entry.model() is not model:
             continue
-        if one.publication is not None:
+        if entry.publication is not None:
             begun = time.monotonic()
-            one.publication.retract(RETRACT_TIMEOUT_SECONDS)
-            one.publication, one.report.publication_id = None, ""
+            entry.publication.retract(RETRACT_TIMEOUT_SECONDS)
+            entry.publication, entry.report.publication_id = None, ""
             ended += 1
-            one.logger.info(
-                "retracted weight set %s (%s) in %.3f s", one.key.id, reason, time.monotonic() - begun
+            entry.logger.info(
+                "retracted weight set %s (%s) in %.3f s", entry.key.id, reason, time.monotonic() - begun
             )  # fmt: skip
-        one.report.not_published = f"retracted: {reason}"
-        if for_sleep:
-            one.asleep = one.asleep or _contents(one)
-        else:
-            _published.remove(one)
+        entry.report.not_published = f"retracted: {reason}"
+        if not for_sleep or not _note_contents(entry):
+            _published.remove(entry)
     return ended
 
 
 def republish() -> int:
     """Offers again what was retracted for a sleep, if it is what it was then; the number of publications."""
     done = 0
-    for one in list(_published):
-        if one.publication is None and one.asleep is not None:
-            done += _republish(one)
+    for entry in list(_published):
+        if entry.publication is None and entry.asleep is not None:
+            done += _republish(entry)
     return done
 
 
-def _tensors(one: PublishedModel) -> dict[str, torch.Tensor]:
+def _tensors(entry: PublishedModel) -> dict[str, torch.Tensor]:
     from weight_broker.integrations.engine.stage import processed_tensors
     from weight_broker.integrations.engine.tensors import weight_tensors
     from weight_broker.key import Stage
 
-    model = one.model()
-    collect = processed_tensors if one.key.stage is Stage.RUNTIME else weight_tensors
+    model = entry.model()
+    collect = processed_tensors if entry.key.stage is Stage.RUNTIME else weight_tensors
     found = collect(model) if model is not None else {}
-    return {name: found[name] for name in one.names if name in found}
+    return {name: found[name] for name in entry.names if name in found}
 
 
-def _contents(one: PublishedModel) -> dict[str, int]:
+def _contents(entry: PublishedModel) -> dict[str, int]:
     from weight_broker.integrations.engine.completeness import content_digests
 
-    return content_digests(_tensors(one))
+    return content_digests(_tensors(entry))
 
 
-def _republish(one: PublishedModel) -> int:
-    tensors = _tensors(one)
+def _note_contents(entry: PublishedModel) -> bool:
+    """Whether it is known what goes to sleep, so that it can be published again."""
     try:
-        if len(tensors) < len(one.names) or _contents(one) != one.asleep:
-            one.report.not_published = "after the sleep the weights are not what they were before it"
-            one.logger.warning("weight set %s is not published again: %s", one.key.id, one.report.not_published)
+        entry.asleep = entry.asleep or _contents(entry)
+    except SURVIVABLE as error:
+        entry.report.not_published += f", and its content cannot be compared later: {error}"
+        entry.logger.warning("weight set %s will not be published again: %s", entry.key.id, error)
+        return False
+    return True
+
+
+def _republish(entry: PublishedModel) -> int:
+    tensors = _tensors(entry)
+    try:
+        if len(tensors) < len(entry.names) or _contents(entry) != entry.asleep:
+            entry.report.not_published = "after the sleep the weights are not what they were before it"
+            entry.logger.warning("weight set %s is not published again: %s", entry.key.id, entry.report.not_published)
             return 0
-        one.publication = one.client.publish(one.key, tensors, group=one.group)
-    except (BrokerError, OSError, MemoryError) as error:
-        one.report.not_published = f"publishing failed: {error}"
-        one.logger.warning("weight set %s is not published again: %s", one.key.id, error)
+        entry.publication = entry.client.publish(entry.key, tensors, group=entry.group)
+    except SURVIVABLE as error:
+        entry.report.not_published = f"publishing failed: {error}"
+        entry.logger.warning("weight set %s is not published again: %s", entry.key.id, error)
         return 0
-    one.asleep, one.report.not_published, one.report.publication_id = None, "", one.publication.id
-    one.logger.info("published weight set %s again as %s", one.key.id, one.publication.id)
+    entry.asleep, entry.report.not_published, entry.report.publication_id = None, "", entry.publication.id
+    entry.logger.info("published weight set %s again as %s", entry.key.id, entry.publication.id)
     return 1
 
 
@@ -129,4 +138,4 @@ _published: list[PublishedModel] = []
 
 def is_published(model: Any) -> bool:
     """Whether weights of `model` are offered now."""
-    return any(one.publication is not None and one.model() is model for one in _published)
+    return any(entry.publication is not None and entry.model() is model for entry in _published)

@@ -100,15 +100,15 @@ def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple
     elif isinstance(value, nn.Module | type) or depth == MAX_DEPTH:
         return
     elif isinstance(value, list | tuple):
-        for index, one in enumerate(value):
-            yield from _inside(f"{name}.{index}", one, seen, depth + 1)
+        for index, item in enumerate(value):
+            yield from _inside(f"{name}.{index}", item, seen, depth + 1)
     elif isinstance(value, dict):
-        for key, one in value.items():
-            yield from _inside(f"{name}.{key}", one, seen, depth + 1)
+        for key, item in value.items():
+            yield from _inside(f"{name}.{key}", item, seen, depth + 1)
     elif _is_engines(value) and id(value) not in seen:
         seen.add(id(value))
-        for attribute, one in _kept(value):
-            yield from _inside(f"{name}.{attribute}", one, seen, depth + 1)
+        for attribute, item in _kept(value):
+            yield from _inside(f"{name}.{attribute}", item, seen, depth + 1)
 
 
 def _is_engines(value: object) -> bool:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from weight_broker.integrations.engine import published
-from weight_broker.integrations.engine.changes import before_change, before_load_weights
-from weight_broker.integrations.engine.wrapping import wrap
+from weight_broker.integrations.engine.changes import before_change, before_load_weights, wrap
 
 _WEIGHTS = "weights"
 _CHANGES = (

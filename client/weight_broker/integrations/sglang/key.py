@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_name
+from weight_broker.integrations.engine.configuration import digest
 from weight_broker.integrations.engine.directory import files_read
 from weight_broker.integrations.engine.options import Options
-from weight_broker.integrations.engine.values import digest
 from weight_broker.integrations.sglang.ranks import attention_ranks, parallel_rank, server_arguments
 from weight_broker.key import Role, WeightSetKey
 

@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from weight_broker.integrations.engine.wrapping import MARK
+from weight_broker.integrations.engine.changes import MARK
 
 LOAD_FORMAT = "weight_broker"
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from typing import Any
 
-from weight_broker.integrations.engine.experts import has_experts
+from weight_broker.integrations.engine.configuration import has_experts
 from weight_broker.key import ParallelRank
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from weight_broker.integrations.engine import published
-from weight_broker.integrations.engine.changes import before_change, before_load_weights
-from weight_broker.integrations.engine.wrapping import wrap
+from weight_broker.integrations.engine.changes import before_change, before_load_weights, wrap
 
 _CHANGES = (
     "update_weights",
@@ -69,5 +68,5 @@ def _before_rearrangement(method: Callable[..., Any], name: str, self: Any, args
 def _with_subclasses(owner: type[Any]) -> Iterator[type[Any]]:
     yield owner
     subclasses: list[type[Any]] = owner.__subclasses__()
-    for one in subclasses:
-        yield from _with_subclasses(one)
+    for entry in subclasses:
+        yield from _with_subclasses(entry)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_name
+from weight_broker.integrations.engine.configuration import digest, installed_version
 from weight_broker.integrations.engine.directory import files_read, local_directory
 from weight_broker.integrations.engine.engine import NotServable
 from weight_broker.integrations.engine.options import Options
-from weight_broker.integrations.engine.values import digest, installed_version
 from weight_broker.integrations.vllm.ranks import parallel_rank
 from weight_broker.key import Role, Stage, WeightSetKey
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from weight_broker.drivers import cuda as cuda_module
 from weight_broker.drivers.cuda import Cuda, CudaError
 from weight_broker.errors import PublishRefused
+from weight_broker.memory.described import DescribedTensor
 from weight_broker.memory.device.describe import DescribedDeviceTensors
 from weight_broker.memory.device.tensor import SegmentKind
-from weight_broker.memory.tensors import DescribedTensor
 
 if TYPE_CHECKING:
     from weight_broker.v1 import weight_set_pb2 as pb
@@ -85,7 +85,7 @@ def _allocation(cuda: Cuda, described: DescribedDeviceTensors, tensor: Described
 
 def _why_not(described: DescribedDeviceTensors, address: int) -> str:
     segments = described.segments() if described.segments is not None else ()
-    if any(one.kind is SegmentKind.VMM and one.base <= address < one.end for one in segments):
+    if any(part.kind is SegmentKind.VMM and part.base <= address < part.end for part in segments):
         return f"is in an expandable segment, which cannot be shared by a handle. {_VMM_OFF}."
     return (
         "is in memory that cannot be shared by a handle: it is mapped (expandable segments, an engine's sleep mode) or "

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from weight_broker.errors import InvalidArgument
+from weight_broker.kinds import TRAITS
 from weight_broker.layout import ITEM_SIZES, MemoryFormat, TensorSpec
+from weight_broker.memory.described import DescribedTensor, DescribedTensors, layout_of, refusal
 from weight_broker.memory.device.tensor import DeviceTensor, Segment, SegmentProvider
-from weight_broker.memory.tensors import DescribedTensor, DescribedTensors, layout_of
 
 if TYPE_CHECKING:
     import torch
-
-_FRAMEWORKS = {"npu": "weight_broker.memory.npu.torch", "cuda": "weight_broker.memory.cuda.torch"}
 
 
 class Framework(Protocol):
@@ -44,63 +42,68 @@ class DescribedDeviceTensors(DescribedTensors):
     """The framework's segments; None if it cannot tell."""
 
 
-def describe_device(tensors: Mapping[str, object]) -> DescribedDeviceTensors:
-    """Describe tensors of a device by name: `DeviceTensor`s, torch tensors, or some of each. Exact aliases are found.
-
-    Raises `InvalidArgument` that names the tensor and says what to do about it.
+def describe_device(tensors: Mapping[str, object], kind: str, framework: Framework) -> DescribedDeviceTensors:
+    """Describe tensors in memory of this kind by name: `DeviceTensor`s, torch tensors, or some of each. Exact aliases
+    are found. Raises `InvalidArgument` that names the tensor and says what to do about it.
     """
     described: list[DescribedTensor] = []
     targets: dict[tuple[object, ...], str] = {}
-    kind, device_index, by_torch = "", -1, False
+    where, by_torch = kind, False
     named: dict[int, Segment] = {}
+    device_index = -1
     for name in sorted(tensors):
         value = tensors[name]
         by_torch = by_torch or not isinstance(value, DeviceTensor)
-        tensor = value if isinstance(value, DeviceTensor) else _from_framework(name, value)
-        if described and (tensor.device_kind, tensor.device_index) != (kind, device_index):
-            mine, first = f"{tensor.device_kind}:{tensor.device_index}", described[0].spec.name
-            hint = "Publish the tensors of each device on their own: a weight set is one rank's."
-            raise _refusal(name, "device", mine, f"{kind}:{device_index}, as {first!r} is", hint)
-        kind, device_index = tensor.device_kind, tensor.device_index
+        tensor = value if isinstance(value, DeviceTensor) else _from_torch(name, value, kind, where, framework)
+        own = f"{tensor.device_kind}:{tensor.device_index}"
+        if described and own != where.partition(",")[0]:
+            raise _other_device(name, own, where)
+        if not described:
+            device_index, where = tensor.device_index, f"{own}, as {name!r} is"
         if tensor.segment is not None:
             named[tensor.segment.base] = tensor.segment
         described.append(_describe(name, tensor, targets))
     return DescribedDeviceTensors(
-        layout_of([one.spec for one in described]),
+        layout_of([tensor.spec for tensor in described]),
         tuple(described),
         kind,
         device_index,
-        partial(_framework(kind).synchronize, device_index) if by_torch else None,
-        partial(_segments, kind, device_index, list(named.values()), by_torch=by_torch) if by_torch or named else None,
+        partial(framework.synchronize, device_index) if by_torch else None,
+        partial(_segments, framework if by_torch else None, device_index, list(named.values()))
+        if by_torch or named
+        else None,
     )
 
 
-def _segments(kind: str, device_index: int, named: list[Segment], *, by_torch: bool) -> list[Segment]:
-    return [*named, *(_framework(kind).segments(device_index) if by_torch else ())]
+def _segments(framework: Framework | None, device_index: int, named: list[Segment]) -> list[Segment]:
+    return [*named, *(framework.segments(device_index) if framework is not None else ())]
 
 
-def _from_framework(name: str, value: object) -> DeviceTensor:
+def _from_torch(name: str, value: object, kind: str, where: str, framework: Framework) -> DeviceTensor:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        raise _refusal(name, "type", type(value).__name__, "a tensor on the device that the others are on", "Move it.")
-    kind = value.device.type
-    if kind not in _FRAMEWORKS:
-        expected = " or ".join(_FRAMEWORKS) + ", as the others"
-        raise _refusal(name, "device", str(value.device), expected, "Move it, or publish it on its own.")
-    return _framework(kind).from_tensor(name, value)
+        raise refusal(name, "type", type(value).__name__, "a tensor on the device that the others are on", "Move it.")
+    found = value.device.type
+    if found == kind:
+        return framework.from_tensor(name, value)
+    if found in TRAITS and TRAITS[found].has_devices:
+        raise _other_device(name, str(value.device), where)
+    hint = "Move it, or publish it on its own."
+    raise refusal(name, "device", str(value.device), f"{kind}, as the others", hint)
 
 
-def _framework(kind: str) -> Framework:
-    return cast(Framework, importlib.import_module(_FRAMEWORKS[kind]))
+def _other_device(name: str, device: str, where: str) -> InvalidArgument:
+    hint = "Publish the tensors of each device on their own: a weight set is one rank's."
+    return refusal(name, "device", device, where, hint)
 
 
 def _describe(name: str, tensor: DeviceTensor, targets: dict[tuple[object, ...], str]) -> DescribedTensor:
     if tensor.storage_bytes and tensor.address <= 0:
-        raise _refusal(name, "address", tensor.address, "a device address", "Give the tensor memory first.")
+        raise refusal(name, "address", tensor.address, "a device address", "Give the tensor memory first.")
     if tensor.memory_format is MemoryFormat.STRIDED and not _is_dense(tensor):
         hint = "Use .contiguous(), or share the tensor that it is a part of."
-        raise _refusal(name, "stride", tensor.stride, "elements without gaps and overlaps", hint)
+        raise refusal(name, "stride", tensor.stride, "elements without gaps and overlaps", hint)
     alias_of = ""
     if tensor.storage_bytes:
         identity = (tensor.address, tensor.dtype, tensor.shape, tensor.stride, tensor.memory_format)
@@ -129,7 +132,3 @@ def _is_dense(tensor: DeviceTensor) -> bool:
             return False
         filled *= size
     return tensor.storage_bytes == filled * ITEM_SIZES.get(tensor.dtype, 0) or tensor.dtype not in ITEM_SIZES
-
-
-def _refusal(name: str, field: str, value: object, expected: str, hint: str) -> InvalidArgument:
-    return InvalidArgument(f"tensors[{name}].{field}", value, expected, hint=hint)

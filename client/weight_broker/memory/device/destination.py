@@ -1,13 +1,12 @@
-"""Tensors in device memory, of whichever kind: shared where they are, filled by the broker, verified here."""
+"""Tensors in device memory that an acquisition fills: by the broker where they are, or here from staging buffers."""
 
 from __future__ import annotations
 
-import importlib
-import logging
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING
 
-from weight_broker.digest import ContentDigests, DigestAlgorithm, DigestCoverage
+from weight_broker.digest import ContentDigests, DigestAlgorithm
 from weight_broker.errors import (
     AcquireTimeout,
     BrokerError,
@@ -17,185 +16,121 @@ from weight_broker.errors import (
     TransferFailed,
 )
 from weight_broker.layout import Layout
-from weight_broker.memory.device.path import can_stage
-from weight_broker.memory.host.copying import DeadlinePassed
-from weight_broker.memory.tensors import DescribedTensors
+from weight_broker.memory.device.access import DeviceAccess
+from weight_broker.memory.device.describe import DescribedDeviceTensors
+from weight_broker.memory.device.offer import Offer
+from weight_broker.memory.device.shared import DeviceShared
+from weight_broker.memory.kind import ClaimRegion, DeadlinePassed, Received
+from weight_broker.memory.policy import StagingPolicy
 
 if TYPE_CHECKING:
-    from weight_broker.connection.attach import AttachConnection
     from weight_broker.connection.session import Session
-    from weight_broker.memory.device.staged import StagedShared
-    from weight_broker.v1 import weight_set_pb2 as pb
+    from weight_broker.v1 import weight_broker_service_pb2 as pb
 
-_MODULES = {"npu": "weight_broker.memory.npu.kind", "cuda": "weight_broker.memory.cuda.kind"}
 _NAMED_TENSORS = 16
-
-_logger = logging.getLogger("weight_broker")
-
-
-class Exported(Protocol):
-    """Device memory that the broker can map."""
-
-    regions: tuple[pb.Region, ...]
-    placements: tuple[tuple[int, int], ...]
-
-    def close(self) -> None:
-        """Ends the export; idempotent. Raises `RetractTimeout` if somebody still has the memory mapped."""
-
-
-class DeviceKind(Protocol):
-    """What each kind of device memory can do (`weight_broker.memory.npu.kind`)."""
-
-    def export(self, described: Any) -> Exported:
-        """Waits for the device and exports the memory that the tensors lie in. Raises `PublishRefused`."""
-
-    def digest(self, described: Any, deadline: float | None) -> ContentDigests:
-        """Full digests of all tensors, after waiting for the device. Raises `DeadlinePassed`, `BrokerError`."""
-
-    def identity(self, described: Any) -> str:
-        """The device's name on the wire, the same in every process of the host."""
-
-
-def kind_of(described: DescribedTensors) -> DeviceKind:
-    """What the tensors' kind of memory can do."""
-    return cast(DeviceKind, importlib.import_module(_MODULES[described.device_kind]))
-
-
-def is_on_device(described: DescribedTensors) -> bool:
-    """Whether the tensors are in the memory of a device."""
-    return described.device_kind in _MODULES
-
-
-class DeviceShared:
-    """Tensors of this process, shared where they are. It keeps them alive; they must not change while it is open."""
-
-    needs_retraction = True
-
-    def __init__(self, described: DescribedTensors, exported: Exported, digests: tuple[ContentDigests, ...]) -> None:
-        self.layout: Layout = described.layout
-        self.placements = exported.placements
-        self.digests = digests
-        self._exported = exported
-        self._described: DescribedTensors | None = described
-
-    def regions(self, batch: str) -> list[pb.Region]:
-        """The exported memory; the same in every publication of it."""
-        return list(self._exported.regions)
-
-    @property
-    def is_served(self) -> bool:
-        """The broker has the memory mapped."""
-        return True
-
-    def stage(self, session: Session) -> pb.StagedMemory | None:
-        """The broker maps the memory."""
-        return None
-
-    @property
-    def described(self) -> DescribedTensors | None:
-        """The tensors, until `close`."""
-        return self._described
-
-    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
-        """The message has all that the broker needs."""
-
-    def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
-        """The broker let go of it with the publication."""
-
-    def close(self) -> None:
-        """Ends the sharing; idempotent. Raises `RetractTimeout` if somebody still has the memory mapped: call again."""
-        self._exported.close()
-        self._described = None
-
-
-def share(described: DescribedTensors, deadline: float, path: str = "auto") -> DeviceShared | StagedShared:
-    """Digests the tensors and exports their memory, or has this process copy it where that is not possible or not
-    wanted (`path`: `auto`, `direct` or `staged`). Raises `PublishRefused`; nothing is exported then."""
-    from weight_broker.memory.device.staged import StagedShared
-
-    kind = kind_of(described)
-    try:
-        digests = kind.digest(described, deadline)
-    except DeadlinePassed as error:
-        raise PublishRefused(
-            "the deadline passed while the tensors were digested; allow more time for publishing"
-        ) from error
-    if path == "staged":
-        return StagedShared(described, (digests,))
-    try:
-        return DeviceShared(described, kind.export(described), (digests,))
-    except PublishRefused as error:
-        if path != "auto" or not can_stage(described.device_kind):
-            raise
-        _logger.warning("the tensors are shared through a bucket of the broker's: %s", error)
-        return StagedShared(described, (digests,))
+_GRACE_SECONDS = 35.0
 
 
 class DeviceDestination:
-    """Tensors of this process that the broker fills where they are."""
+    """See `weight_broker.memory.kind.Destination`."""
 
-    zero_copy = False
-    is_filled_here = False
-    """Whether this process writes to the tensors, and nobody else."""
+    grace_seconds = _GRACE_SECONDS
 
-    def __init__(self, described: DescribedTensors) -> None:
-        self.layout: Layout = described.layout
-        self.device_kind = described.device_kind
-        self._kind = kind_of(described)
-        self._described = described
-        self._exported: Exported | None = None
+    def __init__(self, tensors: DescribedDeviceTensors, access: DeviceAccess, policy: StagingPolicy) -> None:
+        self.layout: Layout = tensors.layout
+        self._tensors = tensors
+        self._access = access
+        self._policy = policy
+        self._offer = Offer(tensors, access, policy)
+        self._is_staged = False
+        """Whether the source that was granted last comes through staging buffers."""
         self._digests: tuple[ContentDigests, ...] = ()
 
-    def open(self) -> tuple[str, Sequence[pb.Region], Sequence[tuple[int, int]]]:
-        """The device's identity, and the memory that is to be filled; exports it. Raises `TransferFailed`."""
-        if self._exported is None:
-            try:
-                self._exported = self._kind.export(self._described)
-            except PublishRefused as error:
-                raise TransferFailed(
-                    f"the tensors cannot be filled where they are: {error.message}",
-                    metadata={**error.metadata, "path": "staged"},
-                ) from error
-        return self._kind.identity(self._described), self._exported.regions, self._exported.placements
+    def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
+        """Opens the ways to the memory that the policy allows, and names them."""
+        from weight_broker.v1 import resources_pb2
+        from weight_broker.wire import device_kind_to_wire, placements_to_wire
 
-    def verify(self, offered: Sequence[ContentDigests], deadline: float) -> DigestCoverage:
-        """Compares what arrived with what was published; the broker has let go of the memory.
-        Raises `IntegrityError`, `TransferFailed`, `AcquireTimeout`."""
-        expected = next((one for one in offered if one.algorithm is DigestAlgorithm.MULTILINEAR_64), None)
-        if expected is None:
-            raise TransferFailed("the source has no digests of device memory", touched=True)
+        offer = self._offer
         try:
-            found = self._kind.digest(self._described, deadline)
+            offer.open()
+            if not offer.is_exported:  # an export has waited for the device
+                offer.wait_for_device()
+        except PublishRefused as error:
+            raise self._refusal(error) from error
+        request.device_kind, request.device_id = device_kind_to_wire(self._access.name), offer.device_id
+        request.regions.extend(offer.regions)
+        request.placements.extend(placements_to_wire(offer.placements))
+        copied, staged = resources_pb2.TRANSFER_PATH_COPY, resources_pb2.TRANSFER_PATH_STAGED
+        request.path = copied if offer.is_exported else staged
+        if offer.is_staged:
+            request.stage_id = offer.serve(session)
+
+    def take(self, granted: pb.Granted, claim: ClaimRegion, deadline: float) -> Received | None:
+        """The broker brings the bytes."""
+        from weight_broker.v1 import resources_pb2
+
+        self._is_staged = granted.path == resources_pb2.TRANSFER_PATH_STAGED
+        return None
+
+    def verify(self, granted: pb.Granted, moved: pb.Moved, deadline: float) -> Received:
+        """The broker has let go of the memory."""
+        from weight_broker.wire import digests_from_wire
+
+        begun = time.monotonic()
+        published = _comparable(digests_from_wire(granted.digests, len(self.layout), pass_over_unknown=True))
+        _compare(self.layout, self._found(deadline), published)
+        self._digests = (published,)
+        return Received(moved.size_bytes, published.coverage, self.layout, {"verify": time.monotonic() - begun})
+
+    def _found(self, deadline: float) -> ContentDigests:
+        try:
+            return self._access.digests(self._tensors, deadline)
         except DeadlinePassed as error:
             raise AcquireTimeout("the deadline passed while the tensors were being verified", touched=True) from error
-        wrong = [
-            spec.name
-            for spec, mine, theirs in zip(self.layout, found.values, expected.values, strict=True)
-            if mine != theirs
-        ]
-        if wrong:
-            names = ", ".join(wrong[:_NAMED_TENSORS])
-            raise IntegrityError(
-                f"{len(wrong)} tensors arrived with wrong content: {names}", touched=True, metadata={"tensors": names}
-            )
-        self._digests = (expected,)
-        return expected.coverage
+        except BrokerError:
+            raise
+        except Exception as error:  # whatever it was, the caller has to learn that the tensors were written
+            raise BrokerError(f"the tensors cannot be verified: {error}", touched=True) from error
 
-    def keep(self) -> DeviceShared | StagedShared:
-        """The verified tensors as what can be published; its `close` is the caller's from here on."""
-        exported, self._exported = self._exported, None
-        if exported is None or not self._digests:
+    def stop(self) -> bool:
+        """Ends copying here. The broker grants a staged transfer only when it writes to nothing itself."""
+        self._offer.stop_serving()
+        return self._is_staged or not self._offer.is_exported
+
+    def keep(self) -> DeviceShared:
+        """The verified tensors, reachable in the same ways."""
+        if not self._digests:
             raise AssertionError("nothing was verified here")
-        return DeviceShared(self._described, exported, self._digests)
+        offer, self._offer = self._offer, Offer(self._tensors, self._access, self._policy)
+        return DeviceShared(offer, self._access.name, self._digests)
 
     def close(self) -> None:
-        """Ends the export. Raises a `BrokerError` if somebody may still write to the memory."""
-        exported, self._exported = self._exported, None
-        if exported is None:
-            return
+        """Ends copying here, and then the export."""
         try:
-            exported.close()
+            self._offer.close()
         except RetractTimeout as error:
             raise BrokerError(
                 f"somebody still has the tensors' memory mapped: {error.message}", touched=True, quiesced=False
             ) from error
+
+    def _refusal(self, error: PublishRefused) -> TransferFailed:
+        direct = self._policy.allows_direct
+        what = "the tensors cannot be filled where they are" if direct else "a staged transfer is not possible"
+        return TransferFailed(f"{what}: {error.message}", metadata=error.metadata)
+
+
+def _comparable(offered: Sequence[ContentDigests]) -> ContentDigests:
+    for digests in offered:
+        if digests.algorithm is DigestAlgorithm.MULTILINEAR_64:
+            return digests
+    raise TransferFailed("the source has no digests of device memory", touched=True)
+
+
+def _compare(layout: Layout, found: ContentDigests, published: ContentDigests) -> None:
+    wrong = [spec.name for spec, own, other in zip(layout, found.values, published.values, strict=True) if own != other]
+    if wrong:
+        names = ", ".join(wrong[:_NAMED_TENSORS])
+        raise IntegrityError(
+            f"{len(wrong)} tensors arrived with wrong content: {names}", touched=True, metadata={"tensors": names}
+        )

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from weight_broker import multilinear
 from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage, combine
-from weight_broker.memory.host.copying import DeadlinePassed
-from weight_broker.memory.tensors import DescribedTensors
+from weight_broker.memory.described import DescribedTensors
+from weight_broker.memory.kind import DeadlinePassed
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ Block = tuple[int, int]
 """Device address, length in bytes."""
 
 
-class Engine(Protocol):
+class BlockDigester(Protocol):
     """Something that digests blocks of device memory."""
 
     def block_digests(self, blocks: Sequence[Block], deadline: float | None) -> list[int]:
@@ -37,8 +37,8 @@ class Engine(Protocol):
         ...
 
 
-def tensor_digests(described: DescribedTensors, engine: Engine, deadline: float | None) -> ContentDigests:
-    """Full digests of all tensors. Raises `DeadlinePassed` and what the engine's driver raises."""
+def tensor_digests(described: DescribedTensors, digester: BlockDigester, deadline: float | None) -> ContentDigests:
+    """Full digests of all tensors. Raises `DeadlinePassed` and what the driver raises."""
     blocks: list[Block] = []
     counts: list[int] = []
     for tensor in described.tensors:
@@ -46,13 +46,13 @@ def tensor_digests(described: DescribedTensors, engine: Engine, deadline: float 
         counts.append(-(-size // FULL_BLOCK_BYTES))
         for offset in range(0, size, FULL_BLOCK_BYTES):
             blocks.append((tensor.address + offset, min(FULL_BLOCK_BYTES, size - offset)))
-    found = iter(engine.block_digests(blocks, deadline))
-    mine = (list(islice(found, count)) for count in counts)
-    values = tuple(combine(DigestAlgorithm.MULTILINEAR_64, digests) if digests else 0 for digests in mine)
+    found = iter(digester.block_digests(blocks, deadline))
+    by_tensor = (list(islice(found, count)) for count in counts)
+    values = tuple(combine(DigestAlgorithm.MULTILINEAR_64, digests) if digests else 0 for digests in by_tensor)
     return ContentDigests(DigestAlgorithm.MULTILINEAR_64, DigestCoverage.FULL, FULL_BLOCK_BYTES, values)
 
 
-class HostEngine:
+class HostDigester:
     """Brings the bytes to the processor: for memory that no framework on this machine computes with.
 
     `read` copies (host address, device address, size) and waits.
@@ -72,7 +72,7 @@ class HostEngine:
         return digests
 
 
-class TorchEngine:
+class TorchDigester:
     """Computes with torch operations on `device`, in `SCRATCH_BYTES` and twice that for intermediate results.
 
     `copy` copies (destination, source, size) within the device before anything that torch is told to do after it;

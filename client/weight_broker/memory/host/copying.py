@@ -19,6 +19,7 @@ from itertools import islice
 from weight_broker.digest import DigestAlgorithm, block_function, combine, sampled_blocks
 from weight_broker.memory.host.address_space import advise_huge_pages, buffer_at
 from weight_broker.memory.host.streaming import DigestingCopy, streaming_copy
+from weight_broker.memory.kind import DeadlinePassed
 
 MAX_THREADS = 16
 TASK_BYTES = 4 << 20
@@ -42,10 +43,6 @@ _copy = ctypes.memmove
 _copy_locked = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ("memmove", ctypes.PyDLL(None))
 )
-
-
-class DeadlinePassed(Exception):
-    """The deadline passed with work left to do."""
 
 
 def thread_count() -> int:

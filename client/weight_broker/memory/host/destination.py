@@ -1,98 +1,143 @@
-"""What receives a weight set in this process: tensors that are filled, or mappings that become tensors."""
+"""Host memory that an acquisition fills: the caller's tensors, or mappings that become tensors."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from weight_broker.digest import ContentDigests, DigestCoverage
-from weight_broker.errors import AcquireTimeout, IntegrityError, TransferFailed
+from weight_broker.errors import AcquireTimeout, BrokerError, IntegrityError, TransferFailed
+from weight_broker.kinds import MemoryKind
 from weight_broker.layout import Layout
+from weight_broker.memory.described import DescribedTensors
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.host import copying
 from weight_broker.memory.host.address_space import Mapping
 from weight_broker.memory.host.fill import copy_in
+from weight_broker.memory.host.shared import SharedWeights
 from weight_broker.memory.host.view import Framework, map_tensors
-from weight_broker.memory.shared import SharedWeights
-from weight_broker.memory.tensors import DescribedTensors
+from weight_broker.memory.kind import ClaimRegion, DeadlinePassed, Received
+
+if TYPE_CHECKING:
+    from weight_broker.connection.session import Session
+    from weight_broker.v1 import weight_broker_service_pb2 as pb
 
 _NAMED_TENSORS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
-    """Every byte of a transfer is in place."""
+class HostDestination(ABC):
+    """Takes everything from the source's memory, in this process, while the transfer holds the source."""
 
-    size_bytes: int
-    verified: DigestCoverage
-    seconds: dict[str, float]
-    """Seconds of the phases map, transfer and verify."""
-    tensors: dict[str, Any] = field(default_factory=dict)
-    """The mapped tensors, if the receiver had none of its own."""
+    layout: Layout | None = None
+    grace_seconds = 0.0
+    _source: SharedWeights | None = None
 
+    def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
+        """The broker writes to nothing here."""
+        from weight_broker.v1 import resources_pb2
+        from weight_broker.wire import device_kind_to_wire
 
-class Receiver(Protocol):
-    """The receiving side of an acquisition."""
+        request.device_kind, request.path = device_kind_to_wire(MemoryKind.CPU), resources_pb2.TRANSFER_PATH_COPY
 
-    @property
-    def zero_copy(self) -> bool:
-        """True if the resident memory is mapped instead of copied."""
+    def take(self, granted: pb.Granted, claim: ClaimRegion, deadline: float) -> Received:
+        """Opens the source's memory and takes from it."""
+        self.close()
+        begun = time.monotonic()
+        try:
+            self._source = _open(granted, claim, self.layout)
+            opened = time.monotonic() - begun
+            received = self.receive(self._source, deadline)
+        except BaseException:
+            self.close()
+            raise
+        received.seconds["map"] = received.seconds.get("map", 0.0) + opened
+        return received
 
-    @property
-    def layout(self) -> Layout | None:
-        """The layout that a source must have; None to accept any."""
-
+    @abstractmethod
     def receive(self, source: SharedWeights, deadline: float) -> Received:
-        """Takes everything from `source` before `deadline` (monotonic seconds), or raises a `BrokerError` that says
-        whether anything was touched. Nothing writes to the tensors any more when it returns or raises."""
+        """Takes everything from `source`. Raises a `BrokerError` that says whether anything was touched."""
+
+    def verify(self, granted: pb.Granted, moved: pb.Moved, deadline: float) -> Received:
+        """The broker moves no host memory."""
+        raise BrokerError("the broker moved what was never granted")
+
+    def stop(self) -> bool:
+        """Nothing writes here any more when `take` returns or raises."""
+        return True
+
+    def keep(self) -> SharedWeights:
+        """The source's memory: it is sealed, so it is published as it is."""
+        source, self._source = self._source, None
+        if source is None:
+            raise AssertionError("nothing arrived here")
+        return source
+
+    def close(self) -> None:
+        """Lets go of the source's memory."""
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
 
 
-class TensorFiller:
+class TensorFiller(HostDestination):
     """Copies into tensors that the caller owns, and verifies."""
-
-    zero_copy = False
 
     def __init__(self, described: DescribedTensors, digest_mode: DigestMode) -> None:
         self._described = described
         self._digest_mode = digest_mode
-        self.layout: Layout | None = described.layout
+        self.layout = described.layout
 
     def receive(self, source: SharedWeights, deadline: float) -> Received:
         """Fills the tensors."""
-        copied = copy_in(
-            self._described,
-            source.descriptors,
-            source.placements,
-            source.digests,
-            digest_mode=self._digest_mode,
-            deadline=deadline,
-        )
-        return Received(copied.size_bytes, copied.verified, copied.seconds)
+        try:
+            copied = copy_in(
+                self._described,
+                source.descriptors,
+                source.placements,
+                source.digests,
+                digest_mode=self._digest_mode,
+                deadline=deadline,
+            )
+        except BrokerError:
+            raise
+        except Exception as error:  # whatever it was, the caller has to learn that the tensors may be half written
+            raise BrokerError(f"the transfer failed here: {error}", touched=True) from error
+        return Received(copied.size_bytes, copied.verified, source.layout, dict(copied.seconds))
 
 
-class TensorMapper:
+class TensorMapper(HostDestination):
     """Maps the resident memory copy-on-write, and verifies a sample: reading every byte is what this path avoids, and
     the memory is sealed since its digests were computed. Digest mode "full" reads every byte all the same."""
-
-    zero_copy = True
-    layout: Layout | None = None
 
     def __init__(self, framework: Framework, digest_mode: DigestMode) -> None:
         self._framework = framework
         self._digest_mode = DigestMode.FULL if digest_mode is DigestMode.FULL else DigestMode.SAMPLED
 
+    def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
+        """The source's memory becomes this process's tensors."""
+        from weight_broker.v1 import resources_pb2
+
+        super().fill_request(request, session)
+        request.path = resources_pb2.TRANSFER_PATH_ZERO_COPY
+
     def receive(self, source: SharedWeights, deadline: float) -> Received:
         """Maps the tensors."""
         begun = time.monotonic()
-        tensors = map_tensors(source.layout, source.descriptors, source.placements, framework=self._framework)
-        mapped = time.monotonic()
-        verified = self._verify(source, deadline)
+        try:
+            tensors = map_tensors(source.layout, source.descriptors, source.placements, framework=self._framework)
+            mapped = time.monotonic()
+            verified = self._verify(source, deadline)
+        except BrokerError:
+            raise
+        except Exception as error:
+            raise BrokerError(f"the transfer failed here: {error}") from error
         seconds = {"map": mapped - begun, "verify": time.monotonic() - mapped}
-        return Received(source.layout.content_bytes, verified, seconds, tensors)
+        return Received(source.layout.content_bytes, verified, source.layout, seconds, tensors, touched=False)
 
     def _verify(self, source: SharedWeights, deadline: float) -> DigestCoverage:
         expected = self._digest_mode.choose(source.digests)
@@ -108,17 +153,41 @@ class TensorMapper:
                 for spec, (region, offset) in zip(source.layout.tensors, source.placements, strict=True)
             ]
             found = _digests_of(contents, expected, deadline)
-        wrong = [
-            spec.name
-            for spec, mine, theirs in zip(source.layout.tensors, found, expected.values, strict=True)
-            if mine != theirs
-        ]
-        if wrong:
-            names = ", ".join(wrong[:_NAMED_TENSORS])
-            raise IntegrityError(
-                f"{len(wrong)} resident tensors are not what was published: {names}", metadata={"tensors": names}
-            )
+        _compare(source.layout, found, expected)
         return expected.coverage
+
+
+def _open(granted: pb.Granted, claim: ClaimRegion, layout: Layout | None) -> SharedWeights:
+    """The source's memory: nothing is touched yet."""
+    from weight_broker.wire import digests_from_wire, layout_from_wire
+
+    for region in granted.regions:
+        if region.WhichOneof("handle") != "host_memory":
+            raise BrokerError(f"region {region.region_id!r} is not host memory, which is all this client can read")
+    if layout is None:
+        layout = layout_from_wire(granted.layout)
+    digests = digests_from_wire(granted.digests, len(layout), pass_over_unknown=True)
+    placements = tuple((placement.region_index, placement.offset_bytes) for placement in granted.placements)
+    with contextlib.ExitStack() as undo:
+        source = SharedWeights(layout, [], placements, digests)
+        undo.callback(source.close)
+        for index, region in enumerate(granted.regions):
+            source.memfds.append((claim(index), region.size_bytes))
+        undo.pop_all()
+    return source
+
+
+def _compare(layout: Layout, found: Sequence[int], expected: ContentDigests) -> None:
+    wrong = [
+        spec.name
+        for spec, digest, published in zip(layout.tensors, found, expected.values, strict=True)
+        if digest != published
+    ]
+    if wrong:
+        names = ", ".join(wrong[:_NAMED_TENSORS])
+        raise IntegrityError(
+            f"{len(wrong)} resident tensors are not what was published: {names}", metadata={"tensors": names}
+        )
 
 
 def _digests_of(contents: Sequence[tuple[int, int]], like: ContentDigests, deadline: float) -> list[int]:
@@ -132,5 +201,5 @@ def _digests_of(contents: Sequence[tuple[int, int]], like: ContentDigests, deadl
 
         copying.run([partial(digest, index) for index in range(len(contents))], deadline=deadline)
         return found
-    except copying.DeadlinePassed as error:
+    except DeadlinePassed as error:
         raise AcquireTimeout("the deadline passed while the mapped tensors were being verified") from error

@@ -23,14 +23,14 @@ from weight_broker.digest import (
 from weight_broker.drivers.available_memory import available_bytes
 from weight_broker.errors import PublishRefused
 from weight_broker.layout import Layout
+from weight_broker.memory.described import DescribedTensors
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.host import copying, strided
 from weight_broker.memory.host.address_space import PAGE_BYTES, Mapping
 from weight_broker.memory.host.fill import CopyResult, copy_in
 from weight_broker.memory.host.memfd import allocate, being_filled, create
-from weight_broker.memory.host.prepared import PreparedMemory
 from weight_broker.memory.host.view import map_tensors
-from weight_broker.memory.tensors import DescribedTensors
+from weight_broker.memory.kind import DeadlinePassed, Prepared
 
 __all__ = ["CopyResult", "DigestMode", "HostRegion", "SEALS", "copy_in", "export", "map_tensors", "seal"]
 
@@ -65,7 +65,7 @@ def export(
     *,
     digest_mode: DigestMode = DigestMode.AUTO,
     deadline: float | None = None,
-    prepared: PreparedMemory | None = None,
+    prepared: Prepared | None = None,
 ) -> HostRegion:
     """Copy the tensors into a new sealed memfd and digest them. The tensors must not change meanwhile. `prepared` is
     memory that was asked for before, of whatever size.
@@ -92,7 +92,7 @@ def export(
             os.close(fd)
         if isinstance(error, OSError):
             raise _shortage(size_bytes, error) from error
-        if isinstance(error, copying.DeadlinePassed):
+        if isinstance(error, DeadlinePassed):
             raise PublishRefused(
                 f"the deadline passed while {size_bytes} bytes were copied; allow more time for publishing"
             ) from error

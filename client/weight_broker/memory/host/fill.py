@@ -14,11 +14,12 @@ from functools import partial
 from weight_broker.digest import ContentDigests, DigestCoverage
 from weight_broker.errors import AcquireTimeout, BrokerError, IntegrityError, TransferFailed
 from weight_broker.layout import Layout
+from weight_broker.memory.described import DescribedTensor, DescribedTensors
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.host import copying, strided
 from weight_broker.memory.host.address_space import Mapping, address_of, equal_bytes
 from weight_broker.memory.host.digest_cost import AffordableDigests
-from weight_broker.memory.tensors import DescribedTensor, DescribedTensors
+from weight_broker.memory.kind import DeadlinePassed
 
 _REQUIRED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE
 _NAMED_TENSORS = 16
@@ -140,7 +141,7 @@ def _transfer(
     try:
         coverage, transferred = _copy_and_verify(described, sources, careful, expected, sample, deadline)
         _compare(tensors, sources, careful, deadline)
-    except copying.DeadlinePassed as error:
+    except DeadlinePassed as error:
         raise AcquireTimeout("the deadline passed while the tensors were being filled", touched=True) from error
     except BrokerError:
         raise
@@ -206,7 +207,7 @@ def _compare(
     clobbered: list[str] = []
     for index in indices:
         if deadline is not None and time.monotonic() >= deadline:
-            raise copying.DeadlinePassed
+            raise DeadlinePassed
         tensor, source = tensors[index], sources[index]
         spec = tensor.spec
         if spec.is_dense:

@@ -139,23 +139,23 @@ class _Span:
 
 def _spans(described: DescribedDeviceTensors, segments: Sequence[Segment]) -> list[_Span]:
     """The parts of segments to be exported, by address, for all tensors that have memory."""
-    mine = [one for one in segments if one.device_index in (None, described.device_index)]
-    mine.sort(key=lambda segment: segment.base)
-    bases = [segment.base for segment in mine]
+    known = [candidate for candidate in segments if candidate.device_index in (None, described.device_index)]
+    known.sort(key=lambda segment: segment.base)
+    bases = [segment.base for segment in known]
     spans: list[_Span] = []
     for tensor in sorted(described.tensors, key=lambda tensor: tensor.address):
         if not tensor.spec.storage_bytes or tensor.spec.alias_of:
             continue
         index = bisect_right(bases, tensor.address) - 1
         end = tensor.address + tensor.spec.storage_bytes
-        if index < 0 or end > mine[index].end:
+        if index < 0 or end > known[index].end:
             raise PublishRefused(
                 f"tensor {tensor.spec.name!r} ({tensor.spec.storage_bytes} bytes at {tensor.address:#x}) is in none of "
-                f"the {len(mine)} known segments of device {described.device_index}, and only whole segments can be "
+                f"the {len(known)} known segments of device {described.device_index}, and only whole segments can be "
                 "shared: name the segment it lies in; memory of a pluggable allocator (sleep mode) has to be staged",
                 metadata={"tensor": tensor.spec.name},
             )
-        span = _span_of(mine[index], tensor.address, end)
+        span = _span_of(known[index], tensor.address, end)
         if spans and spans[-1].segment is span.segment and span.begin <= spans[-1].end:
             spans[-1].end = max(spans[-1].end, span.end)
         else:

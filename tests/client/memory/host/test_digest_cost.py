@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,19 +25,29 @@ COPY_SECONDS = 0.002
 class Host:
     """A host on which copying takes a certain time, and digesting on the way a certain share of it more."""
 
-    def __init__(self, digest_share: float) -> None:
+    def __init__(self, digest_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
         self.digest_share = digest_share
         self.digested = 0
+        self._clock = threading.local()
+        monkeypatch.setattr(copying, "functions_for", self.functions_for)
+        monkeypatch.setattr(digest_cost, "time", SimpleNamespace(perf_counter=self.now))
+
+    def now(self) -> float:
+        """Of the thread's own clock, which copying alone makes run."""
+        return float(getattr(self._clock, "seconds", 0.0))
+
+    def spend(self, seconds: float) -> None:
+        self._clock.seconds = self.now() + seconds
 
     def functions_for(self, size_bytes: int, algorithm: DigestAlgorithm | None) -> tuple[object, DigestingCopy]:
         copy, copy_and_digest = FUNCTIONS(size_bytes, algorithm)
 
         def slow_copy(*chunk: int) -> None:
             copy(*chunk)
-            time.sleep(COPY_SECONDS)
+            self.spend(COPY_SECONDS)
 
         def slow_copy_and_digest(destination: int, source: int, size_bytes: int, block_bytes: int) -> list[int]:
-            time.sleep(COPY_SECONDS * (1 + self.digest_share))
+            self.spend(COPY_SECONDS * (1 + self.digest_share))
             self.digested += 1
             return copy_and_digest(destination, source, size_bytes, block_bytes)
 
@@ -81,7 +92,7 @@ def test_everything_is_verified_where_that_is_cheap_and_else_a_sample(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(copying, "functions_for", Host(share).functions_for)
+    Host(share, monkeypatch)
     with caplog.at_level(logging.INFO):
         assert fill(weights, region) is verified
     assert ("samples are verified" in caplog.text) is (verified is DigestCoverage.SAMPLED)
@@ -90,8 +101,7 @@ def test_everything_is_verified_where_that_is_cheap_and_else_a_sample(
 def test_the_first_large_transfer_decides_for_the_process(
     weights: dict[str, torch.Tensor], region: HostRegion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = Host(1.5)
-    monkeypatch.setattr(copying, "functions_for", host.functions_for)
+    host = Host(1.5, monkeypatch)
     fill(weights, region)
     assert 0 < host.digested < TENSORS
     host.digest_share, host.digested = 0.0, 0
@@ -103,7 +113,7 @@ def test_a_small_transfer_is_verified_in_full_and_decides_nothing(
     weights: dict[str, torch.Tensor], region: HostRegion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digest_cost, "LEAST_BYTES", TENSORS * TENSOR_BYTES + 1)
-    monkeypatch.setattr(copying, "functions_for", Host(1.5).functions_for)
+    Host(1.5, monkeypatch)
     assert fill(weights, region) is DigestCoverage.FULL
     assert not digest_cost._shares
 
@@ -111,14 +121,14 @@ def test_a_small_transfer_is_verified_in_full_and_decides_nothing(
 def test_whoever_asks_for_everything_gets_it_whatever_it_costs(
     weights: dict[str, torch.Tensor], region: HostRegion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "functions_for", Host(1.5).functions_for)
+    Host(1.5, monkeypatch)
     assert fill(weights, region, DigestMode.FULL) is DigestCoverage.FULL
 
 
 def test_a_sample_still_sees_a_flipped_bit_at_the_end_of_a_tensor(
     weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "functions_for", Host(1.5).functions_for)
+    Host(1.5, monkeypatch)
     region = export(describe(weights))
     weights["w3"][-1] += 1
     other = export(describe(weights))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import queue
 import threading
-import time
 from collections.abc import Iterator
 from typing import cast
 
@@ -15,12 +15,15 @@ import torch
 from support.held_memory import held
 from support.waiting import eventually
 from weight_broker import ColdLoadLease, PublishRefused
+from weight_broker.key import WeightSetKey
 from weight_broker.memory.host import export as host
 from weight_broker.memory.host import prepared
+from weight_broker.memory.host.address_space import Mapping
 from weight_broker.memory.host.export import copy_in, export, region_bytes
 from weight_broker.memory.host.prepared import PreparedMemory, prepare
 from weight_broker.memory.tensors import describe
-from weight_broker.transfers.load import prepare_memory
+from weight_broker.transfers.exchange import Exchange
+from weight_broker.transfers.load import Load
 
 SIZE_BYTES = 80 << 20
 
@@ -31,7 +34,7 @@ def nothing_left() -> Iterator[None]:
     before = held()
     yield
     gc.collect()
-    eventually(lambda: "weight-broker-memory" not in {thread.name for thread in threading.enumerate()}, within=10)
+    eventually(lambda: "weight-broker-memory" not in {thread.name for thread in threading.enumerate()})
     assert held() == before
 
 
@@ -45,7 +48,7 @@ def pages_of(memory: PreparedMemory) -> int:
 
 
 def until_it_is_there(memory: PreparedMemory) -> None:
-    assert memory._ended.wait(30)
+    assert memory._ended.wait(60)
 
 
 @pytest.mark.parametrize("prepared_bytes", [SIZE_BYTES, SIZE_BYTES // 2, 2 * SIZE_BYTES], ids=["same", "less", "more"])
@@ -105,8 +108,10 @@ def test_what_cannot_be_shared_is_not_prepared_for_and_stops_no_loader() -> None
         def prepare_memory(self, size_bytes: int) -> None:
             raise AssertionError(size_bytes)
 
-    prepare_memory(cast(ColdLoadLease, Lease()), {"w": torch.zeros(1, device="meta")})
-    prepare_memory(cast(ColdLoadLease, Lease()), {"w": object()})
+    load = Load(cast(Exchange, None), WeightSetKey("model"), timeout=1, publish=True)
+    load._lease = cast(ColdLoadLease, Lease())
+    load._prepare_for({"w": torch.zeros(1, device="meta")})
+    load._prepare_for({"w": object()})
 
 
 def test_nothing_is_prepared_where_memory_is_not_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +162,18 @@ def test_a_forked_child_has_neither_the_memory_nor_any_use_for_it() -> None:
 
 
 def test_taking_it_does_not_wait_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "allocate_range", lambda *_: time.sleep(0.05))
+    ranges: list[int] = []
+    begun = threading.Event()
+    made: queue.Queue[PreparedMemory] = queue.Queue()
+
+    def allocate(fd: int, region: Mapping, start: int) -> None:
+        ranges.append(start)
+        begun.set()
+        made.get(timeout=60)._stop.wait(60)  # the next one would come after it was taken
+
+    monkeypatch.setattr(prepared, "allocate_range", allocate)
     memory = PreparedMemory(1 << 40)
-    begun = time.monotonic()
+    made.put(memory)
+    assert begun.wait(60)
     memory.close()
-    assert time.monotonic() - begun < 10
+    assert ranges == [0]

@@ -40,6 +40,7 @@ class CountingAcl(Acl):
         self.admitted: dict[bytes | int, list[int]] = {}
         self.retained: Counter[int] = Counter()
         self.exported_chunks: set[int] = set()
+        EXPORTS._ended_chunks.clear()  # a fresh driver has exported nothing
 
     def _count(self, name: str) -> None:
         self.calls += 1

@@ -1,0 +1,93 @@
+"""Sessions: which process an instance is, and what it hands over on the attach socket."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import socket
+
+from weight_broker.errors import NotAttached
+from weight_brokerd.attach.server import PeerCredentials, Session
+from weight_brokerd.attach.stage import Stages
+from weight_brokerd.control.loop import Loop
+from weight_brokerd.core.model import Instance
+from weight_brokerd.kinds.host.regions import RegionTable
+from weight_brokerd.telemetry.audit import audit
+
+
+class Sessions:
+    """Hears the attach socket (`weight_brokerd.attach.server.Attendance`)."""
+
+    def __init__(self, loop: Loop, regions: RegionTable, stages: Stages) -> None:
+        self._loop = loop
+        self._regions = regions
+        self._stages = stages
+        self._instance_numbers = itertools.count(1)
+        self._sessions: dict[bytes, Session] = {}
+        self._tokens: dict[str, bytes] = {}
+
+    def attach(self, peer: PeerCredentials, name: str, client_version: str) -> Session:
+        """A process attached; its token is its identity from now on."""
+        instance_id = f"instance-{next(self._instance_numbers)}"
+        instance = Instance(
+            instance_id, name or f"pid-{peer.pid}", peer.pid, peer.uid, peer.gid, attached_at=self._loop.now()
+        )
+        decisions = self._loop.coordinator.attach(instance)
+        session = Session(instance_id=instance_id, token=secrets.token_bytes(32), peer=peer)
+        self._sessions[session.token] = session
+        self._tokens[instance_id] = session.token
+        audit("attach", instance_id=instance_id, name=name, pid=peer.pid, uid=peer.uid, client_version=client_version)
+        self._loop.carry_out(decisions)
+        return session
+
+    def disconnected(self, instance_id: str) -> None:
+        """The attach socket closed; the process may live on."""
+        self._loop.carry_out(self._loop.coordinator.disconnect(instance_id))
+
+    def departed(self, instance_id: str, reason: str) -> None:
+        """The process died or said goodbye."""
+        token = self._tokens.pop(instance_id, None)
+        if token is None:
+            return
+        del self._sessions[token]
+        audit("depart", instance_id=instance_id, reason=reason)
+        self._stages.drop(instance_id)
+        self._loop.carry_out(self._loop.coordinator.depart(instance_id, self._loop.now()))
+        self._regions.drop_instance(instance_id)
+
+    def offer_region(self, instance_id: str, region_id: str, size_bytes: int, fd: int) -> None:
+        """An instance hands a memfd over; `fd` is taken in every case."""
+        self._regions.offer(instance_id, region_id, size_bytes, fd)
+        audit("offer_region", instance_id=instance_id, region_id=region_id, size_bytes=size_bytes)
+
+    def withdraw_region(self, instance_id: str, region_id: str) -> None:
+        """An instance takes a region back."""
+        self._regions.withdraw(instance_id, region_id)
+        audit("withdraw_region", instance_id=instance_id, region_id=region_id)
+
+    def claim_region(self, instance_id: str, transfer_id: str, region_index: int) -> int:
+        """The file descriptor of a region of a running transfer's source, to be passed to the receiver."""
+        self._loop.coordinator.transfers.of_receiver(transfer_id, instance_id)
+        return self._regions.descriptor(transfer_id, region_index)
+
+    def stage_owner(self, token: bytes, peer: PeerCredentials) -> str:
+        """The instance that serves on a stage connection; raises `NotAttached`."""
+        session = self.session(token)
+        if (session.peer.pid, session.peer.uid) != (peer.pid, peer.uid):
+            raise NotAttached("the session token belongs to another process; attach from this process first")
+        return session.instance_id
+
+    def stage_connected(self, instance_id: str, connection: socket.socket) -> None:
+        """Takes the instance's stage connection over."""
+        if instance_id not in self._tokens:
+            connection.close()
+            return
+        audit("serve_stage", instance_id=instance_id)
+        self._stages.connected(instance_id, connection)
+
+    def session(self, token: bytes) -> Session:
+        """The session of a token; raises `NotAttached`."""
+        session = self._sessions.get(token)
+        if session is None:
+            raise NotAttached("this call needs the token of an attached process; attach to attach.sock first")
+        return session

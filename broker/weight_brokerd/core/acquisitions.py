@@ -1,0 +1,145 @@
+"""All acquisitions that are open. Each one ends once; a second end does nothing."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from weight_broker.errors import BrokerError
+from weight_brokerd.core.decisions import (
+    Complete,
+    Decisions,
+    Ending,
+    Fail,
+    LoadFromDisk,
+    Reserve,
+    TransferChanged,
+    Wait,
+    WeightSetChanged,
+)
+from weight_brokerd.core.model import Acquisition, Arrival, ColdLoadLease, WaitReason
+from weight_brokerd.core.publications import Publication, Publications
+from weight_brokerd.core.transfers import Transfer, TransferLog
+from weight_brokerd.core.weight_sets import WeightSetIndex
+
+DROPPED = "its process went away"
+
+
+class Acquisitions:
+    """The acquisitions by id, and the way each one goes: it waits, is granted a source, waits again, ends."""
+
+    def __init__(self, publications: Publications, weight_sets: WeightSetIndex, transfers: TransferLog) -> None:
+        self._publications = publications
+        self._weight_sets = weight_sets
+        self._transfers = transfers
+        self._open: dict[str, Acquisition] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        """A heap of those that wait, or waited when they were put in."""
+        self._left_group: list[tuple[Acquisition, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Acquisition]:
+        return iter(list(self._open.values()))
+
+    def __contains__(self, acquisition_id: str) -> bool:
+        return acquisition_id in self._open
+
+    def __getitem__(self, acquisition_id: str) -> Acquisition:
+        return self._open[acquisition_id]
+
+    def find(self, acquisition_id: str) -> Acquisition | None:
+        """The acquisition, or None if it has ended."""
+        return self._open.get(acquisition_id)
+
+    @property
+    def waiting(self) -> list[Acquisition]:
+        """Those without a transfer, in the order in which they came."""
+        return [acquisition for acquisition in self._open.values() if not acquisition.transfer_id]
+
+    def begin(self, acquisition: Acquisition) -> None:
+        """A new one, which waits."""
+        self._open[acquisition.acquisition_id] = acquisition
+        self.wait_again(acquisition)
+
+    def wait_again(self, acquisition: Acquisition) -> None:
+        """It has no transfer (any more) and is to be served."""
+        acquisition.transfer_id = ""
+        self._weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id] = acquisition
+        heapq.heappush(self._deadlines, (acquisition.deadline, acquisition.acquisition_id))
+
+    def grant(self, acquisition: Acquisition, publication: Publication, now: float) -> Decisions:
+        """Gives it a slot of the source. Its caller is told once the source is reserved."""
+        transfer = self._transfers.begin(acquisition, publication, now)
+        self._publications.reserve(publication, transfer.reader)
+        acquisition.transfer_id = transfer.transfer_id
+        acquisition.last_wait = None
+        del self._weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id]
+        return [Reserve(transfer), TransferChanged(transfer), WeightSetChanged(publication.weight_set_id)]
+
+    def wait(self, acquisition: Acquisition, reason: WaitReason, lease: ColdLoadLease | None) -> Decisions:
+        """Says what it waits for, if its caller does not know that yet."""
+        waits_for = (reason, lease.fencing_token if lease is not None else 0)
+        if acquisition.last_wait == waits_for:
+            return []
+        acquisition.last_wait = waits_for
+        return [Wait(acquisition.acquisition_id, reason, lease)]
+
+    def complete(self, acquisition: Acquisition, transfer: Transfer, arrival: Arrival) -> Decisions:
+        """Every byte is in place."""
+        return self._end(acquisition, Complete(acquisition.acquisition_id, transfer, arrival))
+
+    def load_from_disk(self, acquisition: Acquisition, lease: ColdLoadLease) -> Decisions:
+        """Its instance is the one that loads."""
+        return self._end(acquisition, LoadFromDisk(acquisition.acquisition_id, lease))
+
+    def fail(self, acquisition: Acquisition, error: BrokerError) -> Decisions:
+        """It cannot be served. Its group, if it has one, is to hear why."""
+        error.touched = error.touched or acquisition.touched
+        decisions = self._end(acquisition, Fail(acquisition.acquisition_id, error))
+        if decisions and acquisition.rank is not None:
+            self._left_group.append((acquisition, error.message))
+        return decisions
+
+    def drop(self, acquisition: Acquisition) -> Decisions:
+        """Its caller is gone, and is told nothing."""
+        self._forget(acquisition)
+        if acquisition.rank is not None:
+            self._left_group.append((acquisition, DROPPED))
+        return [WeightSetChanged(acquisition.key.id)]
+
+    def left_group(self) -> list[tuple[Acquisition, str]]:
+        """Those of groups that ended on their own since the last call, each with the reason."""
+        left, self._left_group = self._left_group, []
+        return left
+
+    def late(self, now: float) -> list[Acquisition]:
+        """Those that wait although their deadline is over, in the order in which they came."""
+        late: set[str] = set()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            late.add(heapq.heappop(self._deadlines)[1])
+        found = [self._open[acquisition_id] for acquisition_id in self._open if acquisition_id in late] if late else []
+        return [acquisition for acquisition in found if not acquisition.transfer_id]
+
+    def next_deadline(self) -> float | None:
+        """When `late` next has something to say."""
+        while self._deadlines:
+            acquisition = self._open.get(self._deadlines[0][1])
+            if acquisition is not None and not acquisition.transfer_id:
+                return acquisition.deadline
+            heapq.heappop(self._deadlines)  # it is put in again when its transfer fails
+        return None
+
+    def _end(self, acquisition: Acquisition, ending: Ending) -> Decisions:
+        if acquisition.acquisition_id not in self._open:
+            return []
+        self._forget(acquisition)
+        return [ending, WeightSetChanged(acquisition.key.id)]
+
+    def _forget(self, acquisition: Acquisition) -> None:
+        self._open.pop(acquisition.acquisition_id, None)
+        record = self._weight_sets.find(acquisition.key.id)
+        if record is not None:
+            record.waiting.pop(acquisition.acquisition_id, None)
+            self._weight_sets.tidy(record.key.id)

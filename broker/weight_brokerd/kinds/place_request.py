@@ -1,0 +1,148 @@
+"""Where an instance says that tensors lie, and the checks that all kinds of memory share.
+
+Every check raises `InvalidArgument` naming the field, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
+from weight_broker.kinds import TRAITS, kind_of_wire
+from weight_broker.layout import Layout
+from weight_broker.v1.weight_set_pb2 import Region, TensorPlacement
+from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.plan.pieces import Placement
+
+MAX_ID_CHARACTERS = 64
+
+ImportRegionOf = Callable[[str, str, Region], ImportRegion]
+"""(field, region id, region): checks the handle of a region; what maps it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageName:
+    """What an instance calls tensors that it copies by itself."""
+
+    field: str
+    stage_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRequest:
+    """Of an acquire or a publish; unchecked."""
+
+    owner: str
+    """The instance."""
+    layout: Layout
+    device_field: str
+    device_id: str
+    regions: Sequence[Region] = ()
+    placements: Sequence[TensorPlacement] = ()
+    is_mapped: bool = True
+    """Whether the broker may map the memory: regions and placements say where it is."""
+    stage: StageName | None = None
+    """Set if its owner offers to copy it."""
+    refusal: type[BrokerError] = PublishRefused
+    """What is raised if this broker does not take the path."""
+
+
+def text(field: str, value: str, *, limit: int = MAX_ID_CHARACTERS, required: bool = True) -> str:
+    """A text of bounded length."""
+    if required and not value:
+        raise InvalidArgument(field, value, "a text that is not empty")
+    if len(value) > limit:
+        raise InvalidArgument(field, value, f"at most {limit} characters, got {len(value)}")
+    return value
+
+
+def listed(names: Collection[str]) -> str:
+    """Names for people."""
+    return ", ".join(sorted(names)) or "none"
+
+
+def require_unstaged(kind: str, request: PlaceRequest) -> None:
+    """For a kind whose owner cannot copy it through a staging buffer."""
+    if request.stage is None:
+        return
+    if request.is_mapped:
+        raise InvalidArgument(request.stage.field, request.stage.stage_id, f"empty: {kind} memory is never staged")
+    raise request.refusal(f"{kind} memory is never staged; name its regions and placements instead")
+
+
+def device_of(request: PlaceRequest, device_ids: Collection[str]) -> str:
+    """The device of the request, if it is one of this host."""
+    device_id = text(request.device_field, request.device_id)
+    if device_id not in device_ids:
+        raise InvalidArgument(request.device_field, device_id, f"a device of this host: {listed(device_ids)}")
+    return device_id
+
+
+def regions_of(kind: str, request: PlaceRequest, import_region: ImportRegionOf) -> tuple[ImportRegion, ...]:
+    """All regions, on the request's device. Their ids become unique on this host: instances choose them freely."""
+    if not request.regions and request.layout.content_bytes:
+        need = f"the regions of {request.layout.content_bytes} bytes of content"
+        raise InvalidArgument("regions", "empty", need)
+    seen: set[str] = set()
+    return tuple(
+        _region(kind, request, f"regions[{index}]", region, seen, import_region)
+        for index, region in enumerate(request.regions)
+    )
+
+
+def _region(
+    kind: str, request: PlaceRequest, field: str, region: Region, seen: set[str], import_region: ImportRegionOf
+) -> ImportRegion:
+    text(f"{field}.region_id", region.region_id)
+    if region.region_id in seen:
+        raise InvalidArgument(f"{field}.region_id", region.region_id, "an id that no other region has")
+    seen.add(region.region_id)
+    _same_device(kind, request, field, region)
+    if not region.size_bytes:
+        raise InvalidArgument(f"{field}.size_bytes", 0, "more than 0")
+    handles = TRAITS[kind].handles
+    handle = region.WhichOneof("handle")
+    if handle not in handles:
+        raise InvalidArgument(f"{field}.handle", handle, f"{' or '.join(handles)} for {kind} memory")
+    return import_region(field, f"{request.owner}/{region.region_id}", region)
+
+
+def _same_device(kind: str, request: PlaceRequest, field: str, region: Region) -> None:
+    named = kind_of_wire(region.device_kind)
+    if named is None:
+        raise InvalidArgument(f"{field}.device_kind", region.device_kind, "a known kind of memory")
+    if named != kind:
+        raise InvalidArgument(f"{field}.device_kind", named, f"{kind}, as the weight set has")
+    if region.device_id != request.device_id:
+        expected = f"{request.device_id!r}, as {request.device_field}" if request.device_id else "empty"
+        raise InvalidArgument(f"{field}.device_id", region.device_id, expected)
+
+
+def placements_of(kind: str, request: PlaceRequest) -> tuple[Placement, ...]:
+    """Where each tensor lies in the regions, in the layout's order."""
+    layout, placements = request.layout, request.placements
+    if len(placements) != len(layout):
+        raise InvalidArgument("placements", len(placements), f"{len(layout)}, one for each tensor")
+    # Without regions nothing has content, and everything lies at the beginning of nothing.
+    sizes = [region.size_bytes for region in request.regions] or [0]
+    is_packed = TRAITS[kind].is_packed or not request.regions
+    by_name: dict[str, TensorPlacement] = {}
+    for spec, placement in zip(layout.tensors, placements, strict=True):
+        field = f"placements[{spec.name}]"
+        _within(field, placement, spec.content_bytes if is_packed else spec.storage_bytes, sizes)
+        if spec.alias_of and placement != by_name[spec.alias_of]:
+            found = f"{placement.region_index}:{placement.offset_bytes}"
+            raise InvalidArgument(field, found, f"that of {spec.alias_of}, its target")
+        by_name[spec.name] = placement
+    return tuple((placement.region_index, placement.offset_bytes) for placement in placements)
+
+
+def _within(field: str, placement: TensorPlacement, length: int, sizes: Sequence[int]) -> None:
+    if placement.region_index >= len(sizes):
+        raise InvalidArgument(f"{field}.region_index", placement.region_index, f"below {len(sizes)}")
+    size = sizes[placement.region_index]
+    if placement.offset_bytes + length > size:
+        raise InvalidArgument(
+            f"{field}.offset_bytes", placement.offset_bytes, f"{length} bytes within the region's {size}"
+        )
