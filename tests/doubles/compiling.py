@@ -40,10 +40,20 @@ def compiled(name: str, sources: Path, fill: Callable[[Path], None]) -> Path:
     return finished
 
 
-def compile_library(sources: Sequence[Path], library: Path) -> None:
+def compile_library(sources: Sequence[Path], library: Path, *flags: str) -> None:
     """One shared library. Raises CannotBuild."""
     names = [str(path) for path in sources]
-    command = [_compiler(), *FLAGS, f"-Wl,-soname,{library.name}", "-o", str(library), *names, "-lpthread", "-ldl"]
+    command = [
+        _compiler(),
+        *FLAGS,
+        *flags,
+        f"-Wl,-soname,{library.name}",
+        "-o",
+        str(library),
+        *names,
+        "-lpthread",
+        "-ldl",
+    ]
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         raise CannotBuild(outcome.stderr)

@@ -8,6 +8,9 @@ from functools import cache
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 KEY_BYTES = 65
 PAGE = 4096
+ALREADY_INITIALISED = 100002
+HUGE_PAGES = 4
+"""ACL_HBM_MEM_HUGE, what a chunk is made of."""
 CHUNK = 2 << 20
 """The granularity of physical chunks."""
 
@@ -109,11 +112,13 @@ class AclError(Exception):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The runtime that the loader finds."""
+    """The runtime that the loader finds, initialised."""
     loaded = ctypes.CDLL("libascendcl.so")
     for name, types in _ADDRESSES.items():
-        getattr(loaded, name).argtypes = types
+        if hasattr(loaded, name):
+            getattr(loaded, name).argtypes = types
     loaded.aclGetRecentErrMsg.restype = ctypes.c_char_p
+    assert loaded.aclInit(None) in (0, ALREADY_INITIALISED)
     return loaded
 
 
@@ -190,6 +195,20 @@ def physical_card(device: int) -> int:
     return card.value
 
 
+def logical_card(device: int) -> int:
+    """The number of the card in the container."""
+    card = ctypes.c_int32()
+    call("aclrtGetLogicDevIdByUserDevId", device, ctypes.byref(card))
+    return card.value
+
+
+def device_count() -> int:
+    """How many devices this process sees."""
+    count = ctypes.c_uint32()
+    call("aclrtGetDeviceCount", ctypes.byref(count))
+    return count.value
+
+
 # ---- streams and events
 def create_stream() -> int:
     """A stream on the current card."""
@@ -221,7 +240,7 @@ def allow(key: bytes, *pids: int) -> None:
 
 def import_key(key: bytes) -> int:
     """The address at which another process's allocation is here."""
-    return _out("aclrtIpcMemImportByKey", key, 1)
+    return _out("aclrtIpcMemImportByKey", key, 0)
 
 
 def close_key(key: bytes) -> None:
@@ -241,9 +260,9 @@ class _PhysicalProperties(ctypes.Structure):
     )
 
 
-def malloc_physical(size: int, device: int) -> int:
+def malloc_physical(size: int, device: int, attribute: int = HUGE_PAGES) -> int:
     """The handle of a chunk."""
-    properties = _PhysicalProperties(location_id=device, location_type=1)
+    properties = _PhysicalProperties(memory_attribute=attribute, location_id=device, location_type=1)
     return _out("aclrtMallocPhysical", size, ctypes.byref(properties), 0)
 
 

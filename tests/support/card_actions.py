@@ -36,6 +36,25 @@ def set_device_in_another_thread(device: int) -> int:
     return 0
 
 
+def fail_without_aclinit() -> str:
+    """What the driver says of a failure in a process that has not called aclInit."""
+    library = ctypes.CDLL("libascendcl.so")
+    library.aclGetRecentErrMsg.restype = ctypes.c_char_p
+    assert library.aclrtSetDevice(0) == 0
+    assert library.aclrtFree(ctypes.c_void_p(1)) != 0
+    return (library.aclGetRecentErrMsg() or b"").decode()
+
+
+def call_without_device(device: int, function: str, *arguments: object) -> int:
+    """The code of a call in a thread that has no device; this one has."""
+    codes: list[int] = []
+    acl.set_device(device)
+    thread = threading.Thread(target=lambda: codes.append(getattr(acl.library(), function)(*arguments)))
+    thread.start()
+    thread.join()
+    return codes[0]
+
+
 def call_in_fork() -> int:
     """The error of aclrtSetDevice in a forked child."""
     child = os.fork()
@@ -135,12 +154,12 @@ def run_callback(block: bool) -> bool:
     return seen == [(thread.ident, b"x" * 4096)]
 
 
-def map_chunks(chunks: int, device: int) -> tuple[int, list[int]]:
+def map_chunks(chunks: int, device: int, size: int = acl.CHUNK) -> tuple[int, list[int]]:
     """Fresh chunks at consecutive addresses: the first address and the handles."""
-    address = acl.reserve(chunks * acl.CHUNK)
-    handles = [acl.malloc_physical(acl.CHUNK, device) for _ in range(chunks)]
+    address = acl.reserve(chunks * size)
+    handles = [acl.malloc_physical(size, device) for _ in range(chunks)]
     for index, handle in enumerate(handles):
-        acl.map_chunk(address + index * acl.CHUNK, acl.CHUNK, handle)
+        acl.map_chunk(address + index * size, size, handle)
     return address, handles
 
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
@@ -95,10 +95,12 @@ class CardProcess(CalledProcess):
         faults: Mapping[Fault, float] | None = None,
         strict: bool = True,
         visible: str | None = None,
+        container: Sequence[int] | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.host = host
-        super().__init__({**host.environment(faults=faults, strict=strict, visible=visible), **(environment or {})})
+        double = host.environment(faults=faults, strict=strict, visible=visible, container=container)
+        super().__init__({**double, **(environment or {})})
 
     @property
     def live(self) -> dict[str, int]:

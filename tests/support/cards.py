@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from doubles.cann.build import build
-from doubles.cann.control import CannHost
+from doubles.cann.control import CannHost, card_name
 from support import acl, card_actions, datasystem_actions
 from support.card_process import CardProcess
 from support.datasystem_worker import DatasystemWorker
@@ -22,6 +22,7 @@ from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.offers import OfferEnd, fresh_key
 from weight_brokerd.cards.plan.blobs import Blob, BlobList, Part
+from weight_brokerd.kinds.npu.settings import hccl_variables
 from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 
 _numbers = itertools.count()
@@ -29,14 +30,16 @@ _numbers = itertools.count()
 
 def configuration(host: CannHost, worker: DatasystemWorker, **changes: Any) -> CardsConfiguration:
     """For card processes on the host that use the worker."""
-    environment = host.environment()
+    environment = hccl_variables() | host.environment()
+    del environment["LD_LIBRARY_PATH"]
+    preload = environment.pop("LD_PRELOAD")
     return replace(
         CardsConfiguration(
             "127.0.0.1",
             worker.port,
             library_path=str(build().libraries),
-            preload=environment.pop("LD_PRELOAD"),
-            environment={name: value for name, value in environment.items() if name != "LD_LIBRARY_PATH"},
+            preload=preload,
+            environment=environment,
             log_directory=worker.directory / "clients",
             start_seconds=20.0,
             stop_seconds=0.3,  # the engine takes a second to end a client; killing it is as good
@@ -68,7 +71,7 @@ class Owned:
     @property
     def card(self) -> str:
         """The card's name on the wire."""
-        return f"npu:{self.device}"
+        return card_name(self.device)
 
     @property
     def size(self) -> int:
@@ -125,7 +128,7 @@ def own(
 class CardScene:
     """An emulated host, a worker and instances: what a test of the card processes takes place on."""
 
-    def __init__(self, host: CannHost, worker: DatasystemWorker, start_process: Callable[[], CardProcess]) -> None:
+    def __init__(self, host: CannHost, worker: DatasystemWorker, start_process: Callable[..., CardProcess]) -> None:
         self.host, self.worker, self.start_process = host, worker, start_process
 
     def own(self, card: int, size: int, **how: Any) -> Owned:

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 
-from weight_broker.drivers.acl import Acl, MemcpyKind, load
+from weight_broker.drivers import acl
+from weight_broker.drivers.acl import Acl, MemcpyKind
+
+
+@cache
+def load() -> Acl:
+    """This process's runtime, initialised."""
+    runtime = acl.load()
+    runtime.initialize()
+    return runtime
 
 
 def call(method: str, *arguments: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from doubles.cann.control import CannHost
+from doubles.cann.control import CannHost, card_name
 from support import device_instance as instance
 from support.broker_process import BrokerProcess
 from support.card_process import CardProcess
@@ -48,4 +48,4 @@ class Scene:
         eventually(lambda: any("pending_tasks" in self.cann.live(pid) for pid in self._receivers(card)))
 
     def _receivers(self, card: int) -> Sequence[int]:
-        return cards(self.broker)[f"npu:{card}"].receiver_pids
+        return cards(self.broker)[card_name(card)].receiver_pids

@@ -31,6 +31,7 @@ from weight_broker.errors import BrokerError
 from weight_broker.memory.npu import driver as npu_driver
 from weight_broker.v1 import resources_pb2 as pb
 from weight_brokerd.ascend_check.steps import CardProcess, Row, Steps, measure
+from weight_brokerd.kinds.npu.settings import hccl_variables
 
 _PACKAGES = ("torch", "torch_npu", "vllm", "vllm-ascend", "openyuanrong-datasystem", "grpcio", "protobuf", "xxhash")
 _VARIABLES = (
@@ -94,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _steps(stage: demo_npu.CardScene, host: pb.Host, options: argparse.Namespace) -> Steps:
     """The worker is the broker's, so that both use the same one."""
-    variables = demo_npu.driver_variables()
+    variables = demo_npu.driver_variables() | hccl_variables()
     if preload := os.environ.get("WEIGHT_BROKER_CARDS_PRELOAD"):
         variables["LD_PRELOAD"] = preload
     address, _, port = host.datasystem_worker.address.rpartition(":")

@@ -45,8 +45,9 @@ class _Card:
         self._engine: Engine | None = None
 
     def open(self) -> dict[str, Any]:
-        """Opens the card as the broker's processes do: without aclInit, which the datasystem's client calls."""
+        """Opens the card as the broker's processes do."""
         began = time.monotonic()
+        self._runtime.initialize()
         self._runtime.set_device(self._index)
         seconds = time.monotonic() - began
         self._memory = CardMemory(NpuDriver(self._runtime, self._index))
@@ -115,6 +116,7 @@ class _Card:
                 "export_key": one.export_key,
                 "shareable_handles": list(one.shareable_handles),
                 "chunk_bytes": one.chunk_bytes,
+                "container_device": one.container_device,
             }
             for one in wanted
         ]

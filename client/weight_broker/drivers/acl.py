@@ -31,9 +31,13 @@ IMPORT_DEFAULT = 0
 IMPORT_WITH_PEER_ACCESS = 1
 """ACL_RT_IPC_MEM_IMPORT_FLAG_ENABLE_PEER_ACCESS"""
 
+CHUNK_UNIT = 2 << 20
+"""Chunks are multiples of it."""
 _MALLOC_HUGE_FIRST = 0
 _HANDLE_TYPE_NONE = 0
 _HUGE_PAGES = 1
+_HBM_HUGE_PAGES = 4
+"""ACL_HBM_MEM_HUGE. The runtime refuses 0, which is the host's kind of memory."""
 _LOCATION_DEVICE = 1
 
 _POINTER, _SIZE, _FLAGS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
@@ -61,6 +65,7 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "aclrtMapMem": (_POINTER, _SIZE, _SIZE, _POINTER, _FLAGS),
     "aclrtUnmapMem": (_POINTER,),
     "aclrtFreePhysical": (_POINTER,),
+    "aclrtMemGetAddressRange": (_POINTER, _POINTER, _POINTER),
     "aclrtMemRetainAllocationHandle": (_POINTER, _POINTER),
     "aclrtMemExportToShareableHandle": (_POINTER, ctypes.c_int, _FLAGS, _POINTER),
     "aclrtMemSetPidToShareableHandle": (_FLAGS, _POINTER, _SIZE),
@@ -69,7 +74,7 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
 
 
 class _PhysicalProperties(ctypes.Structure):
-    """aclrtPhysicalMemProp; zeros are: no handle type, pinned, huge pages."""
+    """aclrtPhysicalMemProp; zeros are: no handle type, pinned."""
 
     _fields_ = (
         ("handle_type", _UINT32),
@@ -166,12 +171,15 @@ class Acl:
         that has a part of the cards, the number is the container's and not the host's.
         """
         if self.has("aclrtGetPhyDevIdByLogicDevId"):
-            if self.has("aclrtGetLogicDevIdByUserDevId"):
-                logical = self._out(_INT32(), "aclrtGetLogicDevIdByUserDevId", device, last=True)
-            else:
-                logical = device
-            return self._out(_INT32(), "aclrtGetPhyDevIdByLogicDevId", logical, last=True)
+            # In spite of its name it takes the index of this process, and maps that to the logical number itself.
+            return self._out(_INT32(), "aclrtGetPhyDevIdByLogicDevId", device, last=True)
         return visible_device(device, os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))
+
+    def logical_device(self, device: int) -> int | None:
+        """The number of the card in this process's container, as in shareable handles; None if CANN cannot tell."""
+        if not self.has("aclrtGetLogicDevIdByUserDevId"):
+            return None
+        return self._out(_INT32(), "aclrtGetLogicDevIdByUserDevId", device, last=True)
 
     def soc_name(self) -> str:
         """The kind of processor, for example "Ascend910B4"."""
@@ -189,7 +197,7 @@ class Acl:
         return self._address("aclrtMalloc", size, _MALLOC_HUGE_FIRST)
 
     def free(self, address: int) -> None:
-        """Of `malloc`. Importers close first, then the exporter closes its key, then the memory is freed."""
+        """Of `malloc`. The driver frees it at once, whoever uses it."""
         self._call("aclrtFree", address)
 
     def memcpy(self, destination: int, destination_size: int, source: int, size: int, kind: MemcpyKind) -> None:
@@ -198,7 +206,7 @@ class Acl:
 
     # ---- sharing whole allocations
     def ipc_export_key(self, address: int, size: int, flags: int = EXPORT_VALIDATES_PIDS) -> bytes:
-        """The key of a whole allocation; an allocation has one key at a time."""
+        """A key of an allocation, or of a part of it that begins with a page."""
         key = ctypes.create_string_buffer(KEY_BYTES)
         self._call("aclrtIpcMemGetExportKey", address, size, key, KEY_BYTES, flags)
         return key.value
@@ -212,7 +220,8 @@ class Acl:
         return self._address("aclrtIpcMemImportByKey", key, flags)
 
     def ipc_close(self, key: bytes) -> None:
-        """Gives up the import, or in the exporting process the key."""
+        """Gives up the import, or in the exporting process the key. The driver does not refuse the latter: it takes the
+        memory from every process that has imported it, whatever that process does with it at the time."""
         self._call("aclrtIpcMemClose", key)
 
     # ---- sharing chunks (virtual memory management)
@@ -227,7 +236,9 @@ class Acl:
     def malloc_physical(self, size: int, device: int) -> int:
         """The handle of a fresh chunk of `size` bytes (a multiple of 2 MiB) on a device, for `map` and in the end
         `free_physical`."""
-        properties = _PhysicalProperties(location_id=device, location_type=_LOCATION_DEVICE)
+        properties = _PhysicalProperties(
+            memory_attribute=_HBM_HUGE_PAGES, location_id=device, location_type=_LOCATION_DEVICE
+        )
         return self._address("aclrtMallocPhysical", size, ctypes.byref(properties), 0)
 
     def map(self, address: int, size: int, handle: int) -> None:
@@ -241,6 +252,24 @@ class Acl:
     def retain_allocation_handle(self, address: int) -> int:
         """The handle of the chunk that is mapped at the address; one more reference, for `free_physical`."""
         return self._out(_POINTER(), "aclrtMemRetainAllocationHandle", address, last=True)
+
+    def chunk_bytes(self, address: int, end: int) -> int:
+        """The size of the chunk that begins at `address`, in a segment that ends at `end`."""
+        if self.has("aclrtMemGetAddressRange"):
+            base, size = _POINTER(), _SIZE()
+            self._call("aclrtMemGetAddressRange", address, ctypes.byref(base), ctypes.byref(size))
+            return size.value
+        # CANN 8.5 cannot be asked, but gives a handle only where a chunk begins.
+        return (
+            next((at for at in range(address + CHUNK_UNIT, end, CHUNK_UNIT) if self._begins_chunk(at)), end) - address
+        )
+
+    def _begins_chunk(self, address: int) -> bool:
+        try:
+            self.free_physical(self.retain_allocation_handle(address))
+        except AclError:
+            return False
+        return True
 
     def free_physical(self, handle: int) -> None:
         """Gives up one reference to a chunk."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,14 @@ def secret(directory: Path, name: str, content: str, mode: int = 0o600) -> Path:
 def test_defaults_are_those_of_the_card_processes() -> None:
     mapped = cards_configuration(Config(), "127.0.0.1", 31501, STATE)
     expected = CardsConfiguration("127.0.0.1", 31501, log_directory=STATE / "datasystem-clients")
-    assert mapped == expected
+    assert replace(mapped, environment={}) == expected
+
+
+def test_the_ports_of_hccl_are_chosen_for_each_process_unless_the_operator_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCCL_HOST_SOCKET_PORT_RANGE", "61000-61050")
+    environment = cards_configuration(Config(), "127.0.0.1", 31501, STATE).child_environment()
+    assert environment["HCCL_NPU_SOCKET_PORT_RANGE"] == "auto"
+    assert environment["HCCL_HOST_SOCKET_PORT_RANGE"] == "61000-61050"
 
 
 def test_every_setting_of_the_card_processes_reaches_them() -> None:

@@ -110,7 +110,7 @@ int violation(int code, const char *format, ...)
 API const char *aclGetRecentErrMsg(void)
 {
     static __thread char given[sizeof recent];
-    if (!*recent) return NULL;
+    if (!*recent || !runtime_is_initialised()) return NULL;   /* aclInit sets up what has the words [hardware-truth A8] */
     memcpy(given, recent, sizeof given);
     *recent = 0;
     return given;

@@ -26,17 +26,22 @@ class Built(NamedTuple):
     """The library for LD_PRELOAD."""
 
 
+RELEASES = ("8.3", "8.5", "9.0", "9.1")
+"""The releases of CANN whose functions and rules the double can have."""
+
+
 @cache
-def build() -> Built:
-    """Compiles the double, or finds it compiled. Raises CannotBuild."""
+def build(release: str = "8.5") -> Built:
+    """Compiles the double of a release of CANN, or finds it compiled. Raises CannotBuild."""
+    number = f"-DCANN_RELEASE={release.replace('.', '')}0"
 
     def fill(directory: Path) -> None:
-        compile_library(sorted(SOURCES.glob("*.c")), directory / LIBRARY)
+        compile_library(sorted(SOURCES.glob("*.c")), directory / LIBRARY, number)
         compile_library(sorted((SOURCES / "preload").glob("*.c")), directory / "preload.so")
         for alias in ALIASES:
             (directory / alias).symlink_to(LIBRARY)
 
-    finished = compiled("CANN", SOURCES, fill)
+    finished = compiled(f"CANN-{release}", SOURCES, fill)
     return Built(libraries=finished, preload=finished / "preload.so")
 
 

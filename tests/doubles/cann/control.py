@@ -12,7 +12,7 @@ import shutil
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +20,7 @@ from typing import Self
 from doubles.cann.build import build
 
 FAULTS_OFFSET, FAULTS, FAULT = 16, 64, struct.Struct("=iiiid")
-SEGMENTS_OFFSET, SEGMENTS, SEGMENT = 2080, 16384, struct.Struct("=QQi116x48i72x")
+SEGMENTS_OFFSET, SEGMENTS, SEGMENT = 2088, 16384, struct.Struct("=QQi124x72i")
 SHEET_HEAD, SHEET_ENTRY = struct.Struct("=8sQ"), struct.Struct("=24sq")
 
 LIVE = (
@@ -65,12 +65,30 @@ class Fault(enum.IntEnum):
 
 
 class CannHost:
-    """A host: its cards, its processes, its faults. A context manager; its directory is gone at the end."""
+    """A host: its cards, its processes, its faults. A context manager; its directory is gone at the end.
 
-    def __init__(self, *, cards: int = 8, card_bytes: int = 4 << 30) -> None:
+    Cards are counted in three ways. Here, and in every method, as its processes count them: from 0. `logical` is the
+    number of the same card in their container, and `physical` is the host's, by which the broker names it. All three
+    differ.
+    """
+
+    def __init__(self, *, cards: int = 8, card_bytes: int = 4 << 30, release: str = "8.5") -> None:
         self.cards = cards
         self.card_bytes = card_bytes
+        self.release = release
         self.directory = Path(tempfile.mkdtemp(prefix="cann-"))  # short: there are sockets in it
+        namespace = Path("/proc/self/ns/mnt").stat().st_ino
+        (self.directory / "host_mount_namespace").write_text(f"{namespace}\n")
+
+    @staticmethod
+    def logical(card: int) -> int:
+        """The container has one card more than its processes see."""
+        return card + 1
+
+    @staticmethod
+    def physical(card: int) -> int:
+        """The container has every other card of the host."""
+        return 2 * card + 3
 
     def __enter__(self) -> Self:
         return self
@@ -81,30 +99,45 @@ class CannHost:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def environment(
-        self, *, faults: Mapping[Fault, float] | None = None, strict: bool = True, visible: str | None = None
+        self,
+        *,
+        faults: Mapping[Fault, float] | None = None,
+        strict: bool = True,
+        visible: str | None = None,
+        container: Sequence[int] | None = None,
     ) -> dict[str, str]:
-        """The variables of a process on this host, to be added to others. `visible`: ASCEND_RT_VISIBLE_DEVICES."""
-        built = build()
+        """The variables of a process on this host, to be added to others.
+
+        `visible`: ASCEND_RT_VISIBLE_DEVICES, in logical numbers; "" leaves it out. `container`: the physical numbers of
+        the cards of its container.
+        """
+        built = build(self.release)
+        if container is None:
+            container = [self.physical(card) for card in range(-1, self.cards)]
+        if visible is None:
+            visible = ",".join(str(self.logical(card)) for card in range(self.cards))
         variables = {
             "LD_LIBRARY_PATH": str(built.libraries),
             "LD_PRELOAD": str(built.preload),
             "CANN_DOUBLE_STATE": str(self.directory),
-            "CANN_DOUBLE_CARDS": str(self.cards),
+            "CANN_DOUBLE_RELEASE": self.release,
+            "CANN_DOUBLE_DEVICES": ",".join(map(str, container)),
             "CANN_DOUBLE_CARD_BYTES": str(self.card_bytes),
             "CANN_DOUBLE_STRICT": str(int(strict)),
         }
         if faults:
             variables["CANN_DOUBLE_FAULTS"] = ";".join(f"{kind.name.lower()}={value}" for kind, value in faults.items())
-        if visible is not None:
+        if visible:
             variables["ASCEND_RT_VISIBLE_DEVICES"] = visible
         return variables
 
     def inject(self, fault: Fault, *, pid: int = 0, card: int = -1, value: float = 0.0, times: int = -1) -> None:
         """From now on. `pid` 0: every process; `card` -1: every card; `times` -1: until `clear`."""
+        physical = self.physical(card) if card >= 0 else -1
         with self._map_faults() as faults:
             for offset in range(FAULTS_OFFSET, FAULTS_OFFSET + FAULTS * FAULT.size, FAULT.size):
                 if not FAULT.unpack_from(faults, offset)[0]:
-                    FAULT.pack_into(faults, offset, 0, pid, card, times, value)
+                    FAULT.pack_into(faults, offset, 0, pid, physical, times, value)
                     struct.pack_into("=i", faults, offset, fault)  # last: now the rule is valid
                     return
         raise AssertionError(f"more than {FAULTS} faults at a time")
@@ -144,10 +177,11 @@ class CannHost:
         if not path.exists():
             return used
         board = path.read_bytes()[SEGMENTS_OFFSET : SEGMENTS_OFFSET + SEGMENTS * SEGMENT.size]
-        for serial, size, card, *holders in SEGMENT.iter_unpack(board):
-            pids_and_handles = zip(holders[::2], holders[1::2], strict=True)
+        cards = {self.physical(card): card for card in range(-1, self.cards)}
+        for serial, size, physical, *holders in SEGMENT.iter_unpack(board):
+            pids_and_handles = zip(holders[::3], holders[1::3], strict=True)
             if serial and any(handles and is_alive(pid) for pid, handles in pids_and_handles):
-                used[card] += size
+                used[cards[physical]] += size
         return used
 
     def _map_faults(self) -> mmap.mmap:
@@ -158,6 +192,11 @@ class CannHost:
             if path.stat().st_size < size:
                 file.truncate(size)
             return mmap.mmap(file.fileno(), size)
+
+
+def card_name(card: int) -> str:
+    """A card's name on the wire: by its physical number."""
+    return f"npu:{CannHost.physical(card)}"
 
 
 def is_alive(pid: int) -> bool:

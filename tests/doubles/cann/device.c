@@ -1,86 +1,57 @@
-/* Cards and contexts. A device index counts what ASCEND_RT_VISIBLE_DEVICES shows to this process; a card is physical. */
+/* Contexts: a thread's current card, and what ends a process's use of a card for good. */
 #include "double.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <unistd.h>
 
+enum { HEALTHY, RESET, FAULTED };
 static __thread int thread_card = -1;
-static bool lost[CARDS];
-
-static int cards(void)
-{
-    int64_t number = setting_integer("CANN_DOUBLE_CARDS", 8);
-    return number < 0 || number > CARDS ? CARDS : (int)number;
-}
-
-static int visible(int list[CARDS])
-{
-    const char *text = setting("ASCEND_RT_VISIBLE_DEVICES", NULL);
-    int number = 0;
-    if (!text)
-        for (; number < cards(); number++) list[number] = number;
-    while (text && *text && number < CARDS) {
-        char *end;
-        long card = strtol(text, &end, 10);
-        if (end == text || card < 0 || card >= cards()) break;   /* as the driver: the list ends at its first wrong entry */
-        list[number++] = (int)card;
-        text = *end == ',' ? end + 1 : end;
-    }
-    return number;
-}
+static int state_of[CARDS];
 
 int current_card(void) { return thread_card; }
 
-int card_of_device(int device)
-{
-    int list[CARDS], number = visible(list);
-    return device >= 0 && device < number ? list[device] : -1;
-}
-
-int device_of_card(int card)
-{
-    int list[CARDS], number = visible(list);
-    for (int device = 0; device < number; device++)
-        if (list[device] == card) return device;
-    return -1;
-}
-
 bool card_is_lost(int card)
 {
-    if (card >= 0 && !lost[card] && fault_strikes(FAULT_DEVICE_RESET, card)) lost[card] = true;
-    return card >= 0 && lost[card];
+    if (card < 0) return false;
+    if (state_of[card] == HEALTHY && fault_strikes(FAULT_DEVICE_RESET, card)) state_of[card] = RESET;
+    return state_of[card] != HEALTHY;
+}
+
+/* What a page fault on the device does to the process's context is not in the public sources: the worse is assumed, that
+ * the process can do nothing more with the card. [hardware-truth B1; rows P7, P8] */
+void card_break(int card) { state_of[card] = FAULTED; }
+
+int card_lost_code(int card, const char *what)
+{
+    if (state_of[card] == RESET)
+        return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "%s: card %d was reset: what this process had on it is gone", what, card);
+    return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR,
+                  "%s: a page fault on card %d: memory was used that its exporter no longer shares; this process can do nothing more with the card",
+                  what, card);
 }
 
 int enter(int *card)
 {
-    int code = attach_process();
+    int code = use_runtime("a call of the runtime");
     if (code) return code;
     if (thread_card < 0) return refuse(ACL_ERROR_RT_CONTEXT_NULL, "this thread has not called aclrtSetDevice");
-    if (card_is_lost(thread_card))
-        return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "card %d was reset: what this process had on it is gone", thread_card);
+    if (card_is_lost(thread_card)) return card_lost_code(thread_card, "a call of the runtime");
     if (card) *card = thread_card;
     return ACL_SUCCESS;
 }
 
-API int aclInit(const char *configuration)
-{
-    (void)configuration;
-    return attach_process();
-}
-API int aclFinalize(void) { return ACL_SUCCESS; }
-
 API int aclrtSetDevice(int32_t device)
 {
-    int code = attach_process(), card = card_of_device(device);
+    int code = use_runtime("aclrtSetDevice"), card = card_of_device(device);
     if (code) return code;
     if (card < 0) return refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d", device);
     if (fault_strikes(FAULT_CARD_UNAVAILABLE, card))
         return refuse(ACL_ERROR_RT_DEV_SETUP_ERROR, "card %d does not start: device setup failed", card);
-    if (card_is_lost(card)) return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "card %d was reset", card);
-    thread_card = card;
-    return ACL_SUCCESS;
+    if (card_is_lost(card)) return card_lost_code(card, "aclrtSetDevice");
+    board_lock();
+    code = card_occupy(card);
+    board_unlock();
+    if (!code) thread_card = card;
+    return code;
 }
 
 API int aclrtResetDevice(int32_t device)
@@ -96,13 +67,6 @@ API int aclrtGetDevice(int32_t *device)
     int code = enter(NULL);
     if (!code) *device = device_of_card(thread_card);
     return code;
-}
-
-API int aclrtGetDeviceCount(uint32_t *number)
-{
-    int list[CARDS];
-    *number = (uint32_t)visible(list);
-    return ACL_SUCCESS;
 }
 
 API int aclrtQueryDeviceStatus(int32_t device, int32_t *status)
@@ -143,21 +107,9 @@ API int aclrtDestroyContext(void *context)
     return ACL_SUCCESS;
 }
 
-API int aclrtGetLogicDevIdByUserDevId(const int32_t user, int32_t *const logical)
-{
-    *logical = user;
-    return card_of_device(user) < 0 ? refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d", user) : ACL_SUCCESS;
-}
-
-API int aclrtGetPhyDevIdByLogicDevId(const int32_t logical, int32_t *const physical)
-{
-    *physical = card_of_device(logical);
-    return *physical < 0 ? refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d", logical) : ACL_SUCCESS;
-}
-
 API int aclrtDeviceGetBareTgid(int32_t *pid)
 {
-    *pid = bare_tgid();
+    *pid = bare_tgid(getpid());
     return ACL_SUCCESS;
 }
 

@@ -10,12 +10,18 @@
 #include <stdint.h>
 #include <time.h>
 
+/* The release of CANN whose functions there are; CANN_DOUBLE_RELEASE has the rules of the same one. [acl_rt.h of each tag] */
+#ifndef CANN_RELEASE
+#define CANN_RELEASE 850
+#endif
 #define API __attribute__((visibility("default")))
 #define PRINTF(text, first) __attribute__((format(printf, text, first)))
 
 /* ACL's and HCCL's error codes, by their own names. */
 enum {
     ACL_SUCCESS = 0,
+    ACL_ERROR_INVALID_PARAM = 100000,
+    ACL_ERROR_REPEAT_INITIALIZE = 100002,
     ACL_ERROR_RT_PARAM_INVALID = 107000,
     ACL_ERROR_RT_INVALID_DEVICEID = 107001,
     ACL_ERROR_RT_CONTEXT_NULL = 107002,
@@ -39,7 +45,9 @@ enum {
     HCCL_E_PTR = 2,
     HCCL_E_INTERNAL = 4,
     HCCL_E_NOT_SUPPORT = 5,
+    HCCL_E_UNAVAIL = 7,
     HCCL_E_TIMEOUT = 9,
+    HCCL_E_TCP_CONNECT = 11,
     HCCL_E_NETWORK = 19,
     HCCL_E_REMOTE = 21,
 };
@@ -52,6 +60,7 @@ static inline uint64_t round_up(uint64_t value, uint64_t unit) { return (value +
 const char *setting(const char *name, const char *otherwise);
 int64_t setting_integer(const char *name, int64_t otherwise);
 bool strict(void);
+bool release_is_below(int release);   /* CANN_DOUBLE_RELEASE="8.5" is 850 */
 double seconds_now(void);
 struct timespec deadline_after_ms(int64_t milliseconds);
 
@@ -84,21 +93,33 @@ int violation(int code, const char *format, ...) PRINTF(2, 3);
 void say(const char *format, ...) PRINTF(1, 2);
 
 /* ---- board.c: the memory that all processes of one host share ---- */
-struct holder { int32_t pid; int32_t handles; };
-enum { HOLDERS = 24, SEGMENTS = 16384, FAULTS = 64 };
-/* One piece of device memory: a plain allocation or a physical chunk, and how it is shared. */
+struct holder { int32_t pid, handles, descriptor; };
+enum { HOLDERS = 24, SEGMENTS = 16384, KEYS = 4096, FAULTS = 64 };
+/* One piece of device memory: a plain allocation, which its owner alone holds, or a physical chunk, which lives as long as
+ * any process has a handle or a mapping of it. */
 struct segment {
     uint64_t serial;       /* 0: free slot. Never repeats. */
     uint64_t bytes;
     int32_t card;
     int32_t owner;         /* pid that allocated it */
-    int32_t descriptor;    /* of the memfd in the owner */
     uint32_t is_chunk;     /* allocated by aclrtMallocPhysical */
-    uint32_t exported;     /* has a live key or shareable handle */
+    uint32_t keys;         /* of a plain allocation: open export keys */
+    uint32_t exported;     /* of a chunk: it has its one shareable handle, with this number on its card */
+    uint32_t share_number;
     uint32_t any_pid;      /* no whitelist */
+    uint32_t spare;
     int32_t whitelist[HOLDERS];   /* bare TGIDs */
     struct holder holders[HOLDERS];
-    char key[KEY_BYTES + 7];
+};
+/* An export key of a part of a plain allocation. */
+struct key {
+    uint64_t serial;       /* 0: free. Never repeats. */
+    uint64_t segment, offset, bytes;
+    uint32_t slot;
+    int32_t owner;
+    uint32_t any_pid, spare;
+    int32_t whitelist[HOLDERS];
+    struct holder importers[HOLDERS];
 };
 struct fault_rule {
     int32_t kind;          /* 0: no rule */
@@ -108,25 +129,42 @@ struct fault_rule {
     double value;
 };
 int attach_process(void);                       /* once per process; an error in a forked child */
+int use_runtime(const char *call);              /* attach_process, and a violation if aclInit was not called before */
 const char *state_directory(void);
+bool runtime_is_initialised(void);
 struct fault_rule *board_faults(void);
 void board_lock(void);
 void board_unlock(void);
 struct segment *segment_at(uint32_t slot);      /* with the board locked, as all that follow */
 uint32_t segment_slot(const struct segment *segment);
-struct segment *segment_by_key(const char *key);
 int segment_create(int card, uint64_t bytes, int descriptor, bool is_chunk, uint32_t *slot);
-bool segment_hold(struct segment *segment, int pid);
+bool segment_hold(struct segment *segment, int pid, int descriptor);
 void segment_release(struct segment *segment, int pid);   /* the last holder's release frees the slot */
-int segment_allow(struct segment *segment, const int32_t *pids, size_t number);
-int segment_may_import(struct segment *segment, int card);
-int segment_importers(struct segment *segment);           /* living holders other than the owner */
+void segment_share(struct segment *segment);              /* gives a chunk its number */
+struct segment *segment_shared_as(int card, uint32_t share_number);
+int segment_importers(struct segment *segment);           /* living processes that have opened keys of it */
 void release_the_dead(void);                              /* gives up what killed processes held */
 uint64_t card_bytes_used(int card);
 uint64_t card_bytes_total(void);
 bool process_is_alive(int pid);
-int bare_tgid(void);
-int open_segment_memory(const struct segment *segment);   /* the owner's memfd, opened here; -1: it cannot be had */
+int bare_tgid(int pid);
+int open_segment_memory(const struct segment *segment);   /* a holder's memfd, opened here; -1: it cannot be had */
+/* Whether this process may open the card now, by the mount namespaces of those that have it open. */
+int card_occupy(int card);
+
+/* ---- keys.c: export keys, on the board ---- */
+struct key *board_keys(void);
+uint64_t board_next_key(void);
+struct key *key_create(struct segment *segment, uint64_t offset, uint64_t bytes, bool any_pid);
+struct key *key_named(const char *name);                  /* open, and its owner alive; or NULL */
+struct key *key_with_serial(uint64_t serial);             /* as key_named */
+void key_name(const struct key *key, char name[KEY_BYTES]);
+void key_close(struct key *key);
+bool holders_add(struct holder *holders, int pid, int descriptor);
+void holders_remove(struct holder *holders, int pid);
+int holders_alive(const struct holder *holders, int but);
+int whitelist_add(int32_t *whitelist, const int32_t *pids, size_t number);
+int may_import(const int32_t *whitelist, bool any_pid, int exporter, int card, int here);
 
 /* ---- faults.c ---- */
 enum fault {
@@ -147,26 +185,39 @@ enum fault {
 bool fault_strikes(enum fault kind, int card);               /* uses up one of `times` */
 double fault_value(enum fault kind, int card, double otherwise);   /* does not */
 
-/* ---- device.c: cards and the thread's current one. Cards are physical, devices are what the process may see ---- */
-int current_card(void);              /* -1: this thread has no device */
-int card_of_device(int device);      /* -1: no such device */
+/* ---- numbers.c: three ways to count. A card is physical. A logical number counts the cards of the container, a device
+ * those of the logical ones that ASCEND_RT_VISIBLE_DEVICES shows to the process. ---- */
+int devices_visible(int cards[CARDS]);   /* their number */
+int card_of_device(int device);          /* -1: no such device */
 int device_of_card(int card);
+int logical_of_card(int card);
+int card_of_logical(int logical);
+
+/* ---- device.c: contexts, and the thread's current card ---- */
+int current_card(void);              /* -1: this thread has no device */
 int enter(int *card);                /* start of each call that needs a device: attached, a device set, not lost */
 bool card_is_lost(int card);
+int card_lost_code(int card, const char *what);   /* refuses with the reason */
+void card_break(int card);           /* a page fault on the device: this process can do nothing more there */
 
 /* ---- ranges.c: the device addresses of this process ----
  * A device address cannot be read or written by the host: it is reserved without access. The bytes are at another address
  * (the alias), which only the double uses. So a host that reads through a device pointer dies, as it would. */
+struct place { char *alias; struct range *range; bool on_device; uint64_t offset; };
 enum range_kind { RANGE_ALLOCATION, RANGE_IMPORT, RANGE_RESERVATION };
-struct piece { uint64_t offset, bytes; uint32_t slot; int descriptor; void *handle; struct piece *next; };
+struct piece { uint64_t offset, bytes, file_offset; uint32_t slot; int descriptor; void *handle; struct piece *next; };
 struct range {
     enum range_kind kind;
     char *base, *alias;
     uint64_t bytes, requested;
     int card;
     int busy;                  /* tasks that are under way on it */
+    uint64_t page;             /* an allocation's */
     struct piece *pieces;      /* what is mapped into it, by offset; one piece unless a reservation */
-    };
+    uint64_t key;              /* an import's: serial of the key, its owner, how often it is open, is its name forgotten */
+    int exporter, opened;
+    bool forgotten;
+};
 void memory_lock(void);
 void memory_unlock(void);
 struct range *range_create(enum range_kind kind, uint64_t bytes, uint64_t alignment, int card);   /* no memory yet */
@@ -174,12 +225,13 @@ int range_map(struct range *range, uint64_t offset, uint64_t bytes, int descript
 void range_unmap(struct range *range, struct piece *piece);
 void range_destroy(struct range *range);      /* its addresses are never used again */
 struct range *range_at(const void *address);  /* with the memory locked */
-struct range *import_with_key(const char *key);
+struct range *import_of(uint64_t key_serial);
 struct piece *piece_at(struct range *range, uint64_t offset);
 bool was_device_memory(const void *address);
+/* Whether the exporter closed the key, freed the memory or died: the driver then unmaps it here, whatever uses it. */
+bool place_is_dead(const struct place *place);
 
 /* Where the bytes of [address, address + bytes) are. Checks that it is all mapped, of one card, alive. */
-struct place { char *alias; struct range *range; bool on_device; uint64_t offset; };
 int locate(const char *what, const void *address, uint64_t bytes, int card, struct place *place);
 void place_hold(const struct place *place);      /* as long as a task works on it */
 void place_release(const struct place *place);

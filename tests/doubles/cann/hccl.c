@@ -90,11 +90,21 @@ static int lost(struct stream *stream, struct communicator *communicator, const 
     return fail(communicator, HCCL_E_REMOTE);
 }
 
-enum arrival { ARRIVED, LOST, STOPPED };
-static enum arrival wait_for_peer(struct stream *stream, struct communicator *communicator)
+/* The device copies through buffers of the communicator: memory that is taken away meanwhile faults. */
+static int fault(struct communicator *communicator)
+{
+    say("HCCL on card %d: a page fault: the exporter of the memory is gone", communicator->card);
+    card_break(communicator->card);
+    shutdown(communicator->peer, SHUT_RDWR);   /* nothing more comes out of it: the other side waits as for a lost peer */
+    return fail(communicator, HCCL_E_INTERNAL);
+}
+
+enum arrival { ARRIVED, LOST, STOPPED, FAULT };
+static enum arrival wait_for_peer(struct stream *stream, struct communicator *communicator, const struct place *place)
 {
     struct pollfd readable = { communicator->peer, POLLIN, 0 };
     while (!stream_is_stopping(stream)) {
+        if (place_is_dead(place)) return FAULT;
         if (fault_strikes(FAULT_PEER_LOST, communicator->card)) return LOST;
         int ready = poll(&readable, 1, 50);
         if (ready == 1) return readable.revents & POLLIN ? ARRIVED : LOST;
@@ -124,7 +134,7 @@ static bool offer_all(struct communicator *communicator, const struct task *task
     for (uint64_t at = 0; at < task->bytes;) {
         memory_lock();
         struct piece *piece = piece_at(place->range, place->offset + at);
-        struct offer offer = { task->bytes, place->offset + at - piece->offset, piece->offset + piece->bytes - place->offset - at };
+        struct offer offer = { task->bytes, piece->file_offset + place->offset + at - piece->offset, piece->offset + piece->bytes - place->offset - at };
         int descriptor = piece->descriptor;
         memory_unlock();
         if (offer.bytes > task->bytes - at) offer.bytes = task->bytes - at;
@@ -139,23 +149,26 @@ static int run_send(struct stream *stream, struct task *task)
     struct communicator *communicator = task->subject;
     char reply = 0;
     if (!offer_all(communicator, task)) return lost(stream, communicator, "send");
-    enum arrival arrival = wait_for_peer(stream, communicator);
+    enum arrival arrival = wait_for_peer(stream, communicator, &task->places[0]);
     if (arrival == STOPPED) return ACL_SUCCESS;
+    if (arrival == FAULT) return fault(communicator);
     if (arrival == LOST || recv(communicator->peer, &reply, 1, 0) != 1) return lost(stream, communicator, "send");
     if (reply != DONE) return fail(communicator, HCCL_E_INTERNAL);
     count(COUNT_BYTES_SENT, (int64_t)task->bytes);
     return ACL_SUCCESS;
 }
 
-static enum arrival copy_piece(struct stream *stream, struct communicator *communicator, char *to, const struct offer *offer,
-                               int descriptor)
+static enum arrival copy_piece(struct stream *stream, struct communicator *communicator, const struct place *place, uint64_t done,
+                               const struct offer *offer, int descriptor)
 {
+    char *to = place->alias + done;
     double begun = seconds_now();
     for (uint64_t at = 0; at < offer->bytes;) {
         double limit = fault_value(FAULT_SLOW_LINK, communicator->card, 0);   /* may change meanwhile */
         uint64_t chunk = limit > 0 ? SLOW_CHUNK_BYTES : CHUNK_BYTES;
         if (chunk > offer->bytes - at) chunk = offer->bytes - at;
         if (stream_is_stopping(stream)) return STOPPED;
+        if (place_is_dead(place)) return FAULT;
         if (!peer_is_there(communicator)) return LOST;
         ssize_t copied = pread(descriptor, to + at, chunk, (off_t)(offer->offset + at));
         if (copied <= 0) return LOST;
@@ -172,7 +185,7 @@ static int run_receive(struct stream *stream, struct task *task)
     for (uint64_t at = 0; at < task->bytes;) {
         struct offer offer;
         int descriptor = -1;
-        enum arrival arrival = wait_for_peer(stream, communicator);
+        enum arrival arrival = wait_for_peer(stream, communicator, &task->places[0]);
         if (arrival == ARRIVED && receive_with_descriptor(communicator->peer, &offer, sizeof offer, &descriptor) != sizeof offer)
             arrival = LOST;
         if (arrival == ARRIVED && offer.total != task->bytes) {
@@ -182,9 +195,10 @@ static int run_receive(struct stream *stream, struct task *task)
             return fail(communicator, HCCL_E_INTERNAL);
         }
         if (arrival == ARRIVED)
-            arrival = copy_piece(stream, communicator, task->places[0].alias + at, &offer, descriptor);
+            arrival = copy_piece(stream, communicator, &task->places[0], at, &offer, descriptor);
         if (descriptor >= 0) close(descriptor);
         if (arrival == STOPPED) return ACL_SUCCESS;
+        if (arrival == FAULT) return fault(communicator);
         if (arrival == LOST) return lost(stream, communicator, "receive");
         at += offer.bytes;
     }

@@ -85,6 +85,8 @@ API int HcclGetRootInfo(char *root)
     static int number;
     int card;
     if (enter(&card)) return HCCL_E_PARA;
+    int code = listen_on_host(card);
+    if (code) return code;
     struct listener *listener = calloc(1, sizeof *listener);
     struct sockaddr_un address;
     char path[512];
@@ -127,8 +129,11 @@ API int HcclCommInitRootInfoConfig(uint32_t ranks, const char *root, uint32_t ra
     if (enter(&card) || ranks != 2 || rank > 1 || memcmp(root, "cannroot", ROOT_MAGIC_BYTES)) return HCCL_E_PARA;
     double pause = fault_value(FAULT_SLOW_COMMUNICATOR, card, 0);
     if (pause > 0) usleep((useconds_t)(pause * 1e6));
+    int code = listen_on_card(card);
+    if (code) return code;
     struct sockaddr_un address;
-    int meeting = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0), code = HCCL_E_NETWORK;
+    int meeting = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    code = HCCL_E_NETWORK;
     if (!address_of(root + ROOT_MAGIC_BYTES, &address) && !connect(meeting, (struct sockaddr *)&address, sizeof address))
         code = greet(meeting, rank, card, &peer);
     close(meeting);

@@ -6,10 +6,19 @@
 
 enum kind { HOST_TO_HOST, HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, BY_ADDRESS };
 
+/* The memory may have been taken away while it was copied: the copy faults then. */
+static int check_alive(const struct place *to, const struct place *from)
+{
+    const struct place *dead = place_is_dead(to) ? to : place_is_dead(from) ? from : NULL;
+    if (!dead) return ACL_SUCCESS;
+    card_break(dead->range->card);
+    return card_lost_code(dead->range->card, "copy");
+}
+
 int copy_places(const struct place *to, const struct place *from, uint64_t bytes)
 {
     memcpy(to->alias, from->alias, bytes);
-    return ACL_SUCCESS;
+    return check_alive(to, from);
 }
 
 /* Finds both ends, on the card, and checks what the caller says about them. */

@@ -63,6 +63,7 @@ API int aclrtMalloc(void **address, size_t bytes, int32_t policy)
         close(descriptor);
     } else {
         range->requested = bytes;
+        range->page = page;
         *address = range->base;
         count(COUNT_ALLOCATIONS, 1);
         count(COUNT_ALLOCATED_BYTES, (int64_t)whole);
@@ -86,7 +87,7 @@ static int free_range(struct range *range, const void *address)
     int importers = segment_importers(segment);
     if (importers)
         return violation(ACL_ERROR_RT_PARAM_INVALID, "aclrtFree: %p is still imported by %d processes", address, importers);
-    if (segment->exported)
+    if (segment->keys)
         return violation(ACL_ERROR_RT_PARAM_INVALID, "aclrtFree: %p has an export key that was not closed", address);
     segment_release(segment, getpid());
     close(piece->descriptor);
@@ -108,6 +109,7 @@ API int aclrtFree(void *address)
     return code;
 }
 
+#if CANN_RELEASE >= 900
 API int aclrtMemGetAddressRange(void *address, void **base, size_t *bytes)
 {
     int code = enter(NULL);
@@ -125,6 +127,7 @@ API int aclrtMemGetAddressRange(void *address, void **base, size_t *bytes)
     memory_unlock();
     return code;
 }
+#endif
 
 /* aclrtPtrAttributes: where an address is (type 0 host, 1 device, 2 neither), and the size of its pages. */
 struct pointer_attributes { struct { uint32_t id, type; } location; uint32_t page_bytes, reserved[4]; };

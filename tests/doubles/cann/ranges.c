@@ -66,7 +66,7 @@ int range_map(struct range *range, uint64_t offset, uint64_t bytes, int descript
         return refuse(ACL_ERROR_RT_MEMORY_ALLOCATION, "the host cannot map it: %s", strerror(errno));
     struct piece *piece = malloc(sizeof *piece), **place = &range->pieces;
     while (*place && (*place)->offset < offset) place = &(*place)->next;
-    *piece = (struct piece){ offset, bytes, slot, descriptor, handle, *place };
+    *piece = (struct piece){ offset, bytes, 0, slot, descriptor, handle, *place };
     *place = piece;
     return ACL_SUCCESS;
 }
@@ -110,12 +110,30 @@ struct range *range_at(const void *address)
     return range && (const char *)address < range->base + range->bytes ? range : NULL;
 }
 
-/* With the board locked too. */
-struct range *import_with_key(const char *key)
+struct range *import_of(uint64_t key_serial)
 {
     for (size_t i = 0; i < number; i++)
-        if (ranges[i]->kind == RANGE_IMPORT && !strncmp(segment_at(ranges[i]->pieces->slot)->key, key, KEY_BYTES)) return ranges[i];
+        if (ranges[i]->kind == RANGE_IMPORT && ranges[i]->key == key_serial) return ranges[i];
     return NULL;
+}
+
+bool place_is_dead(const struct place *place)
+{
+    if (!place->on_device || place->range->kind != RANGE_IMPORT) return false;
+    board_lock();
+    bool dead = !key_with_serial(place->range->key);
+    board_unlock();
+    return dead;
+}
+
+/* Pages that are not there any more: the device faults. A process whose exporter died cannot help it; one that uses
+ * memory whose export was ended in order has a bug. */
+static int page_fault(const char *what, const void *address, struct range *range)
+{
+    if (process_is_alive(range->exporter))
+        violation(0, "%s: %p is used after its exporter, process %d, ended the export", what, address, range->exporter);
+    card_break(range->card);
+    return card_lost_code(range->card, what);
 }
 
 struct piece *piece_at(struct range *range, uint64_t offset)
@@ -152,7 +170,9 @@ int locate(const char *what, const void *address, uint64_t bytes, int card, stru
                          (uint64_t)((const char *)address - range->base) + bytes - range->bytes),
         code = ACL_ERROR_RT_PARAM_INVALID;
     else if (card_is_lost(range->card))
-        code = refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "%s: card %d was reset", what, range->card);
+        code = card_lost_code(range->card, what);
+    else if (place_is_dead(&(struct place){ .range = range, .on_device = true }))
+        code = page_fault(what, address, range);
     else if (check_mapped(what, range, (uint64_t)((const char *)address - range->base), bytes))
         code = ACL_ERROR_RT_PARAM_INVALID;
     else if (card >= 0 && range->card != card)

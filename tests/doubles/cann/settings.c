@@ -16,6 +16,11 @@ int64_t setting_integer(const char *name, int64_t otherwise)
     return value ? strtoll(value, NULL, 0) : otherwise;
 }
 
+bool release_is_below(int release)
+{
+    return strtod(setting("CANN_DOUBLE_RELEASE", "8.5"), NULL) * 100 < release - 0.5;
+}
+
 bool strict(void) { return setting_integer("CANN_DOUBLE_STRICT", 1) != 0; }
 
 double seconds_now(void)

@@ -20,6 +20,8 @@ struct physical_properties { uint32_t handle_type, allocation_type, memory_attri
 _Static_assert(sizeof(struct physical_properties) == 32, "aclrtPhysicalMemProp");
 enum { LOCATION_DEVICE = 1 };
 
+static struct physical *imported[SEGMENTS];   /* by slot: the chunks that this process has imported */
+
 static void *give_handle(struct physical *physical)
 {
     if (!physical->references++) physical->handle = handle_create(HANDLE_PHYSICAL, physical);
@@ -40,14 +42,15 @@ static void release_if_unused(struct physical *physical)
     if (physical->references || physical->mappings) return;
     board_lock();
     struct segment *segment = segment_at(physical->slot);
-    if (!physical->imported && segment->exported) {   /* nobody can import it any more; who has it keeps it */
-        segment->exported = 0;
-        count(COUNT_EXPORTS, -1);
-    }
+    /* Others can import it for as long as anybody holds it. [drv 9.0.0 svm_master_mem_share.c:1134-1215] */
+    if (!physical->imported && segment->exported) count(COUNT_EXPORTS, -1);
     segment_release(segment, getpid());
     board_unlock();
     if (!physical->imported) count(COUNT_ALLOCATED_BYTES, -(int64_t)physical->bytes);
-    if (physical->imported) count(COUNT_IMPORTS, -1);
+    if (physical->imported) {
+        imported[physical->slot] = NULL;
+        count(COUNT_IMPORTS, -1);
+    }
     close(physical->descriptor);
     free(physical);
 }
@@ -60,12 +63,22 @@ API int aclrtMemGetAllocationGranularity(struct physical_properties *properties,
     return ACL_SUCCESS;
 }
 
+/* HBM and plain memory, of 2 MiB, 4 KiB or 1 GiB pages; neither 0, which is DDR, nor 1.
+ * [rt 9.0.0 aclrt_impl/memory.cpp memAttrHandlers] */
+static bool is_device_memory(uint32_t attribute)
+{
+    return attribute == 4 || attribute == 5 || attribute == 10 || (attribute >= 12 && attribute <= 14);
+}
+
 API int aclrtMallocPhysical(void **handle, size_t bytes, const struct physical_properties *properties, uint64_t flags)
 {
-    int code = enter(NULL);
+    int code = use_runtime("aclrtMallocPhysical");
     if (code) return code;
     int card = properties && properties->location.type == LOCATION_DEVICE ? card_of_device((int)properties->location.id) : -1;
-    if (card < 0 || flags || !bytes || bytes % HUGE_PAGE_BYTES)
+    if (!bytes || flags || !is_device_memory(properties->memory_attribute))
+        return refuse(ACL_ERROR_INVALID_PARAM, "aclrtMallocPhysical: %zu bytes, flags %lu, memory attribute %u", bytes, flags,
+                      properties ? properties->memory_attribute : 0);
+    if (card < 0 || !bytes || bytes % HUGE_PAGE_BYTES)
         return refuse(ACL_ERROR_RT_PARAM_INVALID, "aclrtMallocPhysical: %zu bytes (a multiple of 2 MiB?) on card %d", bytes, card);
     if ((code = memory_available(card, bytes))) return code;
     int descriptor = card_memory(bytes);
@@ -166,7 +179,7 @@ static int map_memory(char *address, size_t bytes, struct physical *physical)
 
 API int aclrtMapMem(void *address, size_t bytes, size_t offset, void *handle, uint64_t flags)
 {
-    int code = enter(NULL);
+    int code = use_runtime("aclrtMapMem");
     if (code) return code;
     if (offset || flags) return refuse(ACL_ERROR_RT_PARAM_INVALID, "aclrtMapMem: offset %zu, flags %lu", offset, flags);
     memory_lock();
@@ -208,9 +221,10 @@ API int aclrtUnmapMem(void *address)
     return code;
 }
 
+#if CANN_RELEASE >= 850
 API int aclrtMemRetainAllocationHandle(void *address, void **handle)
 {
-    int code = enter(NULL);
+    int code = use_runtime("aclrtMemRetainAllocationHandle");
     if (code) return code;
     struct range *range;
     memory_lock();
@@ -222,6 +236,7 @@ API int aclrtMemRetainAllocationHandle(void *address, void **handle)
     memory_unlock();
     return code;
 }
+#endif
 
 API int aclrtMemSetAccess(void *address, size_t bytes, void *descriptors, size_t descriptor_count)
 {
@@ -231,22 +246,25 @@ API int aclrtMemSetAccess(void *address, size_t bytes, void *descriptors, size_t
     return was_device_memory(address) ? ACL_SUCCESS : refuse(ACL_ERROR_RT_PARAM_INVALID, "%p is not device memory", address);
 }
 
-/* ---- shareable handles: slot and serial, so that a stale one is recognised ---- */
-static uint64_t shareable_of(const struct segment *segment) { return segment->serial << 16 | segment_slot(segment); }
+/* ---- shareable handles: the chunk's number on its card, and the card's logical number in the *exporter's* container, which
+ * the importer's driver looks up in the importer's. [drv 9.0.0 devmm_svm.c:5816-5960 devmm_get_share_devid] ---- */
+static uint64_t shareable_of(const struct segment *segment)
+{
+    return segment->share_number | (uint64_t)(uint8_t)logical_of_card(segment->card) << 32;
+}
 
 static struct segment *segment_of(uint64_t shareable)
 {
-    struct segment *segment = segment_at((uint32_t)(shareable % SEGMENTS));
-    return segment->serial && segment->exported && shareable_of(segment) == shareable ? segment : NULL;
+    return segment_shared_as(card_of_logical((int)(shareable >> 32 & 0xff)), (uint32_t)shareable);
 }
 
 static int export_chunk(struct physical *physical, uint64_t flags, uint64_t *shareable)
 {
     struct segment *segment = segment_at(physical->slot);
     if (physical->imported) return refuse(ACL_ERROR_RT_PARAM_INVALID, "memory that was imported cannot be exported");
-    if (segment->exported)
-        return refuse(ACL_ERROR_RT_PARAM_INVALID, "this memory has a shareable handle already: there is one for each, keep it");
-    segment->exported = 1;
+    if (segment->exported)   /* [drv 9.0.0 svm_master_mem_share.c] */
+        return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "Current proc export or import repeatedly: this memory has a shareable handle already");
+    segment_share(segment);
     segment->any_pid = flags & 1;
     *shareable = shareable_of(segment);
     count(COUNT_EXPORTS, 1);
@@ -255,10 +273,10 @@ static int export_chunk(struct physical *physical, uint64_t flags, uint64_t *sha
 
 API int aclrtMemExportToShareableHandle(void *handle, int32_t type, uint64_t flags, uint64_t *shareable)
 {
-    int card, code = enter(&card);
+    int code = use_runtime("aclrtMemExportToShareableHandle");
     if (code) return code;
     if (type || flags > 1) return refuse(ACL_ERROR_RT_PARAM_INVALID, "handle type %d, flags %lu", type, flags);
-    if (fault_strikes(FAULT_EXPORT_REFUSED, card))
+    if (fault_strikes(FAULT_EXPORT_REFUSED, current_card()))
         return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "the driver does not export this memory");
     memory_lock();
     struct physical *physical = handle_object(HANDLE_PHYSICAL, handle);
@@ -271,40 +289,52 @@ API int aclrtMemExportToShareableHandle(void *handle, int32_t type, uint64_t fla
 
 API int aclrtMemSetPidToShareableHandle(uint64_t shareable, int32_t *pids, size_t number)
 {
-    int code = enter(NULL);
+    int code = use_runtime("aclrtMemSetPidToShareableHandle");
     if (code) return code;
     board_lock();
     struct segment *segment = segment_of(shareable);
-    code = segment && segment->owner == getpid() ? segment_allow(segment, pids, number)
-                                                 : refuse(ACL_ERROR_RT_PARAM_INVALID, "not a shareable handle of this process");
+    if (!segment || segment->owner != getpid())
+        code = refuse(ACL_ERROR_RT_PARAM_INVALID, "not a shareable handle of this process");
+    else if (segment->any_pid)   /* [drv 9.0.0 svm_master_mem_share.c:148] */
+        code = refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "Had set no need wlist, operation not permitted");
+    else
+        code = whitelist_add(segment->whitelist, pids, number);
     board_unlock();
     return code;
 }
 
+/* A second import gives the same handle, counted. [drv 9.0.0 devmm_svm.c devmm_record_get; the kernel itself refuses it] */
 static int import_chunk(struct segment *segment, int card, void **handle)
 {
-    int code = segment_may_import(segment, card);
+    if (!segment) return refuse(ACL_ERROR_RT_PARAM_INVALID, "Share handle doesn't exist: no memory has this shareable handle (any more)");
+    int code = may_import(segment->whitelist, segment->any_pid, segment->owner, segment->card, card);
     if (code) return code;
+    struct physical *again = imported[segment_slot(segment)];
+    if (again && release_is_below(850))
+        return refuse(ACL_ERROR_RT_PARAM_INVALID, "Can not import multi times: this process has imported this memory already");
+    if (again) {
+        *handle = give_handle(again);
+        return ACL_SUCCESS;
+    }
     int descriptor = open_segment_memory(segment);
-    if (descriptor < 0) return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "the exporter's memory is gone: %s", strerror(errno));
-    if (!segment_hold(segment, getpid())) {
+    if (descriptor < 0) return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "the memory is gone: %s", strerror(errno));
+    if (!segment_hold(segment, getpid(), descriptor)) {
         close(descriptor);
         return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "more than %d processes hold this memory", HOLDERS);
     }
     *handle = new_physical(segment_slot(segment), descriptor, card, segment->bytes, true);
+    imported[segment_slot(segment)] = handle_object(HANDLE_PHYSICAL, *handle);
     count(COUNT_IMPORTS, 1);
     return ACL_SUCCESS;
 }
 
 API int aclrtMemImportFromShareableHandle(uint64_t shareable, int32_t device, void **handle)
 {
-    int code = enter(NULL);
+    int code = enter(NULL);   /* [rt 9.0.0 api_impl.cc ImportFromShareableHandle: CheckCurCtxValid] */
     if (code) return code;
     memory_lock();
     board_lock();
-    struct segment *segment = segment_of(shareable);
-    code = segment ? import_chunk(segment, card_of_device(device), handle)
-                   : refuse(ACL_ERROR_RT_PARAM_INVALID, "no memory has this shareable handle (any more)");
+    code = import_chunk(segment_of(shareable), card_of_device(device), handle);
     board_unlock();
     memory_unlock();
     return code;

@@ -30,6 +30,7 @@ def cann_host() -> Iterator[CannHost]:
         raise
     with CannHost() as host:
         yield host
+        assert not [words for words in host.violations() if "before aclInit" in words]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from doubles.cann.build import CannotBuild, build
-from doubles.cann.control import CannHost, Fault
+from doubles.cann.control import CannHost, Fault, card_name
 from doubles.cann.run import variables
 from support.datasystem_worker import require_wheel
 
@@ -58,8 +58,8 @@ def test_the_report_has_every_step_and_the_main_job(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert measured[step][1], step
     assert float(measured["dev_mget, own memory, 4 blobs"][2]) > 0
-    assert measured["instance 2"][:3] == ["npu:1", "instance 1", "datasystem"]
-    assert measured["instance 3"][:3] == ["npu:0", "instance 2", "datasystem"]
+    assert measured["instance 2"][:3] == [card_name(1), "instance 1", "datasystem"]
+    assert measured["instance 3"][:3] == [card_name(0), "instance 2", "datasystem"]
     assert "Everything worked" in report
     assert "exactly the checkpoint's bytes" in report
 

@@ -15,7 +15,8 @@ from support.card_process import CardProcess
 
 COPY_DATA = 507052
 STREAM_SYNC_TIMEOUT = 507046
-HCCL_PARAMETER, HCCL_REMOTE = 1, 21
+HCCL_PARAMETER, HCCL_UNAVAILABLE, HCCL_TCP_CONNECT, HCCL_REMOTE = 1, 7, 11, 21
+PORTS_CHOSEN = {"HCCL_NPU_SOCKET_PORT_RANGE": "auto", "HCCL_HOST_SOCKET_PORT_RANGE": "auto"}
 SIZE = 3_000_001
 
 StartProcess = Callable[..., CardProcess]
@@ -27,8 +28,10 @@ class End(NamedTuple):
     stream: int
 
 
-def connect(start_process: StartProcess, *, cards: tuple[int, int] = (0, 1)) -> tuple[End, End]:
-    first, second = start_process(), start_process()
+def connect(
+    start_process: StartProcess, *, cards: tuple[int, int] = (0, 1), environment: dict[str, str] | None = None
+) -> tuple[End, End]:
+    first, second = start_process(environment=environment), start_process(environment=environment)
     first.call(acl.set_device, cards[0])
     second.call(acl.set_device, cards[1])
     root = first.call(acl.root_info)
@@ -78,8 +81,33 @@ def test_mapped_chunks_and_imported_memory_can_be_sent(start_process: StartProce
 
 def test_two_ranks_on_one_card_are_refused(start_process: StartProcess) -> None:
     with pytest.raises(AclError) as caught:
-        connect(start_process, cards=(2, 2))
+        connect(start_process, cards=(2, 2), environment=PORTS_CHOSEN)
     assert caught.value.code == HCCL_PARAMETER
+
+
+def test_a_second_process_on_a_card_finds_the_ports_of_the_first_in_use(start_process: StartProcess) -> None:
+    one, _ = connect(start_process, cards=(0, 1))
+    second = start_process()
+    second.call(acl.set_device, 0)
+    with pytest.raises(AclError, match="EJ0003") as caught:
+        second.call(acl.root_info)
+    assert caught.value.code == HCCL_TCP_CONNECT
+    with pytest.raises(AclError, match="EI0019") as caught:
+        second.call(acl.create_communicator, one.process.call(acl.root_info), 1)
+    assert caught.value.code == HCCL_UNAVAILABLE
+
+
+@pytest.mark.parametrize("ranges", ["auto", "17000-17003", "16666,16667-16668"])
+def test_processes_whose_ports_are_chosen_share_cards(start_process: StartProcess, ranges: str) -> None:
+    chosen = dict.fromkeys(PORTS_CHOSEN, ranges)
+    for _ in range(2):
+        connect(start_process, environment=chosen)
+
+
+def test_a_port_is_free_again_after_its_process(start_process: StartProcess) -> None:
+    for _ in range(2):
+        for end in connect(start_process):
+            end.process.kill()
 
 
 def test_a_card_of_another_host_is_another_card(start_process: StartProcess) -> None:

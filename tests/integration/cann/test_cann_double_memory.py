@@ -79,7 +79,7 @@ def test_memory_of_another_card_is_a_violation(start_process: StartProcess) -> N
     process = on_card(start_process, 0)
     address = process.call(acl.malloc, 4096)
     process.call(acl.set_device, 1)
-    with pytest.raises(AclError, match="is on card 0, the work is on card 1"):
+    with pytest.raises(AclError, match="is on card 3, the work is on card 5"):
         process.call(acl.read, address, 1)
 
 
@@ -91,11 +91,34 @@ def test_a_fork_of_a_process_that_uses_a_card_cannot(start_process: StartProcess
     assert on_card(start_process).call(card_actions.call_in_fork) == 0
 
 
-def test_a_device_index_counts_the_visible_cards(start_process: StartProcess) -> None:
-    process = start_process(visible="5,2")
-    assert [process.call(acl.physical_card, device) for device in (0, 1)] == [5, 2]
+def test_cards_are_counted_in_three_ways(cann_host: CannHost, start_process: StartProcess) -> None:
+    process = start_process(visible="2,5")
+    devices = (0, 1)
+    assert [process.call(acl.logical_card, device) for device in devices] == [2, 5]
+    assert [process.call(acl.physical_card, device) for device in devices] == [5, 11]
     with pytest.raises(AclError, match="there is no device 2"):
         process.call(acl.set_device, 2)
+
+
+@pytest.mark.parametrize("visible", ["5,2", "2,2"])
+def test_a_list_that_does_not_ascend_shows_no_device(start_process: StartProcess, visible: str) -> None:
+    process = start_process(visible=visible)
+    assert process.call(acl.device_count) == 0
+    with pytest.raises(AclError, match="there is no device 0"):
+        process.call(acl.set_device, 0)
+
+
+def test_a_runtime_that_was_not_initialised_works_and_does_not_say_why_it_fails(start_process: StartProcess) -> None:
+    process = start_process()
+    assert process.call(card_actions.fail_without_aclinit) == ""
+    assert "aclrtSetDevice before aclInit: nothing would say why a call fails" in process.host.violations()
+    (process.host.directory / "processes" / f"{process.pid}.violations").unlink()
+
+
+def test_the_runtime_is_initialised_once(start_process: StartProcess) -> None:
+    with pytest.raises(AclError) as caught:
+        start_process().call(acl.call, "aclInit", None)
+    assert caught.value.code == acl.ALREADY_INITIALISED
 
 
 def test_a_card_has_so_much_memory_for_all_processes(cann_host: CannHost, start_process: StartProcess) -> None:
@@ -230,7 +253,7 @@ def test_a_reset_card_is_lost_for_the_processes_that_used_it(cann_host: CannHost
 
 def test_a_card_that_does_not_start_says_so(cann_host: CannHost, start_process: StartProcess) -> None:
     cann_host.inject(Fault.CARD_UNAVAILABLE, card=3)
-    with pytest.raises(AclError, match="card 3 does not start") as caught:
+    with pytest.raises(AclError, match="card 9 does not start") as caught:
         on_card(start_process, 3)
     assert caught.value.code == CARD_SETUP
     on_card(start_process, 4)

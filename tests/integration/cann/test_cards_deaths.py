@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from doubles.cann.control import CannHost, Fault, is_alive
+from doubles.cann.control import CannHost, Fault, card_name, is_alive
 from support import acl
 from support.card_process import CardProcess
 from support.cards import CardScene, move, own, until
@@ -37,7 +37,7 @@ def test_an_overdue_fetch_ends_with_its_receiver_and_nothing_is_written_any_more
     async def scenario(cards: CardSupervisor) -> None:
         await move(cards, other, elsewhere)
         old = cards.health[0].sender_pid
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         (receiver,) = cards.health[1].receiver_pids
         scene.host.inject(Fault.SLOW_LINK, card=1, value=MIB)
         with pytest.raises(CardTimeout) as caught:
@@ -60,7 +60,7 @@ def test_a_killed_receiver_that_the_driver_does_not_let_go_in_time_is_not_called
     source, destination = scene.pair(8 * MIB)
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=MIB / 4)
         with pytest.raises(CardTimeout) as caught:
             await move(cards, source, destination, timeout=3.0)
@@ -74,7 +74,7 @@ def test_bytes_do_not_arrive_after_a_fetch_was_given_up(scene: CardScene) -> Non
     source, destination = scene.pair(32 * MIB)
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=20 * MIB)
         moving = asyncio.create_task(move(cards, source, destination))
         await scene.until_moving(cards)
@@ -98,7 +98,7 @@ def test_while_one_reader_hangs_the_readers_that_run_are_served_by_the_old_sende
 
     async def scenario(cards: CardSupervisor) -> None:
         old = cards.health[0].sender_pid
-        await asyncio.gather(*(cards.warm_up(card) for card in ("npu:1", "npu:2", "npu:3")))
+        await asyncio.gather(*(cards.warm_up(card) for card in (card_name(1), card_name(2), card_name(3))))
         scene.host.inject(Fault.SLOW_LINK, card=1, value=MIB // 4)
         scene.host.inject(Fault.SLOW_LINK, card=2, value=MIB)
         slowly = asyncio.create_task(move(cards, source, slow))
@@ -126,7 +126,7 @@ def test_an_instance_that_dies_while_its_memory_is_read_costs_one_fetch_and_no_o
     destination = scene.own(1, 24 * MIB)
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=SLOW)
         moving = asyncio.create_task(move(cards, dying, destination))
         await scene.until_moving(cards)
@@ -134,10 +134,10 @@ def test_an_instance_that_dies_while_its_memory_is_read_costs_one_fetch_and_no_o
         moving.cancel()  # as the daemon does when the instance's pidfd says so
         with pytest.raises(asyncio.CancelledError):
             await moving
-        await cards.unregister("npu:0", dying.region.region_id)
+        await cards.unregister(card_name(0), dying.region.region_id)
         scene.host.clear()
         again = own(living.process, 0, 24 * MIB, seed=9)
-        await cards.register("npu:0", again.region)
+        await cards.register(card_name(0), again.region)
         await move(cards, again, destination, timeout=40)
         assert destination.digest() == again.digest()
         assert set(scene.host.used_bytes()) == {0, 1}
@@ -156,9 +156,11 @@ def test_a_sender_that_dies_is_replaced_by_one_with_the_same_memory_and_its_read
 
     async def scenario(cards: CardSupervisor) -> None:
         key = fresh_key()
-        await cards.offer("npu:0", key, source.blobs())
+        await cards.offer(card_name(0), key, source.blobs())
         scene.host.inject(Fault.SLOW_LINK, value=SLOW)
-        fetching = asyncio.create_task(cards.fetch("npu:1", key, destination.blobs(), [destination.region], timeout=60))
+        fetching = asyncio.create_task(
+            cards.fetch(card_name(1), key, destination.blobs(), [destination.region], timeout=60)
+        )
         await scene.until_moving(cards)
         gone.process.kill()
         pid = cards.health[0].sender_pid
@@ -170,7 +172,7 @@ def test_a_sender_that_dies_is_replaced_by_one_with_the_same_memory_and_its_read
         scene.host.clear()
         await until(lambda: cards.health[0].sender_pid not in (0, pid))
         assert list(regions_lost) == [gone.region.region_id]
-        assert "given the memory up" in regions_lost[gone.region.region_id]
+        assert "no memory has this key" in regions_lost[gone.region.region_id]
         await move(cards, source, destination)
         assert cards.health[0].state is CardState.READY
 
@@ -182,7 +184,7 @@ def test_a_receiver_that_dies_is_an_error_at_once_and_the_next_fetch_works(scene
     source, destination = scene.pair(24 * MIB)
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=SLOW)
         moving = asyncio.create_task(move(cards, source, destination))
         await scene.until_moving(cards)
@@ -203,14 +205,16 @@ def test_an_engine_that_fails_costs_the_receiver_because_it_may_go_on_writing(sc
 
     async def scenario(cards: CardSupervisor) -> None:
         key = fresh_key()
-        await cards.offer("npu:0", key, source.blobs((0, MIB)))
-        await cards.warm_up("npu:1")
+        await cards.offer(card_name(0), key, source.blobs((0, MIB)))
+        await cards.warm_up(card_name(1))
         (pid,) = cards.health[1].receiver_pids
         with pytest.raises(CardLost, match="dev_mget") as caught:  # other sizes than on offer
-            await cards.fetch("npu:1", key, destination.blobs((0, MIB), (MIB, MIB)), [destination.region], timeout=20)
+            await cards.fetch(
+                card_name(1), key, destination.blobs((0, MIB), (MIB, MIB)), [destination.region], timeout=20
+            )
         assert caught.value.touched
         assert not is_alive(pid)
-        await cards.withdraw("npu:0", key, OfferEnd.ABANDONED)
+        await cards.withdraw(card_name(0), key, OfferEnd.ABANDONED)
         await move(cards, source, destination)
 
     scene.run(scenario, source, check_driver=False)
@@ -223,9 +227,9 @@ def test_without_a_worker_everything_is_refused_at_once_and_says_so(scene: CardS
 
     async def scenario(cards: CardSupervisor) -> None:
         with pytest.raises(CardUnavailable, match=f"no datasystem worker answers at 127.0.0.1:{nobody}"):
-            await cards.register("npu:0", source.region)
+            await cards.register(card_name(0), source.region)
         with pytest.raises(CardUnavailable, match="no datasystem worker"):
-            await cards.fetch("npu:0", fresh_key(), source.blobs(), [source.region], timeout=30)
+            await cards.fetch(card_name(0), fresh_key(), source.blobs(), [source.region], timeout=30)
         assert {card.state for card in cards.health} == {CardState.DEGRADED}
         assert "no datasystem worker" in cards.health[0].problem
 
@@ -238,20 +242,20 @@ def test_a_card_that_does_not_open_is_told_in_the_drivers_words_and_the_others_s
 
     async def scenario(cards: CardSupervisor) -> None:
         states = {card.identity: card.state for card in cards.health}
-        assert [identity for identity, state in states.items() if state is CardState.FAILED] == ["npu:5"]
-        assert "aclrtSetDevice" in next(card.problem for card in cards.health if card.identity == "npu:5")
+        assert [identity for identity, state in states.items() if state is CardState.FAILED] == [card_name(5)]
+        assert "aclrtSetDevice" in next(card.problem for card in cards.health if card.identity == card_name(5))
         with pytest.raises(CardUnavailable, match="aclrtSetDevice"):
-            await cards.register("npu:5", source.region)
+            await cards.register(card_name(5), source.region)
         with pytest.raises(CardUnavailable, match="no card 'npu:77'"):
             await cards.register("npu:77", source.region)
-        await cards.register("npu:0", source.region)
+        await cards.register(card_name(0), source.region)
         await move(cards, source, destination)
         scene.host.inject(Fault.CARD_UNAVAILABLE, card=2)
         with pytest.raises(CardUnavailable, match="aclrtSetDevice"):
-            await cards.warm_up("npu:2")
+            await cards.warm_up(card_name(2))
         seen = [cards.health[2].state]
         scene.host.clear()
-        await cards.warm_up("npu:2")
+        await cards.warm_up(card_name(2))
         seen.append(cards.health[2].state)
         assert seen == [CardState.DEGRADED, CardState.READY]
 
@@ -273,11 +277,11 @@ def test_memory_that_the_driver_does_not_import_is_refused_and_the_card_goes_on(
     async def scenario(cards: CardSupervisor) -> None:
         scene.host.inject(Fault.IMPORT_REFUSED, card=0)
         with pytest.raises(CardRefused, match="the driver refuses this import"):
-            await cards.register("npu:0", source.region)
+            await cards.register(card_name(0), source.region)
         scene.host.clear()
         with pytest.raises(CardRefused, match="can only be imported there"):
-            await cards.register("npu:0", wrong_card.region)
-        await cards.register("npu:0", source.region)
+            await cards.register(card_name(0), wrong_card.region)
+        await cards.register(card_name(0), source.region)
         scene.host.inject(Fault.IMPORT_REFUSED, card=1)
         with pytest.raises(CardRefused, match="refuses this import") as caught:
             await move(cards, source, destination)
@@ -295,7 +299,7 @@ def test_signals_that_the_whole_service_gets_do_not_end_a_card_process_before_th
     source, destination = scene.pair(2 * MIB)
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         pids = [cards.health[0].sender_pid, *cards.health[1].receiver_pids]
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
@@ -369,7 +373,7 @@ def test_a_worker_that_was_killed_and_started_again_serves_the_next_fetch(
         await asyncio.to_thread(worker.kill)
         await until(lambda: not cards.worker_is_there)
         with pytest.raises(CardUnavailable, match="no datasystem worker"):
-            await cards.offer("npu:0", fresh_key(), source.blobs())
+            await cards.offer(card_name(0), fresh_key(), source.blobs())
         destination.fill(None)
         await asyncio.to_thread(worker.start)
         await until(lambda: cards.worker_is_there)

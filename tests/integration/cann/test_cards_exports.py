@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from doubles.cann.control import CannHost, card_name
 from support import acl, card_actions, npu_actions
 from support.acl import CHUNK
 from support.card_process import CardProcess
@@ -12,6 +13,7 @@ from support.npu_actions import Place, Shared
 from weight_broker.layout import MemoryFormat
 from weight_broker.memory.npu.kind import Segment, SegmentKind, describe_device
 from weight_broker.v1 import weight_set_pb2 as pb
+from weight_brokerd.cards.errors import CardRefused
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.offers import OfferEnd, fresh_key
 from weight_brokerd.cards.plan import pieces as plan
@@ -28,7 +30,7 @@ class Instance:
     """An inference process with a plain segment and an expandable one."""
 
     def __init__(self, process: CardProcess, card: int, shift: int) -> None:
-        self.process, self.card = process, f"npu:{card}"
+        self.process, self.card = process, card_name(card)
         process.call(acl.set_device, card)
         plain = Segment(process.call(acl.malloc, 8 * MIB), 8 * MIB)
         base, _ = process.call(card_actions.map_chunks, 4, card)
@@ -68,6 +70,8 @@ def requests(prefix: str, shared: Shared) -> list[ImportRegion]:
         else:
             message.npu_segment.shareable_handles.extend(region.shareable_handles)
             message.npu_segment.chunk_bytes = region.chunk_bytes
+        if region.container_device is not None:
+            message.container_device = region.container_device
         found.append(import_region("region", f"{prefix}/{region.region_id}", message))
     return found
 
@@ -111,15 +115,34 @@ def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go
 
     async def scenario(cards: CardSupervisor) -> None:
         for region in whole + part:
-            await cards.register("npu:0", region)
+            await cards.register(card_name(0), region)
         for regions in (whole, part):
             for region in regions:
-                await cards.unregister("npu:0", region.region_id)
+                await cards.unregister(card_name(0), region.region_id)
             if regions is whole:
                 for region in part:  # still there
                     every = BlobList((region.region_id,), plan.rounds([plan.Piece(0, 0, 0, 0, MIB)])[0].source)
-                    await cards.offer("npu:0", fresh_key(), every)
+                    await cards.offer(card_name(0), fresh_key(), every)
         pid = cards.health[0].sender_pid
         assert not {"imports", "mappings", "reservations"} & set(scene.host.live(pid))
+
+    scene.run(scenario)
+
+
+def test_chunks_of_a_container_that_counts_the_cards_otherwise_are_refused_and_keys_are_not(scene: CardScene) -> None:
+    """The driver would take their handles for those of another card's chunks, which may exist."""
+    elsewhere = scene.start_process(container=[CannHost.physical(0)], visible="")
+    places = Instance(elsewhere, 0, 0)
+    regions = requests("it", places.share("it", places.places))
+    chunks = [region for region in regions if region.shareable_handles]
+    keys = [region for region in regions if region.export_key]
+    assert {region.container_device for region in chunks} == {0}
+
+    async def scenario(cards: CardSupervisor) -> None:
+        for region in keys:
+            await cards.register(card_name(0), region)
+        for region in chunks:
+            with pytest.raises(CardRefused, match=r"container of the instance counts this card as 0, .* as 1"):
+                await cards.register(card_name(0), region)
 
     scene.run(scenario)

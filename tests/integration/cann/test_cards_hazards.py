@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from doubles.cann.control import Fault
+from doubles.cann.control import Fault, card_name
 from support import acl
 from support.cards import CardScene, configuration, move, own, until
 from weight_brokerd.cards import messages
@@ -54,11 +54,13 @@ def test_h2_a_sender_killed_in_mid_transfer_costs_one_fetch_and_neither_a_minute
     lost: list[str] = []
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=4 * MIB)
         key = fresh_key()
-        await cards.offer("npu:0", key, source.blobs())
-        fetching = asyncio.create_task(cards.fetch("npu:1", key, destination.blobs(), [destination.region], timeout=90))
+        await cards.offer(card_name(0), key, source.blobs())
+        fetching = asyncio.create_task(
+            cards.fetch(card_name(1), key, destination.blobs(), [destination.region], timeout=90)
+        )
         await scene.until_moving(cards)
         os.kill(cards.health[0].sender_pid, signal.SIGKILL)
         await until(lambda: lost == [key])
@@ -78,7 +80,7 @@ def test_h3_a_slow_reader_gets_the_right_bytes_although_a_fast_one_is_done_and_w
     expected = source.digest()
 
     async def scenario(cards: CardSupervisor) -> None:
-        await asyncio.gather(cards.warm_up("npu:1"), cards.warm_up("npu:2"))
+        await asyncio.gather(cards.warm_up(card_name(1)), cards.warm_up(card_name(2)))
         scene.host.inject(Fault.SLOW_LINK, card=2, value=MIB // 4)
         slowly = asyncio.create_task(move(cards, source, slow))
         await scene.until_moving(cards, 2)
@@ -104,13 +106,15 @@ def test_h3_memory_that_is_taken_back_under_a_reader_is_unmapped_and_the_reader_
     hooks = Hooks(on_offers_lost=lambda keys, _: lost.extend(keys))
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=4 * MIB)
         key = fresh_key()
-        await cards.offer("npu:0", key, source.blobs())
-        fetching = asyncio.create_task(cards.fetch("npu:1", key, destination.blobs(), [destination.region], timeout=30))
+        await cards.offer(card_name(0), key, source.blobs())
+        fetching = asyncio.create_task(
+            cards.fetch(card_name(1), key, destination.blobs(), [destination.region], timeout=30)
+        )
         await scene.until_moving(cards)
-        await cards.unregister("npu:0", source.region.region_id)
+        await cards.unregister(card_name(0), source.region.region_id)
         assert lost == [key]
         # The driver would refuse this if anybody had it open still.
         source.process.call(acl.close_key, bytes.fromhex(source.region.export_key))
@@ -120,7 +124,9 @@ def test_h3_memory_that_is_taken_back_under_a_reader_is_unmapped_and_the_reader_
         with pytest.raises(asyncio.CancelledError):
             await fetching
         scene.host.clear()
-        assert (await cards.offer("npu:0", fresh_key(), other.blobs())).seconds, "what else is published is still there"
+        assert (await cards.offer(card_name(0), fresh_key(), other.blobs())).seconds, (
+            "what else is published is still there"
+        )
 
     scene.run(scenario, source, other, hooks=hooks)
 
@@ -164,8 +170,8 @@ def test_h8_the_first_requests_to_a_fresh_process_may_come_all_at_once(scene: Ca
 
     async def scenario(cards: CardSupervisor) -> None:
         keys = [fresh_key() for _ in range(THREADS)]
-        await asyncio.gather(*(cards.offer("npu:0", key, source.blobs()) for key in keys))
-        await asyncio.gather(*(cards.withdraw("npu:0", key, OfferEnd.UNREAD) for key in keys))
+        await asyncio.gather(*(cards.offer(card_name(0), key, source.blobs()) for key in keys))
+        await asyncio.gather(*(cards.withdraw(card_name(0), key, OfferEnd.UNREAD) for key in keys))
         assert cards.health[0].retiring_pids == ()
 
     # The hazard costs 15 to 61 s: more than a request may take here.
@@ -190,11 +196,11 @@ def test_h11_every_thread_of_a_card_process_has_its_card(scene: CardScene) -> No
     async def scenario(cards: CardSupervisor) -> None:
         keys = [fresh_key() for _ in range(40)]
         packed = source.blobs((0, 100))._replace(blobs=(source.blobs((0, 100)).blobs[0]._replace(size=2 * MIB),))
-        await asyncio.gather(*(cards.offer("npu:1", key, packed) for key in keys))
-        (figures,) = (await cards.figures("npu:1")).values()
+        await asyncio.gather(*(cards.offer(card_name(1), key, packed) for key in keys))
+        (figures,) = (await cards.figures(card_name(1))).values()
         assert (figures.keys, figures.staging_bytes) == (40, 80 * MIB)
-        await asyncio.gather(*(cards.withdraw("npu:1", key, OfferEnd.UNREAD) for key in [*keys, *keys]))
-        (figures,) = (await cards.figures("npu:1")).values()
+        await asyncio.gather(*(cards.withdraw(card_name(1), key, OfferEnd.UNREAD) for key in [*keys, *keys]))
+        (figures,) = (await cards.figures(card_name(1))).values()
         assert (figures.keys, figures.staging_bytes) == (0, 0)
         assert cards.health[0].retiring_pids == ()
 
@@ -220,11 +226,11 @@ def test_h12_a_process_whose_fetch_hangs_goes_on_answering(scene: CardScene) -> 
     source, destination = scene.pair(24 * MIB)
 
     async def scenario(cards: CardSupervisor) -> None:
-        await cards.warm_up("npu:1")
+        await cards.warm_up(card_name(1))
         scene.host.inject(Fault.SLOW_LINK, value=MIB // 2)
         moving = asyncio.create_task(move(cards, source, destination))
         await scene.until_moving(cards)
-        (figures,) = (await cards.figures("npu:1")).values()
+        (figures,) = (await cards.figures(card_name(1))).values()
         assert figures.imports == 1
         assert not moving.done(), "it was over before"
         scene.host.clear()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from doubles.cann.control import Fault
+from doubles.cann.control import Fault, card_name
 from support.cards import CardScene, Owned, move, own
 from weight_brokerd.cards.errors import CardRefused, CardTimeout
 from weight_brokerd.cards.offers import fresh_key
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.timeout(120)
 async def assert_untouched(cards: CardSupervisor, receiver: int) -> None:
     """The receiver is the same as before, and has nothing mapped."""
     assert cards.health[1].receiver_pids == (receiver,)
-    assert (await cards.figures("npu:1"))[receiver].imports == 0
+    assert (await cards.figures(card_name(1)))[receiver].imports == 0
 
 
 async def warm(cards: CardSupervisor) -> int:
     """The pid of the receiver of card 1."""
-    await cards.warm_up("npu:1")
+    await cards.warm_up(card_name(1))
     (receiver,) = cards.health[1].receiver_pids
     return receiver
 
@@ -41,14 +41,14 @@ def test_the_key_is_reserved_while_the_destination_is_mapped(scene: CardScene) -
         async def reserve() -> None:
             reserving.set()
             await release.wait()
-            await cards.offer("npu:0", key, source.blobs())
+            await cards.offer(card_name(0), key, source.blobs())
 
         fetching = asyncio.create_task(
-            cards.fetch("npu:1", key, destination.blobs(), [destination.region], timeout=60, reserve=reserve)
+            cards.fetch(card_name(1), key, destination.blobs(), [destination.region], timeout=60, reserve=reserve)
         )
         await reserving.wait()
         for _ in range(1000):
-            if (await cards.figures("npu:1"))[receiver].imports:
+            if (await cards.figures(card_name(1)))[receiver].imports:
                 break
             await asyncio.sleep(0.01)
         else:
@@ -129,7 +129,7 @@ def test_of_several_regions_none_stays_mapped_if_one_is_refused(scene: CardScene
         receiver = await warm(cards)
         asked = [owned.region for owned in (*regions[:2], elsewhere, regions[2])]
         with pytest.raises(CardRefused, match="can only be imported there"):
-            await cards.fetch("npu:1", fresh_key(), regions[0].blobs(), asked, timeout=60)
+            await cards.fetch(card_name(1), fresh_key(), regions[0].blobs(), asked, timeout=60)
         await assert_untouched(cards, receiver)
 
     scene.run(scenario)
@@ -138,4 +138,4 @@ def test_of_several_regions_none_stays_mapped_if_one_is_refused(scene: CardScene
 async def fetch(cards: CardSupervisor, destination: Owned, reserve: Reserve, timeout: float = 60) -> None:
     """Of a key that nobody offers."""
     regions = [destination.region]
-    await cards.fetch("npu:1", fresh_key(), destination.blobs(), regions, timeout=timeout, reserve=reserve)
+    await cards.fetch(card_name(1), fresh_key(), destination.blobs(), regions, timeout=timeout, reserve=reserve)

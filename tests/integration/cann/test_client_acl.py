@@ -77,10 +77,10 @@ def test_chunks_are_shared_used_and_given_back(cann_host: CannHost, process: Car
 def test_devices_are_counted_as_the_process_sees_them_and_known_by_their_physical_number(
     start_process: StartProcess,
 ) -> None:
-    process = start_process(visible="6,1")
+    process = start_process(visible="1,6")
     assert process.call(call, "device_count") == 2
-    assert [process.call(call, "physical_device", device) for device in (0, 1)] == [6, 1]
-    assert [process.call(client_acl_actions.physical_device_by_old_cann, device) for device in (0, 1)] == [6, 1]
+    assert [process.call(call, "physical_device", device) for device in (0, 1)] == [3, 13]
+    assert [process.call(client_acl_actions.physical_device_by_old_cann, device) for device in (0, 1)] == [1, 6]
     assert process.call(call, "soc_name") == "Ascend910B4"
 
 
@@ -103,6 +103,7 @@ def test_the_thread_is_back_on_its_device_after_a_stay_on_another_one(
     assert process.call(client_acl_actions.devices_around, 3) == [0, 3, 0]
     assert process.call(client_acl_actions.devices_around, 3, fail=True) == [0, 3, 0]
     fresh = start_process()
+    fresh.call(call, "initialize")
     assert fresh.call(client_acl_actions.devices_around, 2) == [None, 2, 2]
 
 

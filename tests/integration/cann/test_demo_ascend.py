@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from doubles.cann.build import CannotBuild, build
-from doubles.cann.control import CannHost, Fault
+from doubles.cann.control import CannHost, Fault, card_name
 from doubles.cann.run import variables
 from support.datasystem_worker import require_wheel
 
@@ -45,17 +45,17 @@ def test_one_instance_reads_the_disk_and_the_other_cards_are_filled_from_it(tmp_
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
     first, warm, *filled = answer["instances"]
-    assert (first["source"], first["device_id"], warm["source"]) == ("disk", "npu:0", "disk")
+    assert (first["source"], first["device_id"], warm["source"]) == ("disk", card_name(0), "disk")
     assert [(one["device_id"], one["data_plane"], one["path"]) for one in filled] == [
-        ("npu:1", "datasystem", "copy"),
-        ("npu:2", "datasystem", "copy"),
-        ("npu:0", "datasystem", "copy"),  # the restart
+        (card_name(1), "datasystem", "copy"),
+        (card_name(2), "datasystem", "copy"),
+        (card_name(0), "datasystem", "copy"),  # the restart
     ]
     assert filled[-1]["source"] in ("instance 2", "instance 3")
     digests = {one["digest"] for one in (first, *filled)}
     assert digests == {answer["expected_digest"]}
     assert sorted((row["device"], row["instance_name"]) for row in answer["status"]["residency"]) == [
-        ("npu:0", "instance 4"), ("npu:1", "instance 2"), ("npu:2", "instance 3"),
+        (card_name(0), "instance 4"), (card_name(1), "instance 2"), (card_name(2), "instance 3"),
     ]  # fmt: skip
     assert answer["status"]["host"]["datasystem_worker"]["managed"] is True
 

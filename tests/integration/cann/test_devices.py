@@ -6,6 +6,7 @@ import grpc
 import numpy
 import pytest
 
+from doubles.cann.control import card_name
 from support import device_instance as instance
 from support.device_host import DeviceHost, cards, published_on, wait_until_idle
 from support.device_instance import Tensor
@@ -42,8 +43,8 @@ def test_the_second_instance_is_filled_from_another_card_bit_for_bit(device_host
     filled = second.call(instance.acquire_or_load, "model", 8)
     assert (filled.source, filled.data_plane, filled.path) == ("first", "datasystem", "copy")
     assert second.call(instance.digest, "model") == first.call(instance.digest, "model")
-    assert published_on(broker) == [("first", "npu:0"), ("second", "npu:1")]
-    assert {name for name, card in cards(broker).items() if card.sender_pid} == {"npu:0", "npu:1"}
+    assert published_on(broker) == [("first", card_name(0)), ("second", card_name(1))]
+    assert {name for name, card in cards(broker).items() if card.sender_pid} == {card_name(0), card_name(1)}
     for one in (first, second):
         assert one.call(instance.retract, "model").error == ""
         assert one.call(instance.exports) == 0
@@ -74,7 +75,7 @@ def test_cards_that_start_at_once_read_the_disk_once_and_become_sources(device_h
     assert sources.count("disk") == 1
     assert set(sources) <= {"disk", *(f"instance-{card}" for card in range(4))}
     assert len({process.call(instance.digest, "model") for process in processes}) == 1
-    assert published_on(broker) == [(f"instance-{card}", f"npu:{card}") for card in range(4)]
+    assert published_on(broker) == [(f"instance-{card}", card_name(card)) for card in range(4)]
     for process in processes:
         process.kill()
     wait_until_idle(broker)
@@ -128,7 +129,7 @@ def test_two_publications_of_the_same_memory_end_one_by_one(device_host: DeviceH
     first.call(instance.publish, "model")
     first.call(instance.alias, "model", "other")
     first.call(instance.publish, "other")
-    assert cards(broker)["npu:0"].region_count == 1, "the same memory is mapped once"
+    assert cards(broker)[card_name(0)].region_count == 1, "the same memory is mapped once"
     assert first.call(instance.retract, "model").error == ""
     second.call(instance.create, "other", 1, MIXED)
     assert second.call(instance.acquire, "other").source == "first"
@@ -183,5 +184,5 @@ def test_a_card_that_this_host_does_not_have_is_named_and_nothing_changes(device
     error = decode_error(refused.value)
     assert error.reason is Reason.INVALID_ARGUMENT
     assert "npu:77" in error.message
-    assert "npu:0, npu:1" in error.message
+    assert f"{card_name(0)}, {card_name(1)}" in error.message
     assert broker.publications() == []

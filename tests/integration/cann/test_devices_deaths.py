@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from doubles.cann.control import CannHost, Fault, is_alive
+from doubles.cann.control import CannHost, Fault, card_name, is_alive
 from support import device_instance as instance
 from support.card_process import CardProcess
 from support.datasystem_worker import DatasystemWorker, free_ports
@@ -45,7 +45,7 @@ def test_a_publisher_killed_while_it_is_read_costs_a_failover(scene: Scene) -> N
     outcome = acquiring(50)
     assert (outcome.error, outcome.source) == ("", "second")
     assert receiver.call(instance.digest, "model") == second.call(instance.digest, "model")
-    assert published_on(scene.broker) == [("second", "npu:2")]
+    assert published_on(scene.broker) == [("second", card_name(2))]
     assert second.call(instance.retract, "model").error == ""
     wait_until_idle(scene.broker)
 
@@ -71,7 +71,7 @@ def test_the_only_publisher_killed_while_it_is_read_is_a_failure_and_the_next_pu
 def test_who_lost_its_only_source_is_told_to_load_once_nobody_writes(scene: Scene) -> None:
     first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
     scene.warm_up(receiver)
-    (writer,) = cards(scene.broker)["npu:1"].receiver_pids
+    (writer,) = cards(scene.broker)[card_name(1)].receiver_pids
     scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
     acquiring = receiver.begin(instance.acquire_or_lease, "model")
     scene.wait_until_moving(1)
@@ -81,7 +81,7 @@ def test_who_lost_its_only_source_is_told_to_load_once_nobody_writes(scene: Scen
     assert not is_alive(writer)
     receiver.call(instance.write, "model", 7)
     assert receiver.call(instance.publish, "model").error == ""
-    assert published_on(scene.broker) == [("receiver", "npu:1")]
+    assert published_on(scene.broker) == [("receiver", card_name(1))]
 
 
 def test_a_killed_receiver_takes_no_source_from_anybody_and_leaves_nothing(scene: Scene) -> None:
@@ -93,7 +93,7 @@ def test_a_killed_receiver_takes_no_source_from_anybody_and_leaves_nothing(scene
     receiver.kill()
     outcome = other.call(instance.acquire, "model")
     assert (outcome.error, outcome.source) == ("", "first")
-    eventually(lambda: not cards(scene.broker)["npu:1"].fetch_count)
+    eventually(lambda: not cards(scene.broker)[card_name(1)].fetch_count)
     scene.cann.clear()
     eventually(lambda: not scene.cann.used_bytes()[1])
     assert first.call(instance.retract, "model").error == ""
@@ -104,7 +104,7 @@ def test_a_deadline_ends_the_transfer_and_says_that_nobody_writes(scene: Scene) 
     """H5: the engine would go on writing."""
     first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
     scene.warm_up(receiver)
-    (writer,) = cards(scene.broker)["npu:1"].receiver_pids
+    (writer,) = cards(scene.broker)[card_name(1)].receiver_pids
     scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
     receiver.call(instance.write, "model", None)
     outcome = receiver.call(instance.acquire, "model", timeout=5.0)
@@ -117,7 +117,7 @@ def test_a_deadline_ends_the_transfer_and_says_that_nobody_writes(scene: Scene) 
     assert receiver.call(instance.digest, "model") == mine, "bytes arrived after the error"
     scene.warm_up(receiver)
     assert receiver.call(instance.digest, "model") == first.call(instance.digest, "model")
-    assert published_on(scene.broker) == [("first", "npu:0")], "its source was not harmed"
+    assert published_on(scene.broker) == [("first", card_name(0))], "its source was not harmed"
 
 
 @pytest.mark.parametrize("role", ["sender", "receiver"])
@@ -128,11 +128,13 @@ def test_a_killed_card_process_costs_its_own_transfers_and_is_replaced(scene: Sc
     acquiring = receiver.begin(instance.acquire, "model")
     scene.wait_until_moving(1)
     known = cards(scene.broker)
-    os.kill(known["npu:0"].sender_pid if role == "sender" else known["npu:1"].receiver_pids[0], signal.SIGKILL)
+    os.kill(
+        known[card_name(0)].sender_pid if role == "sender" else known[card_name(1)].receiver_pids[0], signal.SIGKILL
+    )
     outcome = acquiring(50)
     assert (outcome.error, outcome.touched, outcome.quiesced) == ("TransferFailed", True, True)
     scene.cann.clear()
-    assert published_on(scene.broker) == [("first", "npu:0")], "what is published stays published"
+    assert published_on(scene.broker) == [("first", card_name(0))], "what is published stays published"
     scene.warm_up(receiver)
     assert receiver.call(instance.digest, "model") == first.call(instance.digest, "model")
     assert first.call(instance.retract, "model").error == ""
@@ -156,7 +158,7 @@ def test_a_killed_broker_leaves_nobody_sure_of_the_memory_and_a_new_one_has_the_
     eventually(lambda: not any(map(is_alive, children)))
     scene.cann.clear()
     scene.broker.start()
-    eventually(lambda: published_on(scene.broker) == [("first", "npu:0")])
+    eventually(lambda: published_on(scene.broker) == [("first", card_name(0))])
     other = scene.receiver("other", 2)
     outcome = other.call(instance.acquire, "model")
     assert (outcome.error, outcome.source) == ("", "first")
@@ -169,7 +171,7 @@ def test_a_card_process_that_the_worker_took_for_dead_is_replaced(scene: Scene, 
     first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
     scene.warm_up(receiver)
     found = cards(scene.broker)
-    pid = found["npu:0"].sender_pid if role == "sender" else found["npu:1"].receiver_pids[0]
+    pid = found[card_name(0)].sender_pid if role == "sender" else found[card_name(1)].receiver_pids[0]
     os.kill(pid, signal.SIGSTOP)
     time.sleep(9)  # the worker waits for 5 s
     os.kill(pid, signal.SIGCONT)
@@ -241,7 +243,7 @@ def test_a_worker_that_is_killed_costs_a_bounded_time_and_comes_back(
         same_card = scene.receiver("same card", 0)
         worker.start()
         eventually(lambda: scene.broker.host().datasystem_worker.reachable)
-        assert published_on(scene.broker) == [("first", "npu:0")]
+        assert published_on(scene.broker) == [("first", card_name(0))]
         for process in (receiver, same_card):
             eventually(partial(is_filled, process), within=60, every=0.5)
             assert process.call(instance.digest, "model") == first.call(instance.digest, "model")

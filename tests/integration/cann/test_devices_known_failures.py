@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from doubles.cann.control import Fault
+from doubles.cann.control import Fault, card_name
 from support import device_instance as instance
 from support.device_host import DeviceHost, cards, published_on
 from support.device_instance import Tensor
@@ -61,7 +61,7 @@ def test_a_model_that_arrived_half_is_loaded_whole(device_host: DeviceHost) -> N
     first.kill()
     assert loading(60).source == "disk"
     assert second.call(instance.digest, "model") == expected
-    assert published_on(scene.broker) == [("second", "npu:1")]
+    assert published_on(scene.broker) == [("second", card_name(1))]
 
 
 def test_weights_that_are_updated_in_place_are_never_read_half_old_half_new(device_host: DeviceHost) -> None:
@@ -100,11 +100,11 @@ def test_a_stopped_instance_serves_and_a_card_process_that_hangs_is_given_up(dev
     os.kill(first.pid, signal.SIGSTOP)
     scene.warm_up(second)
     os.kill(first.pid, signal.SIGCONT)
-    hung = cards(scene.broker)["npu:0"].sender_pid
+    hung = cards(scene.broker)[card_name(0)].sender_pid
     os.kill(hung, signal.SIGSTOP)
     outcome = second.call(instance.acquire, "model", timeout=50.0)
     assert (outcome.error, outcome.quiesced) == ("TransferFailed", True)
-    eventually(lambda: cards(scene.broker)["npu:0"].sender_pid not in (0, hung))
+    eventually(lambda: cards(scene.broker)[card_name(0)].sender_pid not in (0, hung))
     scene.warm_up(second)
     assert second.call(instance.digest, "model") == first.call(instance.digest, "model")
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from doubles.cann.control import Fault, is_alive
+from doubles.cann.control import Fault, card_name, is_alive
 from support import device_instance as instance
 from support.broker_process import BrokerProcess
 from support.card_process import CardProcess
@@ -76,7 +76,7 @@ def test_a_killed_card_process(device_host: DeviceHost, role: str) -> None:
     device_host.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
     answer = second.begin(instance.acquire, "model")
     until_both_copy(first, second)
-    pid = cards(broker)["npu:0"].sender_pid if role == "sender" else cards(broker)["npu:1"].receiver_pids[0]
+    pid = cards(broker)[card_name(0)].sender_pid if role == "sender" else cards(broker)[card_name(1)].receiver_pids[0]
     os.kill(pid, signal.SIGKILL)
     failed = answer(60)
     assert (failed.error, failed.touched, failed.quiesced) == ("TransferFailed", True, True) or (
@@ -99,7 +99,7 @@ def test_a_killed_broker_leaves_no_staging_buffer_mapped_and_its_successor_finds
     device_host.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
     answer = second.begin(instance.acquire, "model")
     until_both_copy(first, second)
-    children = [cards(broker)["npu:0"].sender_pid, *cards(broker)["npu:1"].receiver_pids]
+    children = [cards(broker)[card_name(0)].sender_pid, *cards(broker)[card_name(1)].receiver_pids]
     broker.kill()
     failed = answer(60)
     assert (failed.error, failed.quiesced) == ("BrokerUnavailable", True)

@@ -12,6 +12,7 @@ from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.config.loading import Config
 from weight_brokerd.datasystem.credentials import credentials
 
+_HCCL_PORTS = ("HCCL_NPU_SOCKET_PORT_RANGE", "HCCL_HOST_SOCKET_PORT_RANGE")
 _LDCONFIG_SECONDS = 10
 _SYSTEM_BINARIES = "/sbin:/usr/sbin:/bin:/usr/bin"
 
@@ -19,6 +20,12 @@ _SYSTEM_BINARIES = "/sbin:/usr/sbin:/bin:/usr/bin"
 def client_logs(config: Config, state_directory: Path) -> Path:
     """Where all clients of the datasystem in this broker log."""
     return Path(config.cards.log_directory) if config.cards.log_directory else state_directory / "datasystem-clients"
+
+
+def hccl_variables() -> dict[str, str]:
+    """The ports of HCCL in a process on a card, unless the operator has chosen. HCCL listens once for each process and
+    card, by default always on the same ports: a second process on the card would fail, and that may be the engine's."""
+    return {name: os.environ.get(name, "auto") for name in _HCCL_PORTS}
 
 
 def cards_configuration(
@@ -32,6 +39,7 @@ def cards_configuration(
         credentials=credentials(config.datasystem),
         library_path=cards.library_path,
         preload=cards.preload,
+        environment=hccl_variables(),
         log_directory=client_logs(config, state_directory),
         start_seconds=cards.start_seconds,
         import_seconds=cards.import_seconds,

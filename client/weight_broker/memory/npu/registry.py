@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from weight_broker.drivers.acl import EXPORT_TO_ANY_PROCESS, EXPORT_VALIDATES_PIDS, Acl, AclError
@@ -104,18 +104,15 @@ class Exports:
         self._ended_chunks[export.device, export.handle] = export.key
 
     def _shareable(self, acl: Acl, device: int, handle: int, *, any_process: bool) -> int:
-        """A chunk's shareable handle ends only with the chunk. Where the driver gives no second one, the first one is
-        used again, if it is still this chunk's."""
+        """A chunk's shareable handle ends only with the chunk, and the driver gives no second one. A fresh chunk that
+        has the same handle can be exported, so a refusal says that it is still the chunk of the earlier export."""
         earlier = self._ended_chunks.pop((device, handle), None)
         try:
             return acl.export_shareable_handle(handle, _flags(any_process))
         except AclError:
             if earlier is None:
                 raise
-            # Whitelisting this process, which may not import its own memory anyway, fails for a handle that has ended.
-            if _succeeds(lambda: acl.set_pids_to_shareable_handle(earlier, [acl.bare_tgid()])):
-                return earlier
-            raise
+            return earlier
 
     @staticmethod
     def _admit(acl: Acl, export: Export, pids: Iterable[int]) -> None:
@@ -132,14 +129,6 @@ class Exports:
 
 def _flags(any_process: bool) -> int:
     return EXPORT_TO_ANY_PROCESS if any_process else EXPORT_VALIDATES_PIDS
-
-
-def _succeeds(call: Callable[[], None]) -> bool:
-    try:
-        call()
-    except AclError:
-        return False
-    return True
 
 
 EXPORTS = Exports()

@@ -40,6 +40,7 @@ class CountingAcl(Acl):
         self.admitted: dict[bytes | int, list[int]] = {}
         self.retained: Counter[int] = Counter()
         self.exported_chunks: set[int] = set()
+        EXPORTS._ended_chunks.clear()  # a fresh driver has exported nothing
 
     def _count(self, name: str) -> None:
         self.calls += 1
@@ -78,6 +79,12 @@ class CountingAcl(Acl):
         self._count("aclrtMemRetainAllocationHandle")
         self.retained[address] += 1
         return address
+
+    def chunk_bytes(self, address: int, end: int) -> int:
+        return CHUNK
+
+    def logical_device(self, device: int) -> int:
+        return device
 
     def free_physical(self, handle: int) -> None:
         self.retained[handle] -= 1
