@@ -65,8 +65,9 @@ class ExportedSegments:
     def close(self) -> None:
         """Ends the exports that no other publication of this process needs. May be called again.
 
-        `RetractTimeout`: somebody has still imported the memory, which must not be freed yet. Does nothing in a forked
-        child: the exports are its parent's.
+        That it succeeds proves nothing: the driver takes an allocation from every importer, and leaves them chunks.
+        Only the broker's word does. `RetractTimeout`: the driver does not end an export; call again. Does nothing in a
+        forked child: the exports are its parent's.
         """
         if self._process != os.getpid() or not self._exports:
             return
