@@ -22,7 +22,7 @@ _FIRST_VIRTUAL = 100
 """Numbers of virtual NPUs begin here."""
 _INSTALL_CANN = (
     f"install CANN {CANN_FLOOR} or newer for the broker and name its lib64 in cards.library_path (images of vLLM "
-    "Ascend 0.13.0 and newer have it, those of 0.13.0rc1 and older do not)"
+    "Ascend 0.13.0rc2 and newer have it, those of 0.13.0rc1 and older do not)"
 )
 _WITHOUT_SHARING = "it cannot share memory between processes; only Atlas A2 and A3 can. Weights come from disk"
 _REFUSED_CHIPS = (

@@ -47,7 +47,7 @@ async def test_a_cann_of_8_5_with_a_new_wheel_is_enough(tmp_path: Path, installe
 async def test_a_cann_of_8_3_is_refused_by_the_names_that_it_lacks(tmp_path: Path, installed: Path) -> None:
     with pytest.raises(StartError, match=r"older than 8\.5\.0.*RaInit in libra\.so.*hrtGetDeviceRefresh") as caught:
         await require(with_libraries(compile_libraries(tmp_path, RELEASE_8_3)), NOWHERE)
-    assert "vLLM Ascend 0.13.0" in str(caught.value)
+    assert "vLLM Ascend 0.13.0rc2" in str(caught.value)
 
 
 @on_a_loop

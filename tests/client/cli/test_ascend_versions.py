@@ -64,7 +64,7 @@ def test_the_cann_that_the_doctor_sees_is_judged_by_its_functions(
     assert found.verdict is verdict
     if verdict is Verdict.PROBLEM:
         assert "RaInit in libra.so" in found.found
-        assert "vLLM Ascend 0.13.0" in found.fix
+        assert "vLLM Ascend 0.13.0rc2" in found.fix
 
 
 def test_libraries_that_do_not_load_are_named_with_the_setting() -> None:

@@ -45,6 +45,7 @@ class FakeProc:
         (directory / "ns").mkdir(parents=True, exist_ok=True)
         (directory / "fd").mkdir(exist_ok=True)
         (directory / "comm").write_text(f"{name}\n")
+        (directory / "cmdline").write_text(f"/opt/bin/{name}\0--verbose\0")
         (directory / "status").write_text(f"Name:\t{name}\nCapEff:\t{capabilities}\n")
         (directory / "mountinfo").write_text(mounts)
         for kind, target in (("mnt", namespace), ("user", user), ("pid", pids)):
@@ -124,6 +125,14 @@ def test_what_cannot_be_seen_is_said_with_what_to_do(proc: FakeProc) -> None:
     assert "root" in found.fix
 
 
+def test_nothing_is_said_of_a_process_that_only_has_the_number_of_the_broker(proc: FakeProc) -> None:
+    proc.add("10", "vllm", namespace=OTHER)
+    for pid in (10, 11):
+        found = look(proc, pid)["mount namespace"]
+        assert found.verdict is Verdict.OK
+        assert "cannot be seen from here" in found.found
+
+
 def test_who_has_a_card_open_is_listed_with_the_namespace(proc: FakeProc) -> None:
     proc.add("10", "weight-brokerd", descriptors=["/dev/davinci0", "/dev/davinci0", "/dev/davinci_manager"])
     proc.add("20", "vllm", namespace=OTHER, descriptors=["/dev/davinci0", "/dev/davinci3"])
@@ -135,6 +144,7 @@ def test_who_has_a_card_open_is_listed_with_the_namespace(proc: FakeProc) -> Non
 
 
 def test_containers_that_have_cards_are_listed_by_the_driver(proc: FakeProc) -> None:
+    proc.add("10", "weight-brokerd")
     (proc.path / "uda").mkdir()
     (proc.path / "uda/namespace_node").write_text(
         "ns_id 0 identify 1 root_tgid 1 dev_num 2 namespace 00(#), udev list:\n"

@@ -15,7 +15,7 @@ def test_a_cann_whose_functions_have_older_names_is_named_with_the_engines_that_
     assert "older than 8.5.0" in problem
     assert "no RaInit in libra.so" in problem
     assert "cards.library_path" in problem
-    assert "vLLM Ascend 0.13.0" in problem
+    assert "vLLM Ascend 0.13.0rc2" in problem
 
 
 def test_a_library_that_the_loader_does_not_find_is_named_with_the_setting() -> None:

@@ -26,6 +26,9 @@ _HOST_TGID = "1"
 
 def findings(broker_pid: int, proc: Path = PROC, smi: str = "npu-smi") -> list[Finding]:
     """`broker_pid` is 0 where no broker runs: then this process stands for a broker that is started from here."""
+    if broker_pid and not _is_broker(proc / str(broker_pid)):
+        apart = ok(_CHECK, "the broker's process cannot be seen from here: `weight-broker doctor` beside it says more")
+        return [apart, *_openers(proc)]
     process = str(broker_pid or "self")
     name = f"the broker (pid {broker_pid})" if broker_pid else "a broker started from here"
     counted = is_counted_as_container(process, proc)
@@ -43,6 +46,11 @@ def is_counted_as_container(process: str, proc: Path = PROC) -> bool | None:
         return True
     is_apart = _link(proc / "self/ns/pid") not in ("", _FIRST_PID_NAMESPACE)
     return True if is_apart or _has_image_as_root(process, proc) else None
+
+
+def _is_broker(process: Path) -> bool:
+    """Whether the broker's pid means the same process here: in another pid namespace it does not."""
+    return re.search(r"weight[-_]brokerd", _text(process / "cmdline")) is not None
 
 
 def _namespace(name: str, counted: bool | None) -> Finding:
