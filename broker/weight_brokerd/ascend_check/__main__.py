@@ -27,8 +27,8 @@ from weight_broker.demo.checkpoint import parse_size
 from weight_broker.demo.npu import report as demo_npu_report
 from weight_broker.demo.npu import run as demo_npu
 from weight_broker.demo.npu.report import CardReport
+from weight_broker.drivers import hdk
 from weight_broker.errors import BrokerError
-from weight_broker.memory.npu import driver as npu_driver
 from weight_broker.v1 import resources_pb2 as pb
 from weight_brokerd.ascend_check.steps import CardProcess, Row, Steps, measure
 from weight_brokerd.kinds.npu.settings import hccl_variables
@@ -174,7 +174,7 @@ def _report(
 def _host(host: pb.Host, framework: str) -> Iterator[tuple[str, str]]:
     yield "weight-broker", __version__
     yield "Cards", ", ".join(f"{card.device_id} {card.soc}" for card in host.cards)
-    yield "Driver", npu_driver.installed_version() or "not seen"
+    yield "Driver", hdk.installed_version() or "not seen"
     yield "CANN", _cann()
     yield "Kernel, processor", f"{platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs"
     yield "Python", platform.python_version()

@@ -234,8 +234,8 @@ class _Job:
         )
 
     async def run(self, receiver: BorrowedReceiver) -> None:
-        """Moves everything. Raises MoveFailed, CardError. When it ends no instance has the receiver's buffer mapped or copies,
-        however long that takes; `letting_go` says so of the source's."""
+        """Moves everything. Raises MoveFailed, CardError. When it ends no instance copies or has the receiver's buffer
+        mapped, however long that takes; `letting_go` says so of the source's."""
         begun = time.monotonic()
         if self._making is not None:
             try:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from weight_broker.drivers.ascend_requirements import wheel_hindrance
 from weight_brokerd.config.settings import DatasystemSettings
 from weight_brokerd.datasystem import launch
 
@@ -83,6 +84,7 @@ def wheel() -> Path:
         raise NoWheelError(
             f"the package {DISTRIBUTION} is not installed in {sys.prefix}: run pip install {DISTRIBUTION} there (there "
             "are wheels for Python 3.9 to 3.11, and 3.12 on x86_64), or set datasystem.managed = false"
+            + (f". {hindrance}" if (hindrance := wheel_hindrance()) else "")
         )
     return Path(spec.submodule_search_locations[0])
 

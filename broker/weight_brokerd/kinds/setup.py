@@ -19,6 +19,7 @@ from weight_brokerd.kinds.host.kind import HostKind
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.kind import Kind, KindEvents
 from weight_brokerd.kinds.npu.kind import NpuKind
+from weight_brokerd.kinds.npu.requirements import require
 from weight_brokerd.kinds.npu.settings import cards_configuration, why_no_cards
 from weight_brokerd.kinds.npu.worker import DatasystemWorker, ExternalWorker
 from weight_brokerd.kinds.registry import Kinds
@@ -59,6 +60,7 @@ def _npus(config: Config, runtime_directory: Path, staging: StagingConnections, 
     async def connect() -> CardsConfiguration:
         if why_not:
             raise StartError(f"{why_not}, and cards.enabled is 'on'")
+        await require(cards_configuration(config, "", 0, files))
         host, port = await worker.start()
         return cards_configuration(config, host, port, files)
 

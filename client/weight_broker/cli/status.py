@@ -28,8 +28,11 @@ def run(options: argparse.Namespace) -> ExitCode:
         output.print_json(state_to_json(state))
     else:
         console = output.console()
+        from rich.text import Text
+
         for row in renderables(state):
-            console.print(row)
+            # A line that is not for a terminal stays one line, however long it is.
+            console.print(row, soft_wrap=isinstance(row, Text) and not console.is_terminal)
     return ExitCode.DONE
 
 

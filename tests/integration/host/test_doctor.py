@@ -19,7 +19,7 @@ from weight_broker.cli.doctor import broker as doctor_broker
 from weight_broker.cli.doctor import host as doctor_host
 from weight_broker.cli.doctor.findings import Finding, Verdict
 from weight_broker.cli.main import main
-from weight_broker.memory.npu import driver as npu_driver
+from weight_broker.drivers import hdk
 
 Doctor = Callable[..., tuple[int, dict[str, tuple[str, str, str]]]]
 
@@ -135,7 +135,7 @@ def test_the_driver_is_compared_with_what_sharing_needs(tmp_path: Path, version:
     found = by_check(doctor_ascend.findings(None, devices=tmp_path, driver=information))
     assert found["Ascend driver"][0] == verdict
     if verdict == "problem":
-        assert npu_driver.SHARING_FLOOR in found["Ascend driver"][2]
+        assert hdk.SHARING_FLOOR in found["Ascend driver"][2]
 
 
 def test_device_nodes_that_are_missing_or_cannot_be_used_are_named(tmp_path: Path) -> None:

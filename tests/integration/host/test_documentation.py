@@ -20,6 +20,7 @@ from support.broker_process import BrokerProcess
 from support.documents import REPOSITORY, Command, Document, Reader, commands_in, matches
 from weight_broker.cli import failure
 from weight_broker.demo.checkpoint import ensure_checkpoint
+from weight_broker.drivers import ascend_requirements, hdk
 from weight_broker.errors import TABLE
 from weight_brokerd import __main__ as daemon
 from weight_brokerd.config import loading as config
@@ -36,7 +37,10 @@ NOT_RUN = {
     r"journalctl .*": "needs a host that systemd has booted; see tests/e2e",
     r"cd deploy/systemd": "prepares commands that are not run",
     r"pip install 'weight-broker\[broker,cli\]'": "needs a package index that has it; tests/e2e installs the wheel",
-    r"docker run .*": "needs Ascend's images and devices",
+    r"docker (run|exec) .*": "needs Ascend's images and devices",
+    r"source /usr/local/Ascend/.*": "needs CANN",
+    r"(python3 -m venv|/opt/weight-broker/bin/pip install) .*": "for a container; tests/e2e installs the wheel",
+    r"pip install weight-broker": "needs a package index that has it; tests/e2e installs the wheel",
     r"ASCEND_RT_VISIBLE_DEVICES=. vllm serve .*": "needs an NPU and vLLM",
     r"vllm serve .*": "needs vLLM; tests/e2e/vllm runs engines with the same load format",
     r"sglang serve .*": "needs SGLang; tests/e2e/sglang runs its loaders with the same load format",
@@ -186,6 +190,16 @@ def test_operations_lists_extras_that_the_wheel_has() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].keys() - {"ascend", "dev"}
     assert {unquoted(row[0]) for row in OPERATIONS.table("Wheel extra")} == extras | {"(none)"}
+
+
+def test_ascend_lists_the_floors_that_the_broker_checks() -> None:
+    oldest = {row[0]: row[1].lower() for row in DOCUMENTS["docs/ASCEND.md"].table("Part")}
+    assert oldest["Driver and firmware (HDK)"] == hdk.SHARING_FLOOR
+    assert oldest["Driver, for expandable segments"] == hdk.CHUNK_SHARING_FLOOR
+    assert oldest["CANN of the broker"] == ascend_requirements.CANN_FLOOR
+    assert oldest["openyuanrong-datasystem"] == ".".join(map(str, ascend_requirements.DATASYSTEM_FLOOR))
+    [libc] = [floor for part, floor in oldest.items() if part.startswith("glibc")]
+    assert libc == ".".join(map(str, ascend_requirements.GLIBC_FLOOR))
 
 
 def test_architecture_draws_every_room_on_its_floor() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
 
+from weight_broker.drivers import ascend_requirements
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.borrowed import BorrowedReceiver
 from weight_brokerd.cards.configuration import CardsConfiguration
@@ -52,7 +53,7 @@ class CardSupervisor:
         if self._configuration.log_directory is not None:
             self._configuration.log_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (devices, self.problem), _ = await asyncio.gather(find_devices(self._configuration), self._worker.start())
-        for device in devices:
+        for device in map(_judged, devices):
             parts = device, self._configuration, self._worker, self._hooks
             self._cards[device.identity] = _Card(device, SenderSide(*parts), ReceiverSide(*parts))
         log.info("cards_found", cards=list(self._cards), problem=self.problem)
@@ -204,6 +205,12 @@ class CardSupervisor:
                 card.senders.replace()
                 card.receivers.replace()
         self._hooks.on_health_change()
+
+
+def _judged(device: Device) -> Device:
+    """With the reason, if no card of its kind can share memory."""
+    problem = ascend_requirements.virtual_problem(device.identity) or ascend_requirements.chip_problem(device.soc)
+    return replace(device, problem=device.problem or problem)
 
 
 def _checked(key: str) -> str:

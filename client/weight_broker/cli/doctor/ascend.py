@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from weight_broker.cli import output, status_cards
+from weight_broker.cli.doctor import ascend_versions, occupation
 from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
-from weight_broker.memory.npu import driver as npu_driver
+from weight_broker.drivers import hdk
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
 
@@ -27,18 +28,18 @@ _RESTART = (
 _LOOK_AGAIN = "it is tried again; if it stays, see the broker's log"
 
 
-def findings(
-    state: State | None, *, devices: Path = Path("/dev"), driver: Path = npu_driver.VERSION_FILE
-) -> list[Finding]:
+def findings(state: State | None, *, devices: Path = Path("/dev"), driver: Path = hdk.VERSION_FILE) -> list[Finding]:
     """`devices`: where device nodes are; `driver`: the driver's version file."""
-    nodes = sorted(devices.glob("davinci[0-9]*"))
+    nodes = sorted([*devices.glob("davinci[0-9]*"), *devices.glob("vdavinci[0-9]*")])
     probed = _probe()
     cards = _cards(state)
     served = state is not None and (state.host.HasField("datasystem_worker") or bool(_npus(state)))
     if not (nodes or served or probed.get("runtime")):
         return [*cards, ok("Ascend", "no Ascend devices here")]
-    version = npu_driver.installed_version(driver)
+    version = hdk.installed_version(driver)
     found = [_runtime(probed), _driver(version), _nodes(devices, nodes, int(probed.get("devices", 0)))]
+    found += ascend_versions.findings(probed, nodes, is_served=_is_ready(state))
+    found += occupation.findings(state.host.pid if state is not None else 0)
     found += _torch_npu(probed)
     found += cards
     if state is not None and not _npus(state) and not state.host.device_problem:
@@ -83,7 +84,7 @@ def _runtime(probed: dict[str, Any]) -> Finding:
         return problem(
             "Ascend runtime",
             f"it does not have {', '.join(missing)}",
-            "upgrade CANN: 8.3.RC1 is the oldest that shares",
+            "upgrade CANN: 8.3.RC1 is the oldest that shares memory of an instance (vLLM Ascend 0.11.0)",
         )
     if words := probed.get("problem"):
         return problem("Ascend runtime", str(words), "source CANN's set_env.sh for this process and for the broker")
@@ -95,18 +96,18 @@ def _driver(version: str | None) -> Finding:
     if version is None:
         return warning(
             name,
-            f"its version cannot be seen: {npu_driver.VERSION_FILE} is not there",
-            f"mount that file into the container; the oldest driver that shares memory is {npu_driver.SHARING_FLOOR}",
+            f"its version cannot be seen: {hdk.VERSION_FILE} is not there",
+            f"mount that file into the container; the oldest driver that shares memory is {hdk.SHARING_FLOOR}",
         )
-    if npu_driver.is_below(version, npu_driver.SHARING_FLOOR):
+    if hdk.is_below(version, hdk.SHARING_FLOOR):
         return problem(
-            name, f"{version} cannot share memory between processes", f"upgrade to {npu_driver.SHARING_FLOOR} or newer"
+            name, f"{version} cannot share memory between processes", f"upgrade to {hdk.SHARING_FLOOR} or newer"
         )
-    if npu_driver.is_below(version, npu_driver.CHUNK_SHARING_FLOOR):
+    if hdk.is_below(version, hdk.CHUNK_SHARING_FLOOR):
         return warning(
             name,
             f"{version} cannot share expandable segments",
-            f"upgrade to {npu_driver.CHUNK_SHARING_FLOOR}, or set PYTORCH_NPU_ALLOC_CONF=expandable_segments:False",
+            f"upgrade to {hdk.CHUNK_SHARING_FLOOR}, or set PYTORCH_NPU_ALLOC_CONF=expandable_segments:False",
         )
     return ok(name, f"{version} shares plain allocations and expandable segments")
 
@@ -141,6 +142,10 @@ def _torch_npu(probed: dict[str, Any]) -> list[Finding]:
 
 def _npus(state: State) -> list[pb.Card]:
     return [card for card in state.host.cards if card.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
+
+
+def _is_ready(state: State | None) -> bool:
+    return state is not None and any(card.state == pb.Card.STATE_READY for card in _npus(state))
 
 
 def _cards(state: State | None) -> list[Finding]:
@@ -202,13 +207,13 @@ def _settings_of(who: str, variables: dict[str, str], command: str, version: str
     allocation = variables.get("PYTORCH_NPU_ALLOC_CONF", "")
     if "expandable_segments:true" in allocation.lower().replace(" ", ""):
         check = "expandable segments"
-        if version is not None and npu_driver.is_below(version, npu_driver.CHUNK_SHARING_FLOOR):
+        if version is not None and hdk.is_below(version, hdk.CHUNK_SHARING_FLOOR):
             found.append(
                 problem(
                     check,
                     f"{who} uses them, and driver {version} cannot share them",
                     "set PYTORCH_NPU_ALLOC_CONF=expandable_segments:False for it, or upgrade the driver to "
-                    f"{npu_driver.CHUNK_SHARING_FLOOR}",
+                    f"{hdk.CHUNK_SHARING_FLOOR}",
                 )
             )
         else:

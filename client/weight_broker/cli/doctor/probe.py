@@ -13,7 +13,7 @@ import os
 import sys
 from typing import Any
 
-from weight_broker.drivers import acl
+from weight_broker.drivers import acl, cann_symbols
 
 _NEEDED = tuple(name for name in acl.ARGUMENTS if name.startswith(("aclrtIpcMem", "aclrtMem")))
 
@@ -28,6 +28,8 @@ def main() -> dict[str, Any]:
         answer["devices"] = runtime.device_count()
     except acl.AclError as error:
         answer["problem"] = str(error)
+    if "runtime" in answer:
+        answer["cann"] = cann_symbols.look()
     if importlib.util.find_spec("torch_npu") is not None:
         try:
             answer["torch_npu"] = importlib.metadata.version("torch_npu")

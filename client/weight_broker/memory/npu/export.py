@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from weight_broker.drivers import acl as acl_module
+from weight_broker.drivers import hdk
 from weight_broker.drivers.acl import Acl, AclError, AclUnavailable, device_id
 from weight_broker.errors import PublishRefused, RetractTimeout
 from weight_broker.memory.device.describe import DescribedDeviceTensors
 from weight_broker.memory.device.tensor import Segment, SegmentKind
-from weight_broker.memory.npu import driver as npu_driver
 from weight_broker.memory.npu.registry import EXPORTS, Export
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def export_segments(
         acl = acl or acl_module.load()
     except AclUnavailable as error:
         raise PublishRefused(f"device memory cannot be shared: {error}") from error
-    version = driver_version or npu_driver.installed_version()
+    version = driver_version or hdk.installed_version()
     if described.synchronize is not None:
         described.synchronize()
     with acl.on_device(described.device_index):
@@ -197,9 +197,9 @@ def _require_shareable(segment: Segment, version: str | None) -> None:
         )
     if version is None:
         return
-    floor = npu_driver.SHARING_FLOOR if segment.kind is SegmentKind.PLAIN else npu_driver.CHUNK_SHARING_FLOOR
-    if npu_driver.is_below(version, floor):
-        other = segment.kind is SegmentKind.VMM and not npu_driver.is_below(version, npu_driver.SHARING_FLOOR)
+    floor = hdk.SHARING_FLOOR if segment.kind is SegmentKind.PLAIN else hdk.CHUNK_SHARING_FLOOR
+    if hdk.is_below(version, floor):
+        other = segment.kind is SegmentKind.VMM and not hdk.is_below(version, hdk.SHARING_FLOOR)
         fix = f" {_VMM_OFF}, or upgrade." if other else " Upgrade the driver."
         kind = "expandable segments" if segment.kind is SegmentKind.VMM else "device memory"
         raise PublishRefused(

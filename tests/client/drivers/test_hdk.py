@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_broker.memory.npu.driver import installed_version, is_below
+from weight_broker.drivers.hdk import installed_version, is_below
 
 
 @pytest.mark.parametrize(
