@@ -59,6 +59,10 @@ class ImportRegion:
     """Of a GPU's allocation; hexadecimal."""
     device_id: str = ""
     """The GPU that it is on, which may be another one than the process's own."""
+    exporter_pid: int = 0
+    """Of a GPU's allocation: the instance, in the broker's pid namespace; 0 if it cannot be seen from there."""
+    exporter_uid: int = -1
+    """-1: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
