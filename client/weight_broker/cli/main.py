@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_explain(commands)
     _add(commands, "watch", "print the state, then every change as it happens")
-    _add_answer_timeout(_add(commands, "doctor", "check what can be wrong here, and say what to do about it"))
+    _add_doctor(commands)
     _add_drain(commands)
     _add_evict(commands)
     _add_quarantine(commands)
@@ -127,6 +127,20 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="kind of memory that receives (default: that in which it is published)",
     )
     command.add_argument("--attribute", action="append", metavar="NAME=VALUE", help="engine attribute of the key")
+
+
+def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "doctor", "check what can be wrong here, and say what to do about it")
+    _add_answer_timeout(command)
+    command.add_argument(
+        "--prove",
+        nargs="?",
+        const=Path("proof.json"),
+        type=Path,
+        metavar="FILE",
+        help="instead: compare the drivers of this machine's devices with their sources, in processes that use the "
+        "devices for a minute; write FILE (proof.json) to attach to a report",
+    )
 
 
 def _add_drain(commands: _Commands[argparse.ArgumentParser]) -> None:

@@ -175,3 +175,8 @@ API int cuDeviceCanAccessPeer(int *can, int device, int peer) {
     if (!code) *can = device != peer && fault("no-peer-access") < 0;
     return code;
 }
+
+API int cuDriverGetVersion(int *version) {
+    *version = 12090;
+    return SUCCESS;
+}
