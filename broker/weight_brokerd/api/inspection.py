@@ -76,14 +76,11 @@ def host_message(control: Control, messages: Messages) -> resources_pb2.Host:
 
 
 class InspectionServicer(InspectionServiceServicer):
-    """Reads the coordinator's state."""
-
     def __init__(self, control: Control, messages: Messages) -> None:
         self._control = control
         self._messages = messages
 
     async def ListWeightSets(self, request: pb.ListWeightSetsRequest, context: Context) -> pb.ListWeightSetsResponse:
-        """See the proto."""
         weight_sets = self._control.coordinator.weight_sets
         of_model = weight_sets.of_model(request.model)
         ids = [record.key.id for record in of_model] if request.model else weight_sets.ids()
@@ -94,7 +91,6 @@ class InspectionServicer(InspectionServiceServicer):
         )
 
     async def GetWeightSet(self, request: pb.GetWeightSetRequest, context: Context) -> pb.GetWeightSetResponse:
-        """See the proto."""
         weight_set_id = validation.weight_set_id("weight_set_id", request.weight_set_id)
         record = self._control.coordinator.weight_sets.find(weight_set_id)
         if record is None:
@@ -107,7 +103,6 @@ class InspectionServicer(InspectionServiceServicer):
         return pb.GetWeightSetResponse(weight_set=self._messages.weight_set(record), layout=layout)
 
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
-        """See the proto."""
         instances = self._control.coordinator.instances
         chosen, token = _page(Listing.INSTANCES, sorted(instances), request.page_size, request.page_token)
         return pb.ListInstancesResponse(
@@ -116,7 +111,6 @@ class InspectionServicer(InspectionServiceServicer):
         )
 
     async def ListTransfers(self, request: pb.ListTransfersRequest, context: Context) -> pb.ListTransfersResponse:
-        """See the proto."""
         transfers = {
             one.transfer_id: one
             for one in self._control.coordinator.transfers.newest_first(running_only=request.running_only)
@@ -128,11 +122,9 @@ class InspectionServicer(InspectionServiceServicer):
         )
 
     async def GetHost(self, request: pb.GetHostRequest, context: Context) -> pb.GetHostResponse:
-        """See the proto."""
         return pb.GetHostResponse(host=host_message(self._control, self._messages))
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
-        """See the proto."""
         key = None
         match request.WhichOneof("weight_set"):
             case "key":
@@ -156,7 +148,6 @@ class InspectionServicer(InspectionServiceServicer):
         return kind
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
-        """See the proto."""
         watcher = self._control.watch.open()
         on_end(context, lambda: self._control.watch.leave(watcher))
         async for part in self._snapshot():

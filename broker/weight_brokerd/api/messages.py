@@ -104,7 +104,6 @@ class Messages:
         return _duration(self._control.loop.now() - clock_time)
 
     def instance(self, instance: Instance) -> pb.Instance:
-        """An instance."""
         return pb.Instance(
             instance_id=instance.instance_id,
             host_id=self._control.coordinator.host_id,
@@ -119,7 +118,6 @@ class Messages:
         )
 
     def publication(self, publication: Publication) -> pb.Publication:
-        """A publication."""
         return pb.Publication(
             publication_id=publication.publication_id,
             weight_set_id=publication.weight_set_id,
@@ -144,7 +142,6 @@ class Messages:
         )
 
     def lease(self, lease: ColdLoadLease) -> pb.ColdLoadLease:
-        """A cold-load lease."""
         return pb.ColdLoadLease(
             weight_set_id=lease.weight_set_id,
             fencing_token=lease.fencing_token,
@@ -158,7 +155,6 @@ class Messages:
         )
 
     def weight_set(self, record: WeightSetRecord) -> pb.WeightSet:
-        """A weight set with its publications."""
         publications = self._control.coordinator.publications.of_weight_set(record.key.id)
         return pb.WeightSet(
             weight_set_id=record.key.id,
@@ -170,7 +166,6 @@ class Messages:
         )
 
     def transfer(self, transfer: Transfer) -> pb.Transfer:
-        """A transfer."""
         source = transfer.publication
         ended = transfer.state is not TransferState.RUNNING
         return pb.Transfer(
@@ -200,7 +195,6 @@ class Messages:
         )
 
     def worker(self, health: WorkerHealth) -> pb.DatasystemWorker:
-        """A datasystem worker."""
         return pb.DatasystemWorker(
             address=health.address,
             reachable=health.is_reachable,
@@ -209,7 +203,6 @@ class Messages:
         )
 
     def card(self, kind: str, health: CardHealth) -> pb.Card:
-        """A device."""
         return pb.Card(
             device_id=health.identity,
             device_kind=_device_kind(kind),
@@ -242,7 +235,6 @@ class Messages:
         )
 
     def explanation(self, explanation: Explanation) -> inspection.ExplainResponse:
-        """An explanation."""
         return inspection.ExplainResponse(
             weight_set_id=explanation.weight_set_id,
             key=key_to_wire(explanation.key) if explanation.key is not None else None,

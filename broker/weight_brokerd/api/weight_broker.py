@@ -40,8 +40,6 @@ _WAIT_REASONS = {
 
 
 class WeightBrokerServicer(WeightBrokerServiceServicer):
-    """Validates, identifies, asks the control plane, answers."""
-
     def __init__(
         self, control: Control, messages: Messages, *, maximum_wait_seconds: float, lease_seconds: float
     ) -> None:
@@ -53,7 +51,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         self._numbers = itertools.count(1)
 
     async def Acquire(self, request: pb.AcquireRequest, context: Context) -> AsyncIterator[pb.AcquireResponse]:
-        """See the proto."""
         session = identify(self._control, context)
         kind = await acquire_request.receiving_kind(request, self._control.kinds)
         call = self._call(session.instance_id, context)
@@ -99,7 +96,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                     raise error
 
     async def ReportTransfer(self, request: pb.ReportTransferRequest, context: Context) -> pb.ReportTransferResponse:
-        """See the proto."""
         session = identify(self._control, context)
         transfer_id = text("transfer_id", request.transfer_id)
         match request.WhichOneof("outcome"):
@@ -115,7 +111,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         return pb.ReportTransferResponse()
 
     async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:
-        """See the proto."""
         session = identify(self._control, context)
         kind = await publish_request.published_kind(request, self._control.kinds)
         offer, memory = publish_request.offer(request, session.instance_id, self._layouts, kind)
@@ -123,7 +118,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         return pb.PublishResponse(publication=self._messages.publication(publication))
 
     async def Retract(self, request: pb.RetractRequest, context: Context) -> pb.RetractResponse:
-        """See the proto."""
         session = identify(self._control, context)
         publication_id = text("publication_id", request.publication_id)
         remaining = context.time_remaining()
@@ -139,7 +133,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         return pb.RetractResponse(publication=self._messages.publication(publication))
 
     async def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:
-        """See the proto."""
         session = identify(self._control, context)
         weight_set_id = validation.weight_set_id("weight_set_id", request.weight_set_id)
         held = (session.instance_id, weight_set_id, request.fencing_token)

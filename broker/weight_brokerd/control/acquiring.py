@@ -112,7 +112,6 @@ class Acquiring:
     # Ports
 
     def answer(self, answer: decide.Answer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         match answer:
             case decide.Grant(acquisition_id, transfer):
                 self._mailboxes.post(acquisition_id, Granted(transfer, self._reserved[transfer.transfer_id]))
@@ -122,7 +121,6 @@ class Acquiring:
                 self._mailboxes.post(acquisition_id, answer)
 
     def reserve(self, transfer: Transfer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         publication = transfer.publication
         memory = self._kinds.of(publication.device_kind).grant(transfer)
         # Serialized messages that follow each other are one message with the fields of both.
@@ -130,7 +128,6 @@ class Acquiring:
         self._loop.carry_out(self._loop.coordinator.reserved(transfer.transfer_id))
 
     def move(self, transfer: Transfer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         acquisition = self._loop.coordinator.acquisitions.find(transfer.acquisition_id)
         if acquisition is None or acquisition.transfer_id != transfer.transfer_id:
             return  # it ended while this decision was queued
@@ -139,7 +136,6 @@ class Acquiring:
         self._movements.start(transfer, self._publishing.place_of(transfer.publication), destination, timeout, self)
 
     def end(self, transfer: Transfer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._reserved.pop(transfer.transfer_id, None)
         self._movements.stop(transfer)
         self._kinds.of(transfer.publication.device_kind).end(transfer)

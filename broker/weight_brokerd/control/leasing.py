@@ -58,11 +58,9 @@ class Leasing:
     # Ports
 
     def claim(self, weight_set_id: str, instance_id: str) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._loop.spawn(self._claim(weight_set_id, instance_id))
 
     def give_back(self, lease: ColdLoadLease) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._loop.spawn(self._give_back(lease))
 
     async def _claim(self, weight_set_id: str, instance_id: str) -> None:

@@ -112,11 +112,9 @@ class Publishing:
     # Ports
 
     def hold(self, publication: Publication) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._residency.hold(publication, self._offered[publication.publication_id].place)
 
     def release(self, publication: Publication) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._offered.pop(publication.publication_id, None)
         gone = self._gone.pop(publication.publication_id, None)
         if gone is not None:

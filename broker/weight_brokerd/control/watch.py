@@ -43,22 +43,18 @@ class Watcher:
         return changes
 
     def close(self) -> None:
-        """Ends the call."""
         self.closed = True
         self._wake.set()
 
     def mark_weight_set(self, weight_set_id: str) -> None:
-        """A weight set changed."""
         self._changes.weight_sets[weight_set_id] = None
         self._changed(self._changes.weight_sets)
 
     def mark_instance(self, instance_id: str) -> None:
-        """An instance changed."""
         self._changes.instances[instance_id] = None
         self._changed(self._changes.instances)
 
     def mark_transfer(self, transfer: Transfer) -> None:
-        """A transfer changed."""
         self._changes.transfers[transfer.transfer_id] = transfer
         self._changed(self._changes.transfers)
 
@@ -94,16 +90,13 @@ class WatchHub:
             watcher.close()
 
     def mark_weight_set(self, weight_set_id: str) -> None:
-        """A weight set changed."""
         for watcher in self._watchers:
             watcher.mark_weight_set(weight_set_id)
 
     def mark_instance(self, instance_id: str) -> None:
-        """An instance changed."""
         for watcher in self._watchers:
             watcher.mark_instance(instance_id)
 
     def mark_transfer(self, transfer: Transfer) -> None:
-        """A transfer changed."""
         for watcher in self._watchers:
             watcher.mark_transfer(transfer)
