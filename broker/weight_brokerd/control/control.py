@@ -57,11 +57,11 @@ class Control:
 
     @property
     def wall_offset(self) -> float:
-        """Add it to a time of the broker's clock for the time of day, as it is told now."""
+        """Time of day minus the broker's clock, now."""
         return time.time() - self.loop.now()
 
     async def end_movements(self) -> None:
-        """End what the broker moves, holds and releases."""
+        """End all movements, and what holds or releases memory."""
         await self._movements.close()
         await self.publishing.close()
 
@@ -74,7 +74,7 @@ class Control:
             self._timer.cancel()
 
     def counts(self) -> Counts:
-        """How much there is of everything."""
+
         core = self.coordinator
         return Counts(
             instances=len(core.instances),
