@@ -1,4 +1,4 @@
-"""AdministrationService: what administrators change."""
+"""AdministrationService: changes by administrators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""InspectionService: what operators read."""
+"""InspectionService: listings, explanations and Watch for operators."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ DEFAULT_PAGE_SIZE = 100
 MAXIMUM_PAGE_SIZE = 1000
 CHANGES_PER_MESSAGE = 500
 CHANGES_PER_STEP = 50
-"""Changes that are built before others get their turn, a publication of a weight set counted as one."""
+"""Changes that are built before other calls get their turn. Every publication of a weight set counts."""
 MAXIMUM_UINT64 = (1 << 64) - 1
 
 _REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
 
 
 class Listing(enum.Enum):
-    """What is listed; a token of one list is not one of another."""
+    """The lists; a page token of one list is not valid for another."""
 
     WEIGHT_SETS = "w"
     INSTANCES = "i"
@@ -112,8 +112,8 @@ class InspectionServicer(InspectionServiceServicer):
 
     async def ListTransfers(self, request: pb.ListTransfersRequest, context: Context) -> pb.ListTransfersResponse:
         transfers = {
-            one.transfer_id: one
-            for one in self._control.coordinator.transfers.newest_first(running_only=request.running_only)
+            transfer.transfer_id: transfer
+            for transfer in self._control.coordinator.transfers.newest_first(running_only=request.running_only)
         }
         chosen, token = _page(Listing.TRANSFERS, list(transfers), request.page_size, request.page_token)
         return pb.ListTransfersResponse(
@@ -159,21 +159,21 @@ class InspectionServicer(InspectionServiceServicer):
                     yield part
                 continue
             changed = [
-                *(partial(self._weight_set, one) for one in changes.weight_sets),
-                *(partial(self._instance, one) for one in changes.instances),
-                *(partial(self._transfer, one) for one in changes.transfers.values()),
+                *(partial(self._weight_set, weight_set_id) for weight_set_id in changes.weight_sets),
+                *(partial(self._instance, instance_id) for instance_id in changes.instances),
+                *(partial(self._transfer, transfer) for transfer in changes.transfers.values()),
             ]
             for start in range(0, len(changed), CHANGES_PER_MESSAGE):
                 yield pb.WatchResponse(changes=await _built(changed[start : start + CHANGES_PER_MESSAGE]))
 
     async def _snapshot(self) -> AsyncIterator[pb.WatchResponse]:
-        """Everything that there is now, each thing as it is when its part is built. What changes meanwhile has been
-        marked for the watcher and comes after it; what is gone by then is left out."""
+        """The full state, each thing in its state when its part is built. Things that are gone by then are left out.
+        Changes meanwhile are marked for the watcher and follow the snapshot."""
         core = self._control.coordinator
         present = [
-            *(partial(self._weight_set, one.key.id) for one in core.weight_sets),
-            *(partial(self._instance, one) for one in core.instances),
-            *(partial(self._transfer, one) for one in core.transfers.newest_first(running_only=True)),
+            *(partial(self._weight_set, record.key.id) for record in core.weight_sets),
+            *(partial(self._instance, instance_id) for instance_id in core.instances),
+            *(partial(self._transfer, transfer) for transfer in core.transfers.newest_first(running_only=True)),
         ]
         for start in range(0, max(len(present), 1), CHANGES_PER_MESSAGE):
             end = start + CHANGES_PER_MESSAGE
@@ -199,7 +199,7 @@ class InspectionServicer(InspectionServiceServicer):
 
 
 async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: bool = False) -> list[pb.Change]:
-    """The changes as they are now; others get their turn between them, however many there are."""
+    """Build the changes now; other calls get their turn in between."""
     built: list[pb.Change] = []
     weight = 0
     for build in changes:
@@ -214,9 +214,9 @@ async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: b
 
 
 def _page(listing: Listing, ids: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:
-    """The ids of one page and the token of the next. `ids` are sorted; those of transfers by their number, the newest
-    first. The token names the last id of the page before, so that members that come and go between two pages neither
-    repeat nor hide others. Raises `InvalidArgument`."""
+    """The ids of one page and the token of the next. `ids` are sorted; transfers by their number, the newest first. The
+    token names the last id of the page before, so members that come and go between two pages neither repeat nor hide
+    others. Raises `InvalidArgument`."""
     if not 0 <= page_size <= MAXIMUM_PAGE_SIZE:
         raise InvalidArgument("page_size", page_size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAXIMUM_PAGE_SIZE}")
     size = page_size or DEFAULT_PAGE_SIZE
@@ -234,7 +234,7 @@ def _page(listing: Listing, ids: Sequence[str], page_size: int, page_token: str)
 
 def _start(listing: Listing, ids: Sequence[str], last: str) -> int:
     if listing is Listing.TRANSFERS:
-        return bisect.bisect_right(ids, -_number(last), key=lambda one: -_number(one))
+        return bisect.bisect_right(ids, -_number(last), key=lambda transfer_id: -_number(transfer_id))
     return bisect.bisect_right(ids, last)
 
 
@@ -247,7 +247,7 @@ def _token(listing: Listing, last: str) -> str:
 
 
 def _last_id(listing: Listing, token: str) -> str:
-    """The id in a token; raises ValueError (as its kinds binascii.Error and UnicodeError) if that is none."""
+    """The id in a token; raises ValueError, also as binascii.Error or UnicodeError, for an invalid token."""
     name, _, last = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode().partition(":")
     if name != listing.value:
         raise binascii.Error("a token of another list")

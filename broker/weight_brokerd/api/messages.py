@@ -1,4 +1,4 @@
-"""The domain's things as messages of the wire."""
+"""Domain values as messages of the wire."""
 
 from __future__ import annotations
 
@@ -88,19 +88,19 @@ _OUTCOMES = {
 
 
 class Messages:
-    """Builds messages; knows how the broker's clock relates to the time of day."""
+    """Builds messages; converts the broker's clock to the time of day."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
 
     def time(self, clock_time: float) -> Timestamp:
-        """The time of day of a time of the broker's clock."""
+        """The time of day of a reading of the broker's clock."""
         timestamp = Timestamp()
         timestamp.FromNanoseconds(int((clock_time + self._control.wall_offset) * 1e9))
         return timestamp
 
     def since(self, clock_time: float) -> Duration:
-        """How long ago a time of the broker's clock is."""
+        """The time since a reading of the broker's clock."""
         return _duration(self._control.loop.now() - clock_time)
 
     def instance(self, instance: Instance) -> pb.Instance:
@@ -187,7 +187,7 @@ class Messages:
         )
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> service.Moved:
-        """What the broker did of a transfer."""
+        """The broker's part of a transfer."""
         return service.Moved(
             transfer_id=transfer.transfer_id,
             size_bytes=transfer.publication.layout.content_bytes,
@@ -219,7 +219,7 @@ class Messages:
         )
 
     def report(self, transfer: Transfer, arrival: Arrival) -> pb.TransferReport:
-        """What a transfer did, as its receiver measured it."""
+        """The receiver's report of a transfer."""
         source = transfer.publication
         return pb.TransferReport(
             transfer_id=transfer.transfer_id,
@@ -240,7 +240,7 @@ class Messages:
             key=key_to_wire(explanation.key) if explanation.key is not None else None,
             outcome=_OUTCOMES[explanation.outcome],
             summary=explanation.summary,
-            candidates=[self._candidate(one, explanation) for one in explanation.selection.candidates],
+            candidates=[self._candidate(candidate, explanation) for candidate in explanation.selection.candidates],
             cold_load_lease=self.lease(explanation.lease) if explanation.lease is not None else None,
             waiting_count=explanation.waiting_count,
             near_misses=[

@@ -1,4 +1,4 @@
-"""Puts the servicers on a server."""
+"""Adds the broker's servicers to a server."""
 
 from __future__ import annotations
 

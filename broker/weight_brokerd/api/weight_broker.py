@@ -1,4 +1,4 @@
-"""WeightBrokerService: what attached instances call."""
+"""WeightBrokerService: the calls of attached instances."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             instance_id=session.instance_id,
             weight_set_id=acquisition.key.id,
         )
-        # However the call ends - done, cancelled, past its deadline - its reader slot is free then.
+        # Every end of the call - done, cancelled, past its deadline - frees its reader slot.
         on_end(context, lambda: self._control.acquiring.end_call(acquisition_id))
         mailbox = self._control.acquiring.begin(acquisition, destination)
         logger.info("acquire", model=acquisition.key.model, if_absent=str(acquisition.if_absent))
@@ -84,7 +84,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                 case decide.LoadFromDisk(_, lease):
                     logger.info("cold_load", fencing_token=lease.fencing_token)
                     yield pb.AcquireResponse(cold_load=pb.ColdLoad(cold_load_lease=self._messages.lease(lease)))
-                    # Of a call that ends before its answer is on its way, nobody comes here: the lease goes on then.
+                    # Not reached if the call ends before its answer is sent: then the next waiter gets the lease.
                     self._control.acquiring.confirm_lease(acquisition_id)
                     return
                 case decide.Complete(_, transfer, arrival):
@@ -122,12 +122,12 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         publication_id = text("publication_id", request.publication_id)
         remaining = context.time_remaining()
         try:
-            # A little less than the caller has, so that it hears the reason instead of gRPC's own deadline.
+            # A little less than the caller's deadline, so that the caller gets the reason and not DEADLINE_EXCEEDED.
             async with asyncio.timeout(remaining * _SHARE_OF_DEADLINE if remaining is not None else None):
                 publication = await self._control.publishing.retract(session.instance_id, publication_id)
         except TimeoutError:
             raise RetractTimeout(
-                f"publication {publication_id} still has readers; no new ones are let in, call again",
+                f"publication {publication_id} still has readers and takes no new ones; call again",
                 metadata={"publication_id": publication_id},
             ) from None
         return pb.RetractResponse(publication=self._messages.publication(publication))
