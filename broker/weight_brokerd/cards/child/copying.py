@@ -34,7 +34,7 @@ class CopyingWork:
         return messages.Done()
 
     def close(self) -> None:
-        """Gives back what can be given back."""
+        """Unmaps and frees all that can be."""
         self._memory.close_all()
 
     def figures(self) -> messages.Figures:

@@ -67,7 +67,7 @@ class Work(CopyingWork):
         return messages.Done()
 
     def close(self) -> None:
-        """Gives back what can be given back."""
+        """Unmaps and frees all that can be."""
         for key in list(self._offers):
             self._withdraw(key, 200)
         for _, key in self._fetched:

@@ -74,7 +74,7 @@ class HostKind:
         return place.granted
 
     def end(self, transfer: Transfer) -> None:
-        """The receiver has copied or mapped the memory, or has given up."""
+        """The receiver copied or mapped the memory, or gave up."""
         self._regions.release(transfer.transfer_id)
 
     def route(self, source: Place, destination: Place) -> DataPlane:
