@@ -28,12 +28,10 @@ except ModuleNotFoundError as missing:
 
 
 class ExitCode(enum.IntEnum):
-    """How the process ends."""
-
     STOPPED = 0
-    """It was told to stop and did."""
+    """A signal stopped the broker."""
     FAILED = 1
-    """It could not start; the message says why."""
+    """The broker could not start; the message says why."""
     WRONG_CONFIGURATION = 2
     """A setting or an argument is wrong."""
     ALREADY_RUNNING = 3
@@ -47,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--config", type=Path, metavar="FILE", help="settings (TOML); WEIGHT_BROKER_SECTION_KEY variables win over it"
     )
     parser.add_argument("--version", action="version", version=f"weight-brokerd {__version__}")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        settings = config.load(given.config)
+        settings = config.load(options.config)
     except config.ConfigError as error:
         return _give_up(str(error), ExitCode.WRONG_CONFIGURATION)
     log.configure(settings.log.level, settings.log.format)
@@ -59,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         directory = RuntimeDirectory(settings.broker)
         directory.prepare()
         with _lock(directory) as lock:
-            asyncio.run(_serve(settings, given.config, directory, lock), debug=False)
+            asyncio.run(_serve(settings, options.config, directory, lock), debug=False)
     except AlreadyRunningError as error:
         return _give_up(str(error), ExitCode.ALREADY_RUNNING)
     except (BrokerError, OSError, StartError) as error:
@@ -78,7 +76,7 @@ def _lock(directory: RuntimeDirectory) -> RuntimeLock:
 
 
 async def _serve(settings: config.Config, path: Path | None, directory: RuntimeDirectory, lock: RuntimeLock) -> None:
-    # gRPC's core writes its own lines to stderr, into the middle of the log, unless told otherwise before the import.
+    # Set before the import: gRPC's core otherwise writes its own lines to stderr, into the middle of the log.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from weight_brokerd.daemon.application import Application
 

@@ -25,13 +25,13 @@ from weight_brokerd.kinds.registry import KindNotServed, Kinds
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What of a call is not in its request."""
+    """The facts of a call that are not in its request."""
 
     acquisition_id: str
     instance_id: str
     begun_at: float
     wait_seconds: float
-    """The most that it may wait, whatever the request says."""
+    """The longest wait, also if the request asks for more."""
     peer: PeerCredentials | None = None
     """The instance as the kernel knows it."""
 
@@ -52,7 +52,7 @@ async def receiving_kind(request: weight_broker_service_pb2.AcquireRequest, kind
 def acquisition(
     request: weight_broker_service_pb2.AcquireRequest, call: Call, layouts: LayoutCache, kind: Kind
 ) -> tuple[Acquisition, Place]:
-    """What an instance asks for, and where it is to lie: nowhere if the instance copies for itself."""
+    """The acquisition, and its destination: an empty place if the instance copies for itself."""
     text("request_id", request.request_id)
     key = key_from_wire(request.key)
     path = fields.path(request.path)
@@ -67,7 +67,7 @@ def acquisition(
     rank = None
     if request.HasField("load_group"):
         rank = fields.rank_of_group(request.load_group, request.assembly_timeout)
-    asked = Acquisition(
+    begun = Acquisition(
         acquisition_id=call.acquisition_id,
         key=key,
         layout=layout,
@@ -80,7 +80,7 @@ def acquisition(
         deadline=call.begun_at + wait,
         rank=rank,
     )
-    return asked, destination
+    return begun, destination
 
 
 def _destination(
@@ -111,7 +111,7 @@ def _destination(
 
 
 def _require_own_copy(request: weight_broker_service_pb2.AcquireRequest) -> None:
-    """Host memory is filled by its owner, and has no other path."""
+    """Its owner fills host memory; there is no other path."""
     if request.device_id:
         raise InvalidArgument("device_id", request.device_id, "empty for host memory")
     if request.regions or request.placements:

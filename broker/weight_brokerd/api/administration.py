@@ -1,4 +1,4 @@
-"""AdministrationService: what administrators change."""
+"""AdministrationService: changes by administrators."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ MAXIMUM_DRAIN_SECONDS = 24 * 3600.0
 
 
 class AdministrationServicer(AdministrationServiceServicer):
-    """Lets administrators act."""
-
     def __init__(self, control: Control, messages: Messages, *, admin_gid: int | None, drain_seconds: float) -> None:
         self._control = control
         self._messages = messages
@@ -32,7 +30,6 @@ class AdministrationServicer(AdministrationServiceServicer):
         self._drain_seconds = drain_seconds
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
-        """See the proto."""
         instance_id = self._authorise(context)
         timeout_seconds = self._drain_seconds
         if request.HasField("timeout"):
@@ -46,13 +43,11 @@ class AdministrationServicer(AdministrationServiceServicer):
         return pb.DrainResponse(host=host_message(self._control, self._messages))
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
-        """See the proto."""
         instance_id = self._authorise(context)
         publication = self._control.publishing.evict(instance_id, text("publication_id", request.publication_id))
         return pb.EvictResponse(publication=self._messages.publication(publication))
 
     async def Quarantine(self, request: pb.QuarantineRequest, context: Context) -> pb.QuarantineResponse:
-        """See the proto."""
         instance_id = self._authorise(context)
         publication_id = text("publication_id", request.publication_id)
         reason = text("reason", request.reason, limit=MAX_REASON_CHARACTERS)

@@ -1,4 +1,4 @@
-"""Who calls, whether the caller may, and what happens when the call ends."""
+"""The caller's identity and rights, and the end of a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weight_brokerd.control.control import Control
 
 
 def on_end(context: grpc.aio.ServicerContext[Any, Any], action: Callable[[], None]) -> None:
-    """Calls `action` once the call is over, however it ended: answered, cancelled, past its deadline, or cut off."""
+    """Calls `action` once the call is over: answered, cancelled, past its deadline or cut off."""
 
     def ended(_: grpc.aio.ServicerContext[Any, Any]) -> None:
         action()

@@ -1,7 +1,7 @@
 """One place where errors become gRPC statuses.
 
 A `BrokerError` travels as the code that `weight_broker.errors.TABLE` gives for its reason, with google.rpc.ErrorInfo.
-Anything else is a defect: it is logged here, and the caller hears only that there was one.
+Any other exception is an internal error: the log gets the exception, the caller a message without it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from weight_broker.errors import (
 
 log = structlog.get_logger()
 
-# A status travels in HTTP/2 headers, of which a gRPC client takes 8 KiB. The message is in there twice, once with every
-# byte that is not ASCII written as three; the metadata, and what is said of a field, once, in base64.
+# A status travels in HTTP/2 headers, of which a gRPC client takes 8 KiB. They hold the message twice, once with every
+# byte that is not ASCII written as three, and the metadata and the field violation once, in base64.
 _MESSAGE_BYTES = 900
 _METADATA_BYTES = 1536
 
@@ -67,7 +67,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/weight_broker."):
             return handler
-        # Without a deserializer here: what gRPC's own makes of bytes that are no message is UNKNOWN and its exception.
+        # No deserializer: gRPC answers bytes that it cannot parse with UNKNOWN and the text of the exception.
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
                 _wrap_unary(handler.unary_unary, handler.request_deserializer), None, handler.response_serializer
@@ -85,8 +85,8 @@ def _wrap_unary(method: Any, parse: Any) -> Any:
             await context.abort_with_status(to_status(error))
         except grpc.aio.AbortError:
             raise
-        except Exception as error:  # noqa: BLE001 - the last line of defence: a defect must not leak its text
-            await context.abort_with_status(to_status(_defect(error)))
+        except Exception as error:  # noqa: BLE001 - of any kind: the caller must not see its text
+            await context.abort_with_status(to_status(_internal_error(error)))
 
     return call
 
@@ -101,7 +101,7 @@ def _wrap_stream(method: Any, parse: Any) -> Any:
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001 - as above
-            await context.abort_with_status(to_status(_defect(error)))
+            await context.abort_with_status(to_status(_internal_error(error)))
 
     return call
 
@@ -115,9 +115,9 @@ def _parsed(request: bytes, parse: Callable[[bytes], object]) -> object:
         ) from None
 
 
-def _defect(error: Exception) -> BrokerError:
+def _internal_error(error: Exception) -> BrokerError:
     log.error("internal_error", exc_info=error)
-    return from_reason(Reason.INTERNAL, "the broker failed; its log says how")
+    return from_reason(Reason.INTERNAL, "the broker failed; load from disk and report the broker's log")
 
 
 def _cut(text: str, limit: int) -> str:

@@ -55,7 +55,7 @@ def seconds(field: str, value: Duration, *, limit: float) -> float:
 
 
 def if_absent(value: weight_broker_service_pb2.IfAbsent.ValueType) -> IfAbsent:
-    """What to do if nobody holds the weight set."""
+    """What to do if no instance holds the weight set."""
     found = _IF_ABSENT.get(value)
     if found is None:
         raise InvalidArgument("if_absent", value, "IF_ABSENT_FAIL, IF_ABSENT_WAIT or IF_ABSENT_LOAD")
@@ -63,7 +63,7 @@ def if_absent(value: weight_broker_service_pb2.IfAbsent.ValueType) -> IfAbsent:
 
 
 def path(value: resources_pb2.TransferPath.ValueType) -> TransferPath:
-    """How the bytes are to reach the receiver."""
+    """How the bytes reach the receiver."""
     found = _PATHS.get(value)
     if found is None:
         raise InvalidArgument("path", value, "TRANSFER_PATH_COPY, TRANSFER_PATH_ZERO_COPY or TRANSFER_PATH_STAGED")
@@ -79,7 +79,7 @@ def cause(value: weight_broker_service_pb2.TransferFailed.Cause.ValueType) -> Fa
 
 
 def arrival(message: weight_broker_service_pb2.TransferSucceeded) -> Arrival:
-    """What a receiver reports of a transfer that succeeded."""
+    """The receiver's report of a transfer that succeeded."""
     verified = coverage_from_wire(message.verified)
     if verified is None:
         raise InvalidArgument("succeeded.verified", message.verified, "DIGEST_COVERAGE_FULL or _SAMPLED")
@@ -110,7 +110,7 @@ def rank_of_group(message: weight_set_pb2.LoadGroup, assembly_timeout: Duration 
 
 
 def _duration(field: str, value: Duration) -> float:
-    """In seconds; google.protobuf.Duration has more forms for a negative one than for others, and none is wanted."""
+    """Seconds. Refuses every form in which google.protobuf.Duration writes a negative duration."""
     if not 0 <= value.nanos < 1_000_000_000 or value.seconds < 0:
         shown = f"{value.seconds} s and {value.nanos} ns"
         raise InvalidArgument(field, shown, "a duration of 0 or more, with less than a second of nanoseconds")

@@ -1,7 +1,7 @@
 """grpc.health.v1.Health and reflection, as gRPC's own tools expect them.
 
-grpcio's own health servicer sends while it holds the lock that a change of status needs: one Watch that nobody reads
-would keep that status as it is, and the broker from stopping. Nor does it ever end a Watch.
+grpcio's health servicer is not used: it sends while it holds the lock that a change of status needs, so a Watch without
+a reader would block the change and the broker's stop; and it never ends a Watch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """The statuses, and whoever watches them."""
+    """The statuses and their watchers."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
@@ -27,19 +27,19 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._ending = False
 
     def set(self, service: str, status: int) -> None:
-        """Changes a status; every watcher hears of it as soon as it can."""
+        """Change a status; watchers get their latest status, not every change."""
         self._statuses[service] = status
         for watcher in self._watchers:
             watcher.set()
 
     def end_watches(self) -> None:
-        """Ends all Watch calls, those to come too, once they have sent the last status."""
+        """End all Watch calls, also later ones, once they have sent the last status."""
         self._ending = True
         for watcher in self._watchers:
             watcher.set()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
-        """The status now; NOT_FOUND for a service that there is not."""
+        """The status now; NOT_FOUND for an unknown service."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
@@ -48,7 +48,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """The status now and whenever it changes; of a service that there is not, that it is unknown."""
+        """The status now and after every change; SERVICE_UNKNOWN for an unknown service."""
         changed = asyncio.Event()
         self._watchers.add(changed)
         last = None
@@ -74,7 +74,7 @@ def _response(status: int) -> health_pb2.HealthCheckResponse:
 
 
 LIVENESS = "liveness"
-"""Serving as long as the process answers, also while it drains: for probes that restart what does not."""
+"""Serving while the process answers, also during a drain: for probes that restart a process that hangs."""
 
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
@@ -90,33 +90,33 @@ class Health:
         self._servicer = HealthServicer()
 
     def serve(self, server: grpc.aio.Server) -> None:
-        """Adds the service; everything is NOT_SERVING except the process."""
+        """Add the service; only the process itself is SERVING."""
         self._servicer.set(LIVENESS, SERVING)
         self.stop_serving()
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     def start_serving(self) -> None:
-        """New work is welcome."""
+        """The broker takes new work."""
         for name in self._names:
             self._servicer.set(name, SERVING)
 
     def stop_serving(self) -> None:
-        """No new work, please."""
+        """The broker takes no new work."""
         for name in self._names:
             self._servicer.set(name, NOT_SERVING)
 
     def set_card(self, device_id: str, ready: bool) -> None:
-        """Health of one card, as service "card/npu:0". The broker serves without it."""
+        """Set the health of one card, service "card/npu:0". The broker also serves without the card."""
         self._servicer.set(f"card/{device_id}", SERVING if ready else NOT_SERVING)
 
     def end_watches(self) -> None:
-        """Ends the calls of those who watch; what was set before has been sent to them."""
+        """End all Watch calls, once they have sent the last status."""
         self._servicer.end_watches()
 
 
 def add_reflection(server: grpc.aio.Server, service_names: Iterable[str]) -> None:
-    """Adds reflection in both versions: grpcio has v1alpha only, whose messages are those of v1."""
-    # v1 itself is not listed: nothing here has its schema, and tools that list methods stop at a service without one.
+    """Adds reflection in both versions. grpcio has only v1alpha, with the same messages as v1."""
+    # v1 is not listed: its schema is not here, and tools that list methods stop at a service without a schema.
     names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     handler = grpc.stream_stream_rpc_method_handler(

@@ -1,4 +1,4 @@
-"""InspectionService: what operators read."""
+"""InspectionService: listings, explanations and Watch for operators."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ DEFAULT_PAGE_SIZE = 100
 MAXIMUM_PAGE_SIZE = 1000
 CHANGES_PER_MESSAGE = 500
 CHANGES_PER_STEP = 50
-"""Changes that are built before others get their turn, a publication of a weight set counted as one."""
+"""Changes that are built before other calls get their turn. Every publication of a weight set counts."""
 MAXIMUM_UINT64 = (1 << 64) - 1
 
 _REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
 
 
 class Listing(enum.Enum):
-    """What is listed; a token of one list is not one of another."""
+    """The lists; a page token of one list is not valid for another."""
 
     WEIGHT_SETS = "w"
     INSTANCES = "i"
@@ -76,14 +76,11 @@ def host_message(control: Control, messages: Messages) -> resources_pb2.Host:
 
 
 class InspectionServicer(InspectionServiceServicer):
-    """Reads the coordinator's state."""
-
     def __init__(self, control: Control, messages: Messages) -> None:
         self._control = control
         self._messages = messages
 
     async def ListWeightSets(self, request: pb.ListWeightSetsRequest, context: Context) -> pb.ListWeightSetsResponse:
-        """See the proto."""
         weight_sets = self._control.coordinator.weight_sets
         of_model = weight_sets.of_model(request.model)
         ids = [record.key.id for record in of_model] if request.model else weight_sets.ids()
@@ -94,7 +91,6 @@ class InspectionServicer(InspectionServiceServicer):
         )
 
     async def GetWeightSet(self, request: pb.GetWeightSetRequest, context: Context) -> pb.GetWeightSetResponse:
-        """See the proto."""
         weight_set_id = validation.weight_set_id("weight_set_id", request.weight_set_id)
         record = self._control.coordinator.weight_sets.find(weight_set_id)
         if record is None:
@@ -107,7 +103,6 @@ class InspectionServicer(InspectionServiceServicer):
         return pb.GetWeightSetResponse(weight_set=self._messages.weight_set(record), layout=layout)
 
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
-        """See the proto."""
         instances = self._control.coordinator.instances
         chosen, token = _page(Listing.INSTANCES, sorted(instances), request.page_size, request.page_token)
         return pb.ListInstancesResponse(
@@ -116,10 +111,9 @@ class InspectionServicer(InspectionServiceServicer):
         )
 
     async def ListTransfers(self, request: pb.ListTransfersRequest, context: Context) -> pb.ListTransfersResponse:
-        """See the proto."""
         transfers = {
-            one.transfer_id: one
-            for one in self._control.coordinator.transfers.newest_first(running_only=request.running_only)
+            transfer.transfer_id: transfer
+            for transfer in self._control.coordinator.transfers.newest_first(running_only=request.running_only)
         }
         chosen, token = _page(Listing.TRANSFERS, list(transfers), request.page_size, request.page_token)
         return pb.ListTransfersResponse(
@@ -128,11 +122,9 @@ class InspectionServicer(InspectionServiceServicer):
         )
 
     async def GetHost(self, request: pb.GetHostRequest, context: Context) -> pb.GetHostResponse:
-        """See the proto."""
         return pb.GetHostResponse(host=host_message(self._control, self._messages))
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
-        """See the proto."""
         key = None
         match request.WhichOneof("weight_set"):
             case "key":
@@ -156,7 +148,6 @@ class InspectionServicer(InspectionServiceServicer):
         return kind
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
-        """See the proto."""
         watcher = self._control.watch.open()
         on_end(context, lambda: self._control.watch.leave(watcher))
         async for part in self._snapshot():
@@ -168,21 +159,21 @@ class InspectionServicer(InspectionServiceServicer):
                     yield part
                 continue
             changed = [
-                *(partial(self._weight_set, one) for one in changes.weight_sets),
-                *(partial(self._instance, one) for one in changes.instances),
-                *(partial(self._transfer, one) for one in changes.transfers.values()),
+                *(partial(self._weight_set, weight_set_id) for weight_set_id in changes.weight_sets),
+                *(partial(self._instance, instance_id) for instance_id in changes.instances),
+                *(partial(self._transfer, transfer) for transfer in changes.transfers.values()),
             ]
             for start in range(0, len(changed), CHANGES_PER_MESSAGE):
                 yield pb.WatchResponse(changes=await _built(changed[start : start + CHANGES_PER_MESSAGE]))
 
     async def _snapshot(self) -> AsyncIterator[pb.WatchResponse]:
-        """Everything that there is now, each thing as it is when its part is built. What changes meanwhile has been
-        marked for the watcher and comes after it; what is gone by then is left out."""
+        """The full state, each thing in its state when its part is built. Things that are gone by then are left out.
+        Changes meanwhile are marked for the watcher and follow the snapshot."""
         core = self._control.coordinator
         present = [
-            *(partial(self._weight_set, one.key.id) for one in core.weight_sets),
-            *(partial(self._instance, one) for one in core.instances),
-            *(partial(self._transfer, one) for one in core.transfers.newest_first(running_only=True)),
+            *(partial(self._weight_set, record.key.id) for record in core.weight_sets),
+            *(partial(self._instance, instance_id) for instance_id in core.instances),
+            *(partial(self._transfer, transfer) for transfer in core.transfers.newest_first(running_only=True)),
         ]
         for start in range(0, max(len(present), 1), CHANGES_PER_MESSAGE):
             end = start + CHANGES_PER_MESSAGE
@@ -208,7 +199,7 @@ class InspectionServicer(InspectionServiceServicer):
 
 
 async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: bool = False) -> list[pb.Change]:
-    """The changes as they are now; others get their turn between them, however many there are."""
+    """Build the changes now; other calls get their turn in between."""
     built: list[pb.Change] = []
     weight = 0
     for build in changes:
@@ -223,9 +214,9 @@ async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: b
 
 
 def _page(listing: Listing, ids: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:
-    """The ids of one page and the token of the next. `ids` are sorted; those of transfers by their number, the newest
-    first. The token names the last id of the page before, so that members that come and go between two pages neither
-    repeat nor hide others. Raises `InvalidArgument`."""
+    """The ids of one page and the token of the next. `ids` are sorted; transfers by their number, the newest first. The
+    token names the last id of the page before, so members that come and go between two pages neither repeat nor hide
+    others. Raises `InvalidArgument`."""
     if not 0 <= page_size <= MAXIMUM_PAGE_SIZE:
         raise InvalidArgument("page_size", page_size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAXIMUM_PAGE_SIZE}")
     size = page_size or DEFAULT_PAGE_SIZE
@@ -243,7 +234,7 @@ def _page(listing: Listing, ids: Sequence[str], page_size: int, page_token: str)
 
 def _start(listing: Listing, ids: Sequence[str], last: str) -> int:
     if listing is Listing.TRANSFERS:
-        return bisect.bisect_right(ids, -_number(last), key=lambda one: -_number(one))
+        return bisect.bisect_right(ids, -_number(last), key=lambda transfer_id: -_number(transfer_id))
     return bisect.bisect_right(ids, last)
 
 
@@ -256,7 +247,7 @@ def _token(listing: Listing, last: str) -> str:
 
 
 def _last_id(listing: Listing, token: str) -> str:
-    """The id in a token; raises ValueError (as its kinds binascii.Error and UnicodeError) if that is none."""
+    """The id in a token; raises ValueError, also as binascii.Error or UnicodeError, for an invalid token."""
     name, _, last = base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode().partition(":")
     if name != listing.value:
         raise binascii.Error("a token of another list")

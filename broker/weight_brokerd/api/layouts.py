@@ -11,11 +11,11 @@ from weight_broker.wire import layout_from_wire
 
 
 class LayoutCache:
-    """Layouts that were validated already, by the digest of their message: instances of one model send the same
-    bytes, and decoding 400 tensors takes longer than everything else the broker does for an acquisition."""
+    """Validated layouts by the digest of their message. Instances of one model send the same bytes, and to decode 400
+    tensors takes longer than all other work of an acquisition."""
 
     def __init__(self, size: int = 64, tensors: int = 200_000) -> None:
-        """Keeps at most `size` layouts with at most `tensors` tensors together, those used last."""
+        """Keeps the last used layouts: at most `size`, with at most `tensors` tensors together."""
         self._size = size
         self._tensors = tensors
         self._kept_tensors = 0
@@ -27,7 +27,7 @@ class LayoutCache:
         layout = self._layouts.get(digest)
         if layout is None:
             layout = layout_from_wire(message)
-            if len(layout) <= self._tensors:  # one that does not fit would only push the others out
+            if len(layout) <= self._tensors:  # a larger layout would only evict all others
                 self._keep(digest, layout)
         else:
             self._layouts.move_to_end(digest)

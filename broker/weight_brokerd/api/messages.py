@@ -1,4 +1,4 @@
-"""The domain's things as messages of the wire."""
+"""Domain values as messages of the wire."""
 
 from __future__ import annotations
 
@@ -88,23 +88,22 @@ _OUTCOMES = {
 
 
 class Messages:
-    """Builds messages; knows how the broker's clock relates to the time of day."""
+    """Builds messages; converts the broker's clock to the time of day."""
 
     def __init__(self, control: Control) -> None:
         self._control = control
 
     def time(self, clock_time: float) -> Timestamp:
-        """The time of day of a time of the broker's clock."""
+        """The time of day of a reading of the broker's clock."""
         timestamp = Timestamp()
         timestamp.FromNanoseconds(int((clock_time + self._control.wall_offset) * 1e9))
         return timestamp
 
     def since(self, clock_time: float) -> Duration:
-        """How long ago a time of the broker's clock is."""
+        """The time since a reading of the broker's clock."""
         return _duration(self._control.loop.now() - clock_time)
 
     def instance(self, instance: Instance) -> pb.Instance:
-        """An instance."""
         return pb.Instance(
             instance_id=instance.instance_id,
             host_id=self._control.coordinator.host_id,
@@ -119,7 +118,6 @@ class Messages:
         )
 
     def publication(self, publication: Publication) -> pb.Publication:
-        """A publication."""
         return pb.Publication(
             publication_id=publication.publication_id,
             weight_set_id=publication.weight_set_id,
@@ -144,7 +142,6 @@ class Messages:
         )
 
     def lease(self, lease: ColdLoadLease) -> pb.ColdLoadLease:
-        """A cold-load lease."""
         return pb.ColdLoadLease(
             weight_set_id=lease.weight_set_id,
             fencing_token=lease.fencing_token,
@@ -158,7 +155,6 @@ class Messages:
         )
 
     def weight_set(self, record: WeightSetRecord) -> pb.WeightSet:
-        """A weight set with its publications."""
         publications = self._control.coordinator.publications.of_weight_set(record.key.id)
         return pb.WeightSet(
             weight_set_id=record.key.id,
@@ -170,7 +166,6 @@ class Messages:
         )
 
     def transfer(self, transfer: Transfer) -> pb.Transfer:
-        """A transfer."""
         source = transfer.publication
         ended = transfer.state is not TransferState.RUNNING
         return pb.Transfer(
@@ -192,7 +187,7 @@ class Messages:
         )
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> service.Moved:
-        """What the broker did of a transfer."""
+        """The broker's part of a transfer."""
         return service.Moved(
             transfer_id=transfer.transfer_id,
             size_bytes=transfer.publication.layout.content_bytes,
@@ -200,7 +195,6 @@ class Messages:
         )
 
     def worker(self, health: WorkerHealth) -> pb.DatasystemWorker:
-        """A datasystem worker."""
         return pb.DatasystemWorker(
             address=health.address,
             reachable=health.is_reachable,
@@ -209,7 +203,6 @@ class Messages:
         )
 
     def card(self, kind: str, health: CardHealth) -> pb.Card:
-        """A device."""
         return pb.Card(
             device_id=health.identity,
             device_kind=_device_kind(kind),
@@ -226,7 +219,7 @@ class Messages:
         )
 
     def report(self, transfer: Transfer, arrival: Arrival) -> pb.TransferReport:
-        """What a transfer did, as its receiver measured it."""
+        """The receiver's report of a transfer."""
         source = transfer.publication
         return pb.TransferReport(
             transfer_id=transfer.transfer_id,
@@ -242,13 +235,12 @@ class Messages:
         )
 
     def explanation(self, explanation: Explanation) -> inspection.ExplainResponse:
-        """An explanation."""
         return inspection.ExplainResponse(
             weight_set_id=explanation.weight_set_id,
             key=key_to_wire(explanation.key) if explanation.key is not None else None,
             outcome=_OUTCOMES[explanation.outcome],
             summary=explanation.summary,
-            candidates=[self._candidate(one, explanation) for one in explanation.selection.candidates],
+            candidates=[self._candidate(candidate, explanation) for candidate in explanation.selection.candidates],
             cold_load_lease=self.lease(explanation.lease) if explanation.lease is not None else None,
             waiting_count=explanation.waiting_count,
             near_misses=[

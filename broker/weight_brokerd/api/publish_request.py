@@ -24,7 +24,7 @@ from weight_brokerd.kinds.registry import Kinds
 
 
 async def published_kind(request: weight_broker_service_pb2.PublishRequest, kinds: Kinds) -> Kind:
-    """The kind of memory that the request is about, once its devices are known."""
+    """The kind of the published memory, once its devices are known."""
     if request.regions:
         return await kinds.ready(_kind_name("regions[0]", request.regions[0].device_kind), "regions[0]")
     if not request.HasField("staged"):
@@ -39,7 +39,7 @@ def offer(
     kind: Kind,
     peer: PeerCredentials | None = None,
 ) -> tuple[Offer, PublishedMemory]:
-    """What an instance offers, and where it lies. `peer`: the instance as the kernel knows it."""
+    """The offer, and the place of its memory. `peer`: the instance as the kernel knows it."""
     request_id = text("request_id", request.request_id)
     key = key_from_wire(request.key)
     layout = layouts.layout(request.layout)
@@ -89,7 +89,7 @@ def _place_request(
 
 
 def _require_same_memory(request: weight_broker_service_pb2.PublishRequest, kind: str) -> None:
-    """What is staged and what the regions say is one thing, offered in two ways."""
+    """`staged` and the regions must name the same memory, offered in two ways."""
     staged = request.staged
     if staged.device_kind != TRAITS[kind].wire_number:
         raise InvalidArgument("staged.device_kind", staged.device_kind, f"{kind}, as the regions")

@@ -1,4 +1,4 @@
-"""Puts the servicers on a server."""
+"""Adds the broker's servicers to a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ SERVICE_NAMES = (
 
 
 def add_services(server: grpc.aio.Server, control: Control, config: Config) -> None:
-    """Adds the broker's own services."""
     messages = Messages(control)
     limits = config.limits
     add_WeightBrokerServiceServicer_to_server(

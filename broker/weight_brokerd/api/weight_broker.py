@@ -1,4 +1,4 @@
-"""WeightBrokerService: what attached instances call."""
+"""WeightBrokerService: the calls of attached instances."""
 
 from __future__ import annotations
 
@@ -41,8 +41,6 @@ _WAIT_REASONS = {
 
 
 class WeightBrokerServicer(WeightBrokerServiceServicer):
-    """Validates, identifies, asks the control plane, answers."""
-
     def __init__(
         self, control: Control, messages: Messages, *, maximum_wait_seconds: float, lease_seconds: float
     ) -> None:
@@ -54,7 +52,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         self._numbers = itertools.count(1)
 
     async def Acquire(self, request: pb.AcquireRequest, context: Context) -> AsyncIterator[pb.AcquireResponse]:
-        """See the proto."""
         session = identify(self._control, context)
         kind = await acquire_request.receiving_kind(request, self._control.kinds)
         call = self._call(session, context)
@@ -66,7 +63,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             instance_id=session.instance_id,
             weight_set_id=acquisition.key.id,
         )
-        # However the call ends - done, cancelled, past its deadline - its reader slot is free then.
+        # Every end of the call - done, cancelled, past its deadline - frees its reader slot.
         on_end(context, lambda: self._control.acquiring.end_call(acquisition_id))
         mailbox = self._control.acquiring.begin(acquisition, destination)
         logger.info("acquire", model=acquisition.key.model, if_absent=str(acquisition.if_absent))
@@ -88,7 +85,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                 case decide.LoadFromDisk(_, lease):
                     logger.info("cold_load", fencing_token=lease.fencing_token)
                     yield pb.AcquireResponse(cold_load=pb.ColdLoad(cold_load_lease=self._messages.lease(lease)))
-                    # Of a call that ends before its answer is on its way, nobody comes here: the lease goes on then.
+                    # Not reached if the call ends before its answer is sent: then the next waiter gets the lease.
                     self._control.acquiring.confirm_lease(acquisition_id)
                     return
                 case decide.Complete(_, transfer, arrival):
@@ -100,7 +97,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                     raise error
 
     async def ReportTransfer(self, request: pb.ReportTransferRequest, context: Context) -> pb.ReportTransferResponse:
-        """See the proto."""
         session = identify(self._control, context)
         transfer_id = text("transfer_id", request.transfer_id)
         match request.WhichOneof("outcome"):
@@ -116,7 +112,6 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         return pb.ReportTransferResponse()
 
     async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:
-        """See the proto."""
         session = identify(self._control, context)
         kind = await publish_request.published_kind(request, self._control.kinds)
         offer, memory = publish_request.offer(request, session.instance_id, self._layouts, kind, session.peer)
@@ -124,23 +119,21 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         return pb.PublishResponse(publication=self._messages.publication(publication))
 
     async def Retract(self, request: pb.RetractRequest, context: Context) -> pb.RetractResponse:
-        """See the proto."""
         session = identify(self._control, context)
         publication_id = text("publication_id", request.publication_id)
         remaining = context.time_remaining()
         try:
-            # A little less than the caller has, so that it hears the reason instead of gRPC's own deadline.
+            # A little less than the caller's deadline, so that the caller gets the reason and not DEADLINE_EXCEEDED.
             async with asyncio.timeout(remaining * _SHARE_OF_DEADLINE if remaining is not None else None):
                 publication = await self._control.publishing.retract(session.instance_id, publication_id)
         except TimeoutError:
             raise RetractTimeout(
-                f"publication {publication_id} still has readers; no new ones are let in, call again",
+                f"publication {publication_id} still has readers and takes no new ones; call again",
                 metadata={"publication_id": publication_id},
             ) from None
         return pb.RetractResponse(publication=self._messages.publication(publication))
 
     async def ReportLoad(self, request: pb.ReportLoadRequest, context: Context) -> pb.ReportLoadResponse:
-        """See the proto."""
         session = identify(self._control, context)
         weight_set_id = validation.weight_set_id("weight_set_id", request.weight_set_id)
         held = (session.instance_id, weight_set_id, request.fencing_token)

@@ -21,7 +21,7 @@ from weight_broker.drivers.acl import AclError, MemcpyKind
 from weight_broker.errors import BrokerError
 from weight_broker.memory.device.tensor import DeviceTensor, Segment, SegmentKind
 from weight_broker.memory.npu import kind as npu
-from weight_brokerd.cards.child.engine import Engine, EngineError
+from weight_brokerd.cards.child.engine import DatasystemClient, EngineError
 from weight_brokerd.cards.child.memory import CardMemory
 from weight_brokerd.cards.child.npu import NpuDriver
 from weight_brokerd.cards.messages import ImportRegion
@@ -42,7 +42,7 @@ class _Card:
         self._segments: dict[str, Segment] = {}
         self._exported: dict[str, npu.ExportedSegments] = {}
         self._memory: CardMemory | None = None
-        self._engine: Engine | None = None
+        self._client: DatasystemClient | None = None
 
     def open(self) -> dict[str, Any]:
         """Opens the card as the broker's processes do."""
@@ -150,26 +150,26 @@ class _Card:
     def connect(self, host: str, port: int) -> dict[str, Any]:
         """Connects to the datasystem worker, and uses the device once."""
         began = time.monotonic()
-        engine = Engine(host, port, self._index, connect_timeout_ms=_CONNECT_MILLISECONDS, credentials={})
+        client = DatasystemClient(host, port, self._index, connect_timeout_ms=_CONNECT_MILLISECONDS, credentials={})
         connected = time.monotonic()
-        engine.warm_up(self._runtime)
-        self._engine = engine
+        client.warm_up(self._runtime)
+        self._client = client
         return {"seconds": connected - began, "warm_up_seconds": time.monotonic() - connected}
 
     def offer(self, name: str, key: str) -> dict[str, Any]:
         """dev_mset."""
-        engine = self._connected()
-        return {"seconds": _timed(lambda: engine.offer(key, self._spans[name]))}
+        client = self._connected()
+        return {"seconds": _timed(lambda: client.offer(key, self._spans[name]))}
 
     def fetch(self, name: str, key: str, timeout_ms: int) -> dict[str, Any]:
         """dev_mget."""
-        engine = self._connected()
-        return {"seconds": _timed(lambda: engine.fetch(key, self._spans[name], timeout_ms))}
+        client = self._connected()
+        return {"seconds": _timed(lambda: client.fetch(key, self._spans[name], timeout_ms))}
 
     def withdraw(self, key: str) -> dict[str, Any]:
         """dev_local_delete."""
-        engine = self._connected()
-        return {"seconds": _timed(lambda: engine.withdraw(key, 10.0))}
+        client = self._connected()
+        return {"seconds": _timed(lambda: client.withdraw(key, 10.0))}
 
     def content(self, name: str) -> dict[str, Any]:
         """SHA-256 of the memory."""
@@ -180,10 +180,10 @@ class _Card:
             state.update(buffer)
         return {"digest": state.hexdigest()}
 
-    def _connected(self) -> Engine:
-        if self._engine is None:
+    def _connected(self) -> DatasystemClient:
+        if self._client is None:
             raise EngineError("this process is not connected")
-        return self._engine
+        return self._client
 
     def _tensors(self, name: str) -> dict[str, DeviceTensor]:
         return {

@@ -1,4 +1,4 @@
-"""What one process says on the attach socket and what it is answered. No sockets here, no event loop."""
+"""The requests of one process on the attach socket, and their answers. No sockets here, no event loop."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Session:
 
 
 class Attendance(Protocol):
-    """What happens on the attach socket, told to whoever keeps the instances. Called on the event loop."""
+    """Events and requests of the attach socket, for the owner of the instances. Called on the event loop."""
 
     def attach(self, peer: PeerCredentials, name: str, client_version: str) -> Session:
         """A process introduced itself. Raises `BrokerError` to refuse it."""
 
     def disconnected(self, instance_id: str) -> None:
-        """The connection ended, the process lives; so may its memory."""
+        """The connection ended; the process lives, and its memory may be in use."""
 
     def departed(self, instance_id: str, reason: str) -> None:
-        """The process ended or said goodbye. Nothing comes from it any more."""
+        """The process ended or said goodbye. No request of it follows."""
 
     def offer_region(self, instance_id: str, region_id: str, size_bytes: int, fd: int) -> None:
         """Takes `fd` over in every case. Raises `BrokerError` to refuse the region."""
@@ -56,7 +56,7 @@ class Attendance(Protocol):
         """A file descriptor, lent until the call returns to the event loop. Raises `BrokerError`."""
 
     def stage_owner(self, token: bytes, peer: PeerCredentials) -> str:
-        """The instance whose stage connection this is to be. Raises `BrokerError` to refuse it."""
+        """The instance of a new stage connection. Raises `BrokerError` to refuse it."""
 
     def stage_connected(self, instance_id: str, connection: socket.socket) -> None:
         """Takes the connection over: from now on the instance answers on it."""
@@ -68,9 +68,9 @@ class After(enum.Enum):
     STAY = "stay"
     """The next request."""
     HANG_UP = "hang up"
-    """The end of the connection: whoever speaks another protocol or was refused at the door has to start anew."""
+    """The end of the connection: after another protocol or a refused Hello the process must connect again."""
     DEPART = "depart"
-    """The end of the attachment: it said goodbye."""
+    """The end of the attachment: the process said goodbye."""
     HAND_OVER = "hand over"
     """The connection is a stage connection from now on."""
 
@@ -94,12 +94,12 @@ class Conversation:
         self._host_id = host_id
         self._broker_version = broker_version
         self.instance_id = ""
-        """Set by a Hello that was welcome."""
+        """Set by a Hello that was accepted."""
         self.stage_owner = ""
         """The instance, once this is a stage connection."""
 
     def answer(self, packet: Packet) -> Answer:
-        """Acts on a request. The packet keeps the descriptors that nobody took. Never raises."""
+        """Acts on a request. Descriptors that no action took stay in the packet. Never raises."""
         try:
             request = _parse(packet)
         except InvalidArgument as error:

@@ -1,4 +1,4 @@
-"""Who is at the other end of a unix socket, as the kernel says, and a descriptor that tells when that process ends."""
+"""The process at the other end of a unix socket, as the kernel names it, and its pidfd."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SO_PEERPIDFD = 77
 _CREDENTIALS = struct.Struct("iII")
 _INTEGER = struct.Struct("i")
 _GROUP_BYTES = 4
-# What getsockopt of Python reads at most. A process in more groups than fit is taken to be in none of them.
+# The most that getsockopt of Python reads. A process in more groups than fit counts as a member of none.
 _LONGEST_OPTION = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class PeerCredentials:
-    """Who connected. Fixed at connect(2): what the process does later (setuid, fork) does not change it."""
+    """The process that connected. Fixed at connect(2): a later setuid or fork does not change it."""
 
     pid: int
-    """In the broker's pid namespace; 0 if the process cannot be seen from there."""
+    """In the broker's pid namespace; 0 if the process is not visible there."""
     uid: int
     gid: int
     groups: frozenset[int]
@@ -62,7 +62,7 @@ def _supplementary_groups(connection: socket.socket) -> tuple[int, ...]:
 
 
 def _open_pidfd_by_number(connection: socket.socket, peer: PeerCredentials) -> int:
-    """For kernels before 6.5. The number may have passed to another process since connect(2), so look twice."""
+    """For kernels before 6.5. The kernel may have reused the pid since connect(2), so the process is checked twice."""
     try:
         before = start_time(peer.pid)
         pidfd = os.pidfd_open(peer.pid)
@@ -70,7 +70,7 @@ def _open_pidfd_by_number(connection: socket.socket, peer: PeerCredentials) -> i
         raise _unseen(peer, error) from error
     try:
         same_process = before == start_time(peer.pid) and os.stat(f"/proc/{peer.pid}").st_uid == peer.uid
-        # While the peer lives its end of the connection is open; if it were closed, the number could be anybody's.
+        # While the peer lives its end of the connection is open; after its end the kernel may reuse the pid.
         if not same_process or _ended(pidfd) or _hung_up(connection):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
     except (OSError, ValueError) as error:

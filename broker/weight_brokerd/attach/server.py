@@ -1,8 +1,8 @@
-"""The attach socket: attests who an instance is, tells when it ends and passes its memory on.
+"""The attach socket: attests the identity of an instance, reports its end and passes its memory on.
 
 An instance's death is its pidfd becoming readable, not the end of its connection: a child that it forked keeps the
 connection open, and a client may close it and live on. Everything runs on the event loop and nothing here waits: a
-client that does not read its answers, or sends what makes no sense, loses its connection and takes nobody's time.
+client that does not read its answers or sends an invalid packet loses its connection and delays no other client.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = structlog.get_logger("weight_brokerd.attach")
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    """One process at the other end: first a stranger, then an instance, in the end perhaps only a process to watch."""
+    """One process: first a stranger, then an instance, at last perhaps only a process whose end is awaited."""
 
     conversation: Conversation
     socket: socket.socket | None
@@ -75,7 +75,7 @@ class AttachServer:
         self._loop.add_reader(listener.fileno(), self._accept)
 
     def close(self) -> None:
-        """Closes everything, without telling the attendance. The socket's file stays. Idempotent."""
+        """Closes everything, without events. The socket's file stays. Idempotent."""
         if self._listener is not None:
             self._loop.remove_reader(self._listener.fileno())
             self._listener.close()
@@ -130,7 +130,7 @@ class AttachServer:
     # Its requests
 
     def _readable(self, connection: _Connection) -> None:
-        """Takes one packet; the loop calls again if there are more, after everybody else had a turn."""
+        """Takes one packet; the loop calls again for the next one, after the other connections."""
         if connection.socket is None:
             return
         try:
@@ -149,7 +149,7 @@ class AttachServer:
         if connection in self._strangers and connection.conversation.instance_id:
             self._greet(connection)
         if answer.after is After.DEPART:
-            # First what it asked for, then the answer: who has the answer can rely on it.
+            # First the departure, then the answer: a process that has the answer can rely on it.
             self._tell(self._attendance.departed, connection.conversation.instance_id, "it said goodbye")
         sent = self._send(connection, answer)
         if answer.after is After.DEPART:
@@ -160,7 +160,7 @@ class AttachServer:
             self._hand_over(connection)
 
     def _hand_over(self, connection: _Connection) -> None:
-        """Whoever watches the instance goes on doing so; here only the socket's reader changes."""
+        """Hands the socket to the new reader; the instance's own attach connection goes on watching its process."""
         handed, connection.socket = connection.socket, None
         self._forget(connection)
         if handed is not None:
@@ -179,9 +179,9 @@ class AttachServer:
         try:
             packets.send(connection.socket, answer.response.SerializeToString(), answer.descriptor)
         except ConnectionError:
-            return True  # nobody reads answers any more, but there may be a Goodbye to read; after it comes the end
+            return True  # the peer reads no more answers, but its Goodbye may still be in the socket
         except OSError as error:
-            if answer.after is not After.DEPART:  # who says goodbye need not stay for the answer
+            if answer.after is not After.DEPART:  # a process that says goodbye need not wait for the answer
                 instance_id = connection.conversation.instance_id
                 log.warning("attach_answer_not_sent", instance_id=instance_id, error=error.strerror)
             return False
@@ -190,7 +190,7 @@ class AttachServer:
     # Its end
 
     def _hang_up(self, connection: _Connection) -> None:
-        """Ends the connection, whoever wanted it. An instance is watched until its process ends."""
+        """Ends the connection. An instance is watched until its process ends."""
         if not connection.conversation.instance_id:
             self._forget(connection)
             return
@@ -222,5 +222,5 @@ class AttachServer:
     def _tell(self, event: Callable[..., None], *arguments: str) -> None:
         try:
             event(*arguments)
-        except Exception:  # a defect in there must not end the watch over this and all other processes
+        except Exception:  # of any kind: the other processes must stay watched
             log.exception("attendance_failed", arguments=arguments)

@@ -1,12 +1,12 @@
-"""How a request to a card ends if it does not succeed."""
+"""Errors of requests to a card."""
 
 from __future__ import annotations
 
 
 class CardError(Exception):
-    """A card did not do what it was asked to. The text has the driver's or the engine's own words.
+    """A card did not carry a request out. The text has the driver's or the engine's words.
 
-    `touched`: memory that was to be filled may have been written. `quiesced`: nobody writes to it any more.
+    `touched`: the destination may have been written. `quiesced`: nothing writes to it any more.
     """
 
     def __init__(self, message: str, *, touched: bool = False, quiesced: bool = True) -> None:
@@ -20,8 +20,8 @@ class CardRefused(CardError):
 
 
 class EngineRefused(CardRefused):
-    """The engine refused, or cannot be relied on because the worker may have taken its client for dead. A fresh process
-    may fare better."""
+    """The engine refused, or is unreliable because the worker may have declared its client dead. A fresh process may
+    succeed."""
 
 
 class ImportRefused(CardRefused):

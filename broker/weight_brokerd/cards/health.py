@@ -1,4 +1,4 @@
-"""How a card is, for people and for health checks."""
+"""The health of cards, for people and for health checks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 
 class CardState(enum.StrEnum):
-    """Whether a card serves."""
-
     READY = "ready"
-    """It serves, or would start a process now."""
+    """The card serves, or would start a process now."""
     DEGRADED = "degraded"
-    """Its last process did not start, or the datasystem worker is away. It is tried again."""
+    """The last process did not start, or the datasystem worker is away. The broker tries again."""
     FAILED = "failed"
-    """The driver did not open it when the daemon started."""
+    """The driver did not open the card when the daemon started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +26,9 @@ class CardHealth:
     soc: str
     state: CardState
     problem: str
-    """The driver's or the engine's words; empty if it is ready."""
+    """The driver's or the engine's words; empty if the card is ready."""
     sender_pid: int
-    """0: none runs."""
+    """0: no sender runs."""
     retiring_pids: tuple[int, ...]
     receiver_pids: tuple[int, ...]
     regions: int
@@ -39,6 +37,6 @@ class CardHealth:
 
 
 def count_by_state(cards: Iterable[CardHealth]) -> dict[str, int]:
-    """How many cards are in each state; all states are named."""
+    """Number of cards by state; every state is a key."""
     counted = Counter(card.state for card in cards)
     return {state.value: counted[state] for state in CardState}

@@ -1,4 +1,4 @@
-"""What the daemon and a card process say to each other: typed messages, JSON on the wire.
+"""The messages between the daemon and a card process: typed, JSON on the wire.
 
 Every request is answered once, with the answer that it names or with `RequestRefused`. Answers carry the number of
 their request and may come in any order.
@@ -17,7 +17,7 @@ NOT_SAID = -1
 
 
 class Role(enum.StrEnum):
-    """What a card process is for. The engine cannot be on both ends of a transfer in one process."""
+    """The role of a card process. The engine cannot be on both ends of a transfer in one process."""
 
     SENDER = "sender"
     RECEIVER = "receiver"
@@ -25,13 +25,13 @@ class Role(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The first request: opens the card and connects to the worker. Answer: Ready."""
+    """The first request: open the card and connect to the worker. Answer: Ready."""
 
     worker_host: str
     worker_port: int
     connect_timeout_ms: int
     credentials: dict[str, str] = field(default_factory=dict, repr=False)
-    """Arguments of the client's constructor. They come over the socket because others can read command lines."""
+    """Arguments of the client's constructor. Sent over the socket, because other users can read command lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class ImportRegion:
-    """Maps a region of an instance: an allocation by its key or handle, or chunks by their handles. Answer: Done."""
+    """Map a region of an instance: an allocation by its key or handle, or chunks by their handles. Answer: Done."""
 
     region_id: str
     size_bytes: int
@@ -58,7 +58,7 @@ class ImportRegion:
     ipc_handle: str = ""
     """Of a GPU's allocation; hexadecimal."""
     device_id: str = ""
-    """The GPU that it is on, which may be another one than the process's own."""
+    """The GPU of the region; not always the GPU of the process."""
     container_device: int = NOT_SAID
     """The number of the card in the container of the chunks' exporter."""
     exporter_pid: int = 0
@@ -69,14 +69,14 @@ class ImportRegion:
 
 @dataclass(frozen=True, slots=True)
 class CloseRegion:
-    """Unmaps a region. Answer: Done."""
+    """Unmap a region. Answer: Done."""
 
     region_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class MakeStagingBuffer:
-    """Allocates device memory that instances of this host can import, as a region of this process until CloseRegion.
+    """Allocate device memory that instances of this host can import; a region of this process until CloseRegion.
     Answer: StagingBuffer."""
 
     region_id: str
@@ -85,17 +85,17 @@ class MakeStagingBuffer:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """To a sender: lets one reader fetch the blobs under a key that was never used before. Answer: Done."""
+    """To a sender: let one reader fetch the blobs under a fresh key. Answer: Done."""
 
     key: str
     blobs: BlobList
     peer: str = ""
-    """Names the process that will read; only for the statistics."""
+    """Name of the reading process, for statistics only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """To a sender: ends an offer. Answer: Done, once no process reads any more."""
+    """To a sender: end an offer. Answer: Done, once no process reads any more."""
 
     key: str
     wait_ms: int
@@ -103,18 +103,18 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """To a receiver: fills the blobs from a key. Answer: Done, when all bytes are in place."""
+    """To a receiver: fill the blobs from a key. Answer: Done, when all bytes are in place."""
 
     key: str
     blobs: BlobList
     timeout_ms: int
     peer: str = ""
-    """Names the process that is read from; only for the statistics."""
+    """Name of the process at the source, for statistics only."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyWithinCard:
-    """To a receiver: copies between regions that it has mapped, part by part. Answer: Done."""
+    """To a receiver: copy between mapped regions, part by part. Answer: Done."""
 
     source: BlobList
     destination: BlobList
@@ -122,7 +122,7 @@ class CopyWithinCard:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Answer: Done, or RequestRefused `by_engine` if the process had better be replaced."""
+    """Answer: Done, or RequestRefused `by_engine` if the process should be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class AskFigures:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Gives everything back and ends. Answer: Done."""
+    """Unmap and free everything, and end. Answer: Done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +158,11 @@ class Figures:
     imports: int
     """Mapped allocations; regions that are the same memory count once."""
     keys: int
-    """That the engine knows through this process."""
+    """Keys that the engine knows through this process."""
     staging_bytes: int
     """Of packs and staging buffers."""
     peers: int
-    """Named processes that it has exchanged bytes with: as many communicators are set up."""
+    """Named processes that exchanged bytes with this process: the number of its communicators."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,9 @@ class RequestRefused:
 
     words: str
     started: bool = False
-    """The engine has begun: bytes may have been written, and may go on being written."""
+    """The engine has begun: bytes may have been written, and writing may go on."""
     by_engine: bool = False
-    """The engine refused, or cannot be relied on any more: a fresh process may fare better."""
+    """The engine refused, or is unreliable: a fresh process may succeed."""
 
 
 Request = (

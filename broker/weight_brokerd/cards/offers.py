@@ -10,7 +10,7 @@ MAXIMUM_TIMEOUT_SECONDS = 1800
 
 
 def fresh_key() -> str:
-    """A key that nobody has used or will use: a key is a transfer."""
+    """A key that is never used twice: a key is a transfer."""
     return f"weight-broker-{secrets.token_hex(16)}"
 
 
@@ -20,6 +20,6 @@ class OfferEnd(enum.Enum):
     DELIVERED = "delivered"
     """Its fetch returned without an error."""
     UNREAD = "unread"
-    """It certainly never asked the engine for the key."""
+    """It never asked the engine for the key."""
     ABANDONED = "abandoned"
     """It was killed or failed: the sender may be stuck with it."""

@@ -1,4 +1,4 @@
-"""Finds the cards of this host, in a process of its own, because whoever asks the driver opens a device."""
+"""Finds the cards of this host in a separate process: a process that asks the driver opens a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weight_brokerd.cards.configuration import CardsConfiguration
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A card as the processes of this daemon see it."""
+    """A card, as card processes see it."""
 
     index: int
     """For set_device."""
@@ -31,7 +31,7 @@ FindDevices = Callable[[], Iterator[Device]]
 
 
 async def find_devices(configuration: CardsConfiguration) -> tuple[tuple[Device, ...], str]:
-    """The cards, and the driver's words if it cannot even be asked."""
+    """The cards, and the driver's words if it does not answer."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -49,18 +49,18 @@ async def find_devices(configuration: CardsConfiguration) -> tuple[tuple[Device,
         process.kill()
         await process.wait()
         if isinstance(error, TimeoutError):
-            return (), f"the driver does not say what devices there are within {configuration.start_seconds:g} s"
+            return (), f"the driver did not list its devices within {configuration.start_seconds:g} s"
         raise
     try:
         found = json.loads(out)
-        return tuple(Device(**one) for one in found["devices"]), found["problem"]
+        return tuple(Device(**device) for device in found["devices"]), found["problem"]
     except (ValueError, KeyError, TypeError):
         words = err.decode(errors="replace").strip().splitlines()
         return (), f"looking for devices ended with {process.returncode}" + (f": {words[-1]}" if words else "")
 
 
 def main() -> None:
-    """Prints what there is."""
+    """Print the devices as JSON."""
     parser = argparse.ArgumentParser(prog="weight_brokerd.cards.probe")
     parser.add_argument("--kind", required=True, help="a module of weight_brokerd.cards.child that has find_devices")
     find: FindDevices = importlib.import_module(f"weight_brokerd.cards.child.{parser.parse_args().kind}").find_devices

@@ -20,7 +20,7 @@ AnswerT = TypeVar("AnswerT", bound=messages.Answer)
 
 
 class EngineFailed(CardRefused):
-    """The engine failed after it had begun. It may go on writing: the process is to be ended."""
+    """The engine failed after it had begun. It may go on writing: the process must be killed."""
 
 
 class CardProcess(ChildProcess[messages.Message]):
@@ -49,7 +49,7 @@ class CardProcess(ChildProcess[messages.Message]):
 
     @classmethod
     async def start(cls, role: Role, device: int, configuration: CardsConfiguration) -> CardProcess:
-        """A process that serves. Raises CardUnavailable with the driver's or the engine's words."""
+        """Start a process; returns when it serves. Raises CardUnavailable with the driver's or the engine's words."""
         process, ours = await spawn(
             "weight_brokerd.cards.child.main",
             f"--kind={configuration.kind}",
@@ -79,10 +79,10 @@ class CardProcess(ChildProcess[messages.Message]):
         return child
 
     async def request(self, request: messages.Request, answer: type[AnswerT], timeout: float) -> AnswerT:
-        """Asks and waits. Raises TimeoutError (the request goes on there), CardRefused, EngineFailed, CardLost."""
-        answered = await self.exchange(request, timeout)
-        answered.close()
-        received = answered.message
+        """Sends a request and waits. Raises TimeoutError (the child goes on), CardRefused, EngineFailed, CardLost."""
+        exchanged = await self.exchange(request, timeout)
+        exchanged.close()
+        received = exchanged.message
         if isinstance(received, messages.RequestRefused):
             if received.started:
                 raise EngineFailed(received.words)
@@ -92,11 +92,11 @@ class CardProcess(ChildProcess[messages.Message]):
         return received
 
     async def ask(self, request: messages.Request, timeout: float | None = None) -> messages.Done:
-        """`request` for what is answered by Done."""
+        """`request`, for requests whose answer is Done."""
         return await self.request(request, messages.Done, timeout or self._configuration.request_seconds)
 
     async def stop(self) -> bool:
-        """Lets it give everything back and end; kills it if it does not. False: it is still there."""
+        """Ask the process to free everything and end; kill it if it does not. False: it has not ended."""
         try:
             await self.ask(messages.Stop(), self._configuration.stop_seconds)
         except (TimeoutError, CardRefused, CardLost):

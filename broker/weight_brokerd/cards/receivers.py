@@ -1,7 +1,7 @@
 """The receiving side of a card: processes that fill memory of this host's instances, one transfer at a time each.
 
-They are started on demand and kept warm for a while. Memory is mapped for the time of one transfer. A receiver whose
-transfer is overdue or has failed in the engine is killed, and its end is awaited: then nobody writes any more.
+They start on demand and stay warm for a while. Memory is mapped for one transfer. A receiver whose transfer is overdue
+or has failed in the engine is killed, and its end is awaited: then nothing writes any more.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from weight_brokerd.processes.tasks import Background, uninterrupted
 
 log = structlog.get_logger()
 TransferRequest = messages.Fetch | messages.CopyWithinCard | messages.Ping
-"""What is done once the memory is mapped. Nothing, to see that it can be."""
+"""The request once the memory is mapped. Ping only checks that it can be mapped."""
 T = TypeVar("T")
 Reserve = Callable[[], Coroutine[Any, Any, object]]
-"""Has the key of a fetch offered at its source. It is cancelled if the memory cannot be mapped."""
+"""Has the key of a fetch offered at its source. Cancelled if the memory cannot be mapped."""
 
 PING_SECONDS = 2.0
-"""For a receiver that waited to say that it can go on."""
+"""For an idle receiver to answer a Ping."""
 _HELD = "the driver does not let go of the memory"
 
 
@@ -63,9 +63,9 @@ class ReceiverSide:
         timeout: float,
         reserve: Reserve | None = None,
     ) -> messages.Done:
-        """Maps the regions, fills them and unmaps them, within `timeout` seconds; `reserve` runs while they are mapped.
-        What is raised says whether memory was touched, and that nobody writes any more: CardTimeout, CardRefused,
-        CardLost, CardUnavailable. What `reserve` raises is raised as it is, with nothing touched and nothing mapped."""
+        """Maps the regions, fills them and unmaps them, within `timeout` seconds; `reserve` runs meanwhile. Raises
+        CardTimeout, CardRefused, CardLost, CardUnavailable, with `touched` and `quiesced`; also the error of `reserve`,
+        with nothing touched and nothing mapped."""
         if isinstance(request, messages.Fetch) and not self._worker.is_there:
             raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
         deadline = asyncio.get_running_loop().time() + timeout
@@ -94,13 +94,13 @@ class ReceiverSide:
             self._put_back(await self._start())
 
     def replace(self) -> None:
-        """Ends the receivers, those that are busy after their transfer."""
+        """Ends the receivers: idle ones at once, busy ones after their transfer."""
         self._outdated.update(self.busy)
         for child in list(self._idle):
             self._end(child)
 
     async def close(self) -> None:
-        """Ends all processes; running transfers are to be cancelled first."""
+        """Ends all processes. Cancel running transfers first."""
         children = [*self._idle, *self.busy]
         for timer in self._idle.values():
             timer.cancel()
@@ -133,14 +133,14 @@ class ReceiverSide:
 
     async def _take(self) -> CardProcess:
         while self._idle:
-            child, timer = self._idle.popitem()  # the one that was used last
+            child, timer = self._idle.popitem()  # the last used receiver
             timer.cancel()
             if not (child.is_killed or child.has_ended) and await self._is_well(child):
                 return child
         return await self._start()
 
     async def _is_well(self, child: CardProcess) -> bool:
-        """Whether a receiver that waited for long can go on; ends it if not."""
+        """Whether an idle receiver still serves; kills it if not."""
         try:
             await child.ask(messages.Ping(), PING_SECONDS)
         except BaseException as error:
@@ -163,7 +163,7 @@ class ReceiverSide:
         return child
 
     def _put_back(self, child: CardProcess) -> None:
-        if child.is_killed or child.has_ended:  # one that the driver holds has not ended yet, and never serves again
+        if child.is_killed or child.has_ended:  # a killed process may live until the driver lets go
             self._outdated.discard(child)
             return
         loop = asyncio.get_running_loop()
@@ -196,7 +196,7 @@ class ReceiverSide:
         except (EngineFailed, CardLost) as error:
             quiesced = await uninterrupted(child.kill())
             raise CardLost(str(error), touched=True, quiesced=quiesced) from error
-        except CardRefused as error:  # it has not begun, so the receiver is as good as before
+        except CardRefused as error:  # the request has not begun, so the receiver can be used again
             quiesced = await uninterrupted(self._unmap(child, regions))
             raise CardRefused(str(error), quiesced=quiesced) from error
         except BaseException as error:
@@ -232,7 +232,7 @@ class ReceiverSide:
         except (EngineFailed, CardLost) as error:
             quiesced = await uninterrupted(child.kill())
             raise CardLost(str(error), quiesced=quiesced) from error
-        except CardRefused as error:  # the receiver is as good as before
+        except CardRefused as error:  # the receiver can be used again
             error.quiesced = await uninterrupted(unmap())
             raise
         except BaseException as error:
@@ -254,7 +254,7 @@ class ReceiverSide:
             try:
                 async with asyncio.timeout_at(deadline):
                     await reserving
-            except BaseException as error:  # the receiver is as good as before
+            except BaseException as error:  # the receiver can be used again
                 quiesced = await uninterrupted(self._unmap(child, regions))
                 if isinstance(error, TimeoutError):
                     raise CardTimeout("the source did not offer its memory in time", quiesced=quiesced) from None
@@ -291,7 +291,7 @@ class ReceiverSide:
             raise
 
     async def _unmap(self, child: CardProcess, regions: Sequence[ImportRegion]) -> bool:
-        """Whether the memory is unmapped; the process is killed if it does not do it."""
+        """Unmap the regions, or kill the process if it does not; False if the driver keeps the killed process."""
         seconds = self._configuration.import_seconds
         closing = (child.ask(messages.CloseRegion(region.region_id), seconds) for region in regions)
         for outcome in await asyncio.gather(*closing, return_exceptions=True):
@@ -319,4 +319,4 @@ async def _nothing() -> None:
 async def _ended(task: asyncio.Task[object]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # it was raised, or something that matters more was
+        task.exception()  # mark as retrieved: this error, or a more important one, was raised already

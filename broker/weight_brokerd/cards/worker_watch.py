@@ -1,7 +1,7 @@
-"""Knows whether the datasystem worker is there, without asking the engine, which would wait for a minute.
+"""Watches whether the datasystem worker runs, without the engine, which would wait for a minute.
 
-A plain connection is held open: it breaks when the worker ends. The worker may drop a connection that says nothing; it
-is there for as long as the next connection succeeds.
+A plain connection stays open: it breaks when the worker ends. The worker may drop an idle connection; it counts as
+running while the next connection succeeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CONNECT_SECONDS = 2.0
 
 
 class Worker(Protocol):
-    """What card processes depend on."""
+    """The datasystem worker, as card processes depend on it."""
 
     @property
     def address(self) -> str:
@@ -26,18 +26,18 @@ class Worker(Protocol):
 
     @property
     def is_there(self) -> bool:
-        """Whether it answers."""
+        """Whether the worker answers."""
 
 
 class NoWorker:
-    """For cards that depend on none."""
+    """For cards without a datasystem worker."""
 
     address = ""
     is_there = True
 
 
 class WorkerWatch:
-    """Watches one address. `on_change` is called with whether the worker is there, whenever that changes."""
+    """Watches one address. `on_change` gets True when the worker begins to answer, False when it ends."""
 
     def __init__(self, host: str, port: int, on_change: Callable[[bool], None]) -> None:
         self.address = f"{host}:{port}"
@@ -48,12 +48,11 @@ class WorkerWatch:
         self._looked = asyncio.Event()
 
     async def start(self) -> None:
-        """Begins, and looks once."""
+        """Begin to watch; returns after the first look."""
         self._task = asyncio.create_task(self._watch())
         await self._looked.wait()
 
     async def close(self) -> None:
-        """Ends."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

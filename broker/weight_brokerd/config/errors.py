@@ -1,7 +1,5 @@
-"""Why the broker cannot start."""
-
 from __future__ import annotations
 
 
 class StartError(RuntimeError):
-    """The broker cannot start; the message says why and what to do."""
+    """The broker cannot start. The message says why and what to do."""

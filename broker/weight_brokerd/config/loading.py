@@ -1,4 +1,4 @@
-"""The broker's settings: a TOML file, the environment (which wins) and what holds without either.
+"""The broker's settings: a TOML file, the environment (which wins) and the defaults.
 
 Every setting `key` of a table `[section]` is also the environment variable `WEIGHT_BROKER_SECTION_KEY`.
 """
@@ -36,7 +36,7 @@ class Problem:
     value: object
     expected: str
     source: str
-    """Where the value is from: the file's path or the environment variable."""
+    """Origin of the value: the file's path or the environment variable."""
     hint: str = ""
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """The settings are wrong. `problems` has all that is wrong with them, not only the first."""
+    """Settings are wrong. `problems` lists every problem."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(map(str, problems)))
@@ -84,22 +84,22 @@ def load(path: Path | None = None, environment: Mapping[str, str] = os.environ) 
     sources: dict[str, str] = {}
     for section, settings in _SECTIONS.items():
         table = document.get(section, {})
-        given: dict[str, Any] = {}
+        configured: dict[str, Any] = {}
         for setting in fields(settings):
             key = f"{section}.{setting.name}"
             rule: rules.Rule = setting.metadata["rule"]
             try:
                 if (variable := _variable(section, setting.name, setting.metadata["also"], environment)) is not None:
                     source, raw = f"environment variable {variable}", environment[variable]
-                    given[setting.name] = rule.check(rule.parse(raw))
+                    configured[setting.name] = rule.check(rule.parse(raw))
                 elif isinstance(table, dict) and setting.name in table:
                     source, raw = str(path), table[setting.name]
-                    given[setting.name] = rule.check(raw)
+                    configured[setting.name] = rule.check(raw)
             except rules.UnfitValueError as unfit:
                 problems.append(Problem(key, raw, rule.expected, source, str(unfit)))
             else:
-                sources[key] = source if setting.name in given else "the default"
-        values[section] = settings(**given)
+                sources[key] = source if setting.name in configured else "the default"
+        values[section] = settings(**configured)
     config = Config(**values)
     if problems := problems or list(_contradictions(config, sources)):
         raise ConfigError(problems)
@@ -107,7 +107,7 @@ def load(path: Path | None = None, environment: Mapping[str, str] = os.environ) 
 
 
 def _contradictions(config: Config, sources: Mapping[str, str]) -> Iterator[Problem]:
-    """Settings that are fine by themselves but not together."""
+    """Settings that are valid alone but not together."""
     datasystem = config.datasystem
 
     def problem(name: str, expected: str, hint: str) -> Problem:
@@ -116,7 +116,7 @@ def _contradictions(config: Config, sources: Mapping[str, str]) -> Iterator[Prob
 
     if datasystem.managed and datasystem.worker_address:
         address = f"datasystem.worker_address is {datasystem.worker_address!r} ({sources['datasystem.worker_address']})"
-        hint = "Either the broker runs a worker or it uses the one at that address: remove one of both"
+        hint = "Either the broker runs a worker or it uses the worker at that address: remove one of the two settings"
         yield problem("datasystem.managed", f"false, because {address}", hint)
     if config.cards.enabled == "on" and not datasystem.is_configured:
         hint = "Set datasystem.worker_address, or datasystem.managed = true on a host by itself"
@@ -165,20 +165,21 @@ def _unknown_in_file(document: Mapping[str, Any], source: str) -> list[Problem]:
         elif not isinstance(table, dict):
             problems.append(Problem(section, table, f"a table: [{section}] on a line of its own", source))
         else:
-            known = ", ".join(one.name for one in fields(_SECTIONS[section]))
+            names = [setting.name for setting in fields(_SECTIONS[section])]
+            known = ", ".join(names)
             problems += [
                 Problem(f"{section}.{key}", value, f"one of the keys {known}", source, "Remove or rename it")
                 for key, value in table.items()
-                if key not in {one.name for one in fields(_SECTIONS[section])}
+                if key not in names
             ]
     return problems
 
 
 def _unknown_in_environment(environment: Mapping[str, str]) -> list[Problem]:
-    """Variables that look like a setting but are none: most likely misspelt. Other ones are the client's."""
+    """Variables that look like a setting but are unknown, most likely misspelt. The client reads other variables."""
     problems = []
     for section, settings in _SECTIONS.items():
-        known = [environment_variable(section, one.name) for one in fields(settings)]
+        known = [environment_variable(section, setting.name) for setting in fields(settings)]
         problems += [
             Problem(name, value, f"one of {', '.join(known)}", "environment", "Unset or rename it")
             for name, value in environment.items()

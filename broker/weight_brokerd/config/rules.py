@@ -1,4 +1,4 @@
-"""What values a setting may have."""
+"""Rules: the values that a setting may have."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, MAXIMUM_
 
 
 class UnfitValueError(ValueError):
-    """The value does not follow the rule; the text is a hint, possibly empty."""
+    """The value breaks the rule. The text is a hint, possibly empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How one setting is checked."""
+    """The check of one setting."""
 
     expected: str
-    """What is allowed, for people."""
+    """The allowed values, for people."""
     check: Callable[[object], object]
     """The value as the broker uses it; raises `UnfitValueError`."""
     parse: Callable[[str], object] = str
@@ -154,7 +154,7 @@ def _absolute_paths(value: object) -> str:
 
 
 def read_secret(path: str) -> str:
-    """The secret in a file, without the newline at its end; raises `UnfitValueError`, which does not say what it is."""
+    """The secret in a file, without the newline at its end; raises `UnfitValueError`, which never quotes the secret."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MAXIMUM_SECRET_BYTES + 1)
@@ -219,7 +219,7 @@ _WORKER_FLAGS_OF_SETTINGS = {
         "set datasystem.directory",
     ),
 }
-"""What the managed worker is given by other settings."""
+"""Flags of the managed worker that other settings determine, each with what to do instead."""
 
 flag = Rule("true or false", _flag, _parse_flag)
 identifier = Rule("at most 64 letters, digits, '.', '_', ':' or '-'", _identifier)
@@ -227,9 +227,7 @@ group = Rule("the name of a group that exists", _group)
 runtime_directory = Rule(
     f"an absolute path of at most {MAXIMUM_SOCKET_PATH_BYTES - 1 - len(ATTACH_SOCKET)} bytes", _runtime_directory
 )
-socket_mode = Rule(
-    "permissions in octal such as '0660': read and write for the owner, execute for nobody", _socket_mode
-)
+socket_mode = Rule("permissions in octal such as '0660': read and write for the owner, no execute bit", _socket_mode)
 listen_address = Rule("HOST:PORT such as '127.0.0.1:9464', or nothing", _listen)
 worker_address = Rule("HOST:PORT such as '127.0.0.1:31501', or nothing", _listen)
 absolute_path = Rule("an absolute path, or nothing", _absolute_path)

@@ -1,4 +1,4 @@
-"""What can be set: one class for each table of the configuration, with the defaults and the rules."""
+"""The settings: one class for each table of the configuration, with defaults and rules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BrokerSettings:
     host_id: str = _setting("", rules.identifier)
     """Identity of this host; derived from the machine id if empty."""
     admin_group: str = _setting("", rules.group)
-    """Members of this group may administer the broker, beside root and the broker's own user."""
+    """Members of this group may administer the broker, as root and the broker's own user may."""
     socket_group: str = _setting("", rules.group)
     """Group of the runtime directory and the sockets; the broker's own if empty."""
     socket_mode: str = _setting("0660", rules.socket_mode)
@@ -43,7 +43,7 @@ class LimitSettings:
     publications: int = _setting(20_000, rules.whole_number(1, 1_000_000))
     """Publications in total."""
     regions_per_instance: int = _setting(1024, rules.whole_number(1, 65_536))
-    """Regions that one instance may have handed over."""
+    """Regions that one instance may offer at the same time."""
     instances: int = _setting(4096, rules.whole_number(1, 65_536))
     """Instances in total."""
     cold_load_lease_seconds: float = _setting(1800.0, rules.number(1, 86_400))
@@ -51,7 +51,7 @@ class LimitSettings:
     maximum_wait_seconds: float = _setting(3600.0, rules.number(1, 86_400))
     """How long an acquisition may wait."""
     drain_seconds: float = _setting(30.0, rules.number(0, 3600))
-    """How long running transfers may go on once the broker is told to stop."""
+    """How long running transfers may go on once the broker stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class LogSettings:
     """[log]"""
 
     level: str = _setting("info", rules.one_of("debug", "info", "warning", "error"))
-    """What is not logged: everything below this."""
+    """The lowest level that is logged."""
     format: str = _setting("json", rules.one_of("json", "console"))
     """JSON for machines, console for people."""
 
@@ -87,19 +87,19 @@ class CardSettings:
     staging_bytes: int = _setting(64 << 20, rules.whole_number(1 << 20, 16 << 30))
     """Device memory of one staging buffer."""
     receivers_per_card: int = _setting(2, rules.whole_number(1, 64))
-    """Transfers into one card at the same time. Each has a process of its own."""
+    """Transfers into one card at the same time, each with its own process."""
     transfer_seconds: float = _setting(600.0, rules.number(1, 1800))
     """How long one transfer may take; then its receiver is killed."""
     start_seconds: float = _setting(60.0, rules.number(1, 3600))
     """How long a card process may take to open its card, to connect and to warm up."""
     request_seconds: float = _setting(30.0, rules.number(1, 3600))
-    """How long a card process may take for what moves no weights."""
+    """How long a card process may take for a request that moves no weights."""
     import_seconds: float = _setting(30.0, rules.number(1, 3600))
-    """How long it may take to map or unmap one region."""
+    """How long a card process may take to map or unmap one region."""
     exit_seconds: float = _setting(20.0, rules.number(1, 3600))
-    """How long the driver may hold a killed card process; then nobody can say that it writes no more."""
+    """How long the driver may hold a killed card process; after that, its memory counts as still being written."""
     receiver_idle_seconds: float = _setting(300.0, rules.number(0, 86_400))
-    """How long a receiver that has nothing to do stays."""
+    """How long an idle receiver stays."""
     sender_idle_seconds: float = _setting(60.0, rules.number(0, 86_400))
     """How long a sender stays once nothing is published on its card."""
     log_directory: str = _setting("", rules.absolute_path)
@@ -111,7 +111,7 @@ class CudaSettings:
     """[cuda]; the processes that own GPUs take as long as [cards] says."""
 
     enabled: str = _setting("auto", rules.one_of("auto", "on", "off"))
-    """Whether NVIDIA GPUs are used. `auto`: if NVIDIA's driver is there and knows a GPU."""
+    """Whether NVIDIA GPUs are used. `auto`: if NVIDIA's driver is found and has a GPU."""
     library_path: str = _setting("", rules.absolute_paths)
     """LD_LIBRARY_PATH of the processes that own GPUs; the broker's own if empty."""
 
@@ -121,9 +121,9 @@ class DatasystemSettings:
     """[datasystem]"""
 
     worker_address: str = _setting("", rules.worker_address, also="DS_WORKER_ADDR")
-    """HOST:PORT of this host's datasystem worker, which somebody else runs."""
+    """HOST:PORT of this host's datasystem worker, if the operator runs it."""
     managed: bool = _setting(False, rules.flag)
-    """Whether the broker runs a worker of its own, for this host alone."""
+    """Whether the broker runs the worker, for this host alone."""
     managed_port: int = _setting(0, rules.whole_number(0, 65_535))
     """The managed worker's port on 127.0.0.1; 0: a free one."""
     metastore_port: int = _setting(0, rules.whole_number(0, 65_535))
@@ -142,7 +142,7 @@ class DatasystemSettings:
     secret_key_file: str = _setting("", rules.secret_file)
     """Access key and secret key: both or none."""
     token_file: str = _setting("", rules.secret_file)
-    """A token that the worker authenticates clients by."""
+    """A token with which clients authenticate to the worker."""
     tenant_id: str = _setting("", rules.identifier)
     """The tenant that the broker's objects belong to."""
 
@@ -156,4 +156,4 @@ CREDENTIAL_FILES_TOGETHER = (
     ("client_public_key_file", "client_private_key_file", "server_public_key_file"),
     ("access_key_file", "secret_key_file"),
 )
-"""Settings of [datasystem] that have no meaning one without the other."""
+"""Settings of [datasystem] that must be set together."""

@@ -1,4 +1,4 @@
-"""Acquiring: from a call to its answer, and the transfers in between."""
+"""Acquiring: from an acquire call to its answer, with the transfers in between."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Acquiring:
         self._destinations: dict[str, Place] = {}
         """Where the broker moves the bytes to, by acquisition."""
         self._reserved: dict[str, bytes] = {}
-        """What receivers learn of their sources, as a serialized Granted, by transfer."""
+        """The sources of reserved transfers as their receivers see them: serialized Granted, by transfer."""
 
     def begin(self, acquisition: Acquisition, destination: Place | None = None) -> Mailbox:
-        """Start an acquisition; what becomes of it arrives in the mailbox. `destination` is where the broker moves the
-        bytes to; None if the receiver copies."""
+        """Start an acquisition; its answers arrive in the mailbox. `destination`: where the broker moves the bytes to;
+        None if the receiver copies."""
         decisions = self._loop.coordinator.acquire(acquisition, self._loop.now())
         if destination is not None:
             self._destinations[acquisition.acquisition_id] = destination
@@ -48,7 +48,8 @@ class Acquiring:
         self._mailboxes.confirm_lease(acquisition_id)
 
     def end_call(self, acquisition_id: str) -> None:
-        """The call is over, however it ended: its reader slot is free, and so is a lease that did not reach it."""
+        """The call is over, answered or not: its reader slot is free, and so is a lease that did not reach the
+        caller."""
         self._mailboxes.close(acquisition_id)
         self._loop.carry_out(self._loop.coordinator.abandon(acquisition_id, self._loop.now()))
         if self._destinations.pop(acquisition_id, None) is not None:
@@ -60,7 +61,7 @@ class Acquiring:
         self._loop.carry_out(core.transfer_succeeded(transfer_id, instance_id, arrival, self._loop.now()))
 
     async def failed(self, instance_id: str, transfer_id: str, cause: FailureCause, detail: str) -> None:
-        """The receiver reports that it has not. Returns when the broker does not write to its memory any more."""
+        """The receiver reports a failure. Returns when the broker does not write to the receiver's memory any more."""
         core = self._loop.coordinator
         transfer = core.transfers.running.get(transfer_id)
         decisions = core.transfer_failed(transfer_id, instance_id, cause, detail, self._loop.now())
@@ -70,21 +71,19 @@ class Acquiring:
             await self._movements.settled(transfer.acquisition_id)
 
     def not_reserved(self, transfer: Transfer, why: str) -> None:
-        """The broker could not keep the source for the transfer, or not begin to move its bytes."""
+        """The broker could not keep the source readable for the transfer, or not begin to move its bytes."""
         decisions = self._loop.coordinator.not_reserved(transfer.transfer_id, why, self._loop.now())
         self._loop.carry_out(decisions)
 
     # How movements end (weight_brokerd.control.movements.MovementEvents)
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
-        """Every byte is where it belongs."""
         decisions = self._loop.coordinator.transfer_moved(transfer.transfer_id, self._loop.now())
         if transfer.is_moved:
             self._mailboxes.post(transfer.acquisition_id, Moved(transfer, seconds))
         self._loop.carry_out(decisions)
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
-        """The movement has failed."""
         if transfer.transfer_id not in self._loop.coordinator.transfers.running:
             return
         audit("transfer_failed", transfer_id=transfer.transfer_id, cause=str(failure.cause), detail=str(failure))
@@ -102,7 +101,7 @@ class Acquiring:
         )
 
     def staged(self, transfer: Transfer) -> None:
-        """The receiver copies from now on: the same transfer is granted again, with the path that it takes."""
+        """The receiver copies from now on: the same transfer is granted again, with its new path."""
         destination = self._destinations.get(transfer.acquisition_id)
         if destination is None or transfer.transfer_id not in self._loop.coordinator.transfers.running:
             return
@@ -112,7 +111,6 @@ class Acquiring:
     # Ports
 
     def answer(self, answer: decide.Answer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         match answer:
             case decide.Grant(acquisition_id, transfer):
                 self._mailboxes.post(acquisition_id, Granted(transfer, self._reserved[transfer.transfer_id]))
@@ -122,7 +120,6 @@ class Acquiring:
                 self._mailboxes.post(acquisition_id, answer)
 
     def reserve(self, transfer: Transfer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         publication = transfer.publication
         memory = self._kinds.of(publication.device_kind).grant(transfer)
         # Serialized messages that follow each other are one message with the fields of both.
@@ -130,7 +127,6 @@ class Acquiring:
         self._loop.carry_out(self._loop.coordinator.reserved(transfer.transfer_id))
 
     def move(self, transfer: Transfer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         acquisition = self._loop.coordinator.acquisitions.find(transfer.acquisition_id)
         if acquisition is None or acquisition.transfer_id != transfer.transfer_id:
             return  # it ended while this decision was queued
@@ -139,7 +135,6 @@ class Acquiring:
         self._movements.start(transfer, self._publishing.place_of(transfer.publication), destination, timeout, self)
 
     def end(self, transfer: Transfer) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._reserved.pop(transfer.transfer_id, None)
         self._movements.stop(transfer)
         self._kinds.of(transfer.publication.device_kind).end(transfer)

@@ -57,11 +57,11 @@ class Control:
 
     @property
     def wall_offset(self) -> float:
-        """Add it to a time of the broker's clock for the time of day, as it is told now."""
+        """Time of day minus the broker's clock, now."""
         return time.time() - self.loop.now()
 
     async def end_movements(self) -> None:
-        """End what the broker moves, holds and releases."""
+        """End all movements, and what holds or releases memory."""
         await self._movements.close()
         await self.publishing.close()
 
@@ -74,7 +74,7 @@ class Control:
             self._timer.cancel()
 
     def counts(self) -> Counts:
-        """How much there is of everything."""
+
         core = self.coordinator
         return Counts(
             instances=len(core.instances),
@@ -88,45 +88,35 @@ class Control:
         )
 
     def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:
-        """Published memory became unreachable (`weight_brokerd.kinds.kind.KindEvents`)."""
         self.publishing.memory_lost(publication_ids, why)
 
     # Ports (weight_brokerd.control.executor)
 
     def answer(self, answer: decide.Answer) -> None:
-        """Tell the caller of the acquisition."""
         self.acquiring.answer(answer)
 
     def hold(self, publication: Publication) -> None:
-        """Make the publication's memory readable."""
         self.publishing.hold(publication)
 
     def release(self, publication: Publication) -> None:
-        """Let go of the publication's memory."""
         self.publishing.release(publication)
 
     def reserve(self, transfer: Transfer) -> None:
-        """Keep the source readable for the transfer."""
         self.acquiring.reserve(transfer)
 
     def move(self, transfer: Transfer) -> None:
-        """Move the transfer's bytes."""
         self.acquiring.move(transfer)
 
     def end(self, transfer: Transfer) -> None:
-        """Let go of what the transfer held."""
         self.acquiring.end(transfer)
 
     def claim(self, weight_set_id: str, instance_id: str) -> None:
-        """Ask the directory for the lease."""
         self.leasing.claim(weight_set_id, instance_id)
 
     def give_back(self, lease: ColdLoadLease) -> None:
-        """Give the lease back to the directory."""
         self.leasing.give_back(lease)
 
     def notice(self, notice: decide.Notice) -> None:
-        """Tell those who watch."""
         match notice:
             case decide.WeightSetChanged(weight_set_id):
                 self.watch.mark_weight_set(weight_set_id)
@@ -136,7 +126,6 @@ class Control:
                 self.watch.mark_transfer(transfer)
 
     def failed(self, decision: decide.Decision, error: Exception) -> None:
-        """Feed back that an action could not even be begun."""
         match decision:
             case decide.Hold(publication):
                 self.publishing.not_held(publication)

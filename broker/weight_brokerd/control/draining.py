@@ -48,6 +48,5 @@ class Draining:
         self._loop.carry_out(self._loop.coordinator.cut_off(self._loop.now()))
 
     def settled(self) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         if not self._loop.coordinator.transfers.running:
             self._idle.set()

@@ -1,4 +1,4 @@
-"""Carries decisions out in the order in which they were made."""
+"""Carries decisions out in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 class Ports(Protocol):
-    """Everything that core cannot do itself. What takes time is begun here, and reports its end as an event."""
+    """Everything that core cannot do itself. A port only begins work that takes time; its end is an event."""
 
     def answer(self, answer: decide.Answer) -> None:
         """Tell the caller of the acquisition."""
@@ -35,26 +35,26 @@ class Ports(Protocol):
         """Move the transfer's bytes. Ends with `Coordinator.transfer_moved` or `transfer_failed`."""
 
     def end(self, transfer: Transfer) -> None:
-        """Let go of what the transfer held, and stop what moves its bytes."""
+        """Let go of the memory that the transfer held, and stop moving its bytes."""
 
     def claim(self, weight_set_id: str, instance_id: str) -> None:
         """Ask the directory for the lease. Ends with `Coordinator.lease_claimed` or `claim_failed`."""
 
     def give_back(self, lease: ColdLoadLease) -> None:
-        """Give the lease back to the directory, however often it takes. Ends with `Coordinator.lease_ended`."""
+        """Give the lease back to the directory, with retries. Ends with `Coordinator.lease_ended`."""
 
     def notice(self, notice: decide.Notice) -> None:
-        """Tell those who watch."""
+        """Tell the watchers."""
 
     def failed(self, decision: decide.Decision, error: Exception) -> None:
-        """Feed back that an action could not even be begun."""
+        """Report that a decision could not be carried out."""
 
     def settled(self) -> None:
-        """The queue is empty: every event so far has had its consequences."""
+        """The queue is empty: all decisions so far are carried out."""
 
 
 class Executor:
-    """One queue for the whole broker. An event that a port reports while it is called comes after what is queued."""
+    """One queue for the whole broker. Decisions of an event that a port reports during its call go to the end."""
 
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
@@ -62,7 +62,7 @@ class Executor:
         self._is_working = False
 
     def carry_out(self, decisions: Iterable[decide.Decision]) -> None:
-        """Append to the queue; work it off unless a call further up is doing so."""
+        """Append to the queue; work it off unless an outer call does."""
         self._queue.extend(decisions)
         if self._is_working:
             return
@@ -75,7 +75,7 @@ class Executor:
         self._ports.settled()
 
     def _carry_out(self, decision: decide.Decision) -> None:
-        """A port that raises concerns its own decision only: those behind it would not be made again."""
+        """An error of a port fails its own decision only: core does not repeat the decisions behind it."""
         try:
             self._call(decision)
         except Exception as error:

@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 
 class Leasing:
-    """Asks the directory, and hears it (`weight_brokerd.directory.protocol.DirectoryEvents`)."""
+    """Asks the directory, and takes its events (`weight_brokerd.directory.protocol.DirectoryEvents`)."""
 
     def __init__(self, loop: Loop, directory: Directory) -> None:
         self._loop = loop
@@ -40,7 +40,7 @@ class Leasing:
         lease = self._held(instance_id, weight_set_id, fencing_token)
         audit("give_up_lease", instance_id=instance_id, weight_set_id=weight_set_id, reason=reason)
         if unpublishable:
-            why = reason or "its holder did not say why"
+            why = reason or "its holder gave no reason"
             decisions = self._loop.coordinator.declare_unpublishable(weight_set_id, why, self._loop.now())
             self._loop.carry_out(decisions)
         await self._directory.release(lease)
@@ -51,18 +51,16 @@ class Leasing:
         self._loop.carry_out(self._loop.coordinator.lease_ended(lease, self._loop.now()))
 
     def claim_failed(self, weight_set_id: str) -> None:
-        """The directory could not be asked."""
-        why = "the directory did not say who loads this weight set"
+        """The directory did not answer a claim."""
+        why = "the directory did not answer the claim for this weight set"
         self._loop.carry_out(self._loop.coordinator.claim_failed(weight_set_id, why, self._loop.now()))
 
     # Ports
 
     def claim(self, weight_set_id: str, instance_id: str) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._loop.spawn(self._claim(weight_set_id, instance_id))
 
     def give_back(self, lease: ColdLoadLease) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._loop.spawn(self._give_back(lease))
 
     async def _claim(self, weight_set_id: str, instance_id: str) -> None:
@@ -71,7 +69,7 @@ class Leasing:
         claimant = Holder(core.host_id, instance_id, instance.name if instance is not None else "")
         try:
             claim = await self._directory.claim(weight_set_id, claimant)
-        except Exception:  # whatever it is, no acquisition may wait for an answer that does not come
+        except Exception:  # of any kind: no acquisition may wait for an answer that does not come
             log.exception("directory_claim_failed", weight_set_id=weight_set_id)
             self.claim_failed(weight_set_id)
             return
@@ -80,7 +78,7 @@ class Leasing:
         self._loop.carry_out(core.lease_claimed(weight_set_id, claim, self._loop.now()))
 
     async def _give_back(self, lease: ColdLoadLease) -> None:
-        """Until the directory has it: the core waits for that, and with it everyone who wants the weight set."""
+        """Retry until the directory has the lease: all waiters of the weight set wait for that."""
         pause = FIRST_RETRY_SECONDS
         while True:
             try:

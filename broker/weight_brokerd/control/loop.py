@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 class Loop:
-    """One for the whole control plane. Everything runs on one loop: an event and its consequences are one step."""
+    """One for the whole control plane. Everything runs on one event loop: an event and its decisions are one step."""
 
     def __init__(self, coordinator: Coordinator, executor: Executor) -> None:
         self.coordinator = coordinator
@@ -25,17 +25,17 @@ class Loop:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def carry_out(self, decisions: Decisions) -> None:
-        """Have decisions carried out, in their turn."""
+        """Hand decisions to the executor."""
         self._executor.carry_out(decisions)
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run something whose end no caller awaits; what it raises is logged."""
+        """Run work without a waiter; its error is logged."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
 
     def close(self) -> None:
-        """End what still runs."""
+        """Cancel the background tasks."""
         for task in self._tasks:
             task.cancel()
 

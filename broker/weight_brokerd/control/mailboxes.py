@@ -23,12 +23,12 @@ class Granted:
 
     transfer: Transfer
     message: bytes
-    """What the receiver learns of the source's memory and content, as a serialized Granted."""
+    """The source's memory and digests for the receiver, as a serialized Granted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The broker has moved every byte; the receiver is to verify them."""
+    """The broker has moved every byte; the receiver must verify them."""
 
     transfer: Transfer
     seconds: Mapping[str, float]
@@ -40,7 +40,7 @@ Mailbox = asyncio.Queue[AcquisitionEvent]
 
 
 class Mailboxes:
-    """One for each acquisition whose call is open."""
+    """The mailboxes, one for each acquisition whose call is open."""
 
     def __init__(
         self,
@@ -57,12 +57,12 @@ class Mailboxes:
         """Leases that may not have reached their caller yet, by acquisition."""
 
     def open(self, acquisition_id: str) -> Mailbox:
-        """A new one."""
+
         mailbox = self._open[acquisition_id] = Mailbox()
         return mailbox
 
     def close(self, acquisition_id: str) -> None:
-        """The call is over; a lease that did not reach it goes back."""
+        """The call is over; a lease that did not reach the caller goes back."""
         self._open.pop(acquisition_id, None)
         lease = self._unconfirmed.pop(acquisition_id, None)
         if lease is not None:
@@ -73,13 +73,13 @@ class Mailboxes:
         self._unconfirmed.pop(acquisition_id, None)
 
     def post(self, acquisition_id: str, event: AcquisitionEvent) -> None:
-        """Tells it now."""
+        """Post an answer at once."""
         mailbox = self._open.get(acquisition_id)
         if mailbox is not None:
             mailbox.put_nowait(event)
 
     def post_end(self, decision: decide.LoadFromDisk | decide.Fail) -> None:
-        """Tells it once nobody writes to the receiver's memory any more."""
+        """Post the last answer once nothing writes to the receiver's memory any more."""
         if isinstance(decision, decide.LoadFromDisk):
             self._unconfirmed[decision.acquisition_id] = decision.lease
         movements = self._movements
@@ -99,7 +99,7 @@ class Mailboxes:
         if isinstance(decision, decide.Fail):
             decision.error.touched = decision.error.touched or touched
             decision.error.quiesced = decision.error.quiesced and quiesced
-        elif not quiesced:  # nothing may be loaded into that memory
+        elif not quiesced:  # the instance must not load into memory that may still be written
             self._unconfirmed.pop(acquisition_id, None)
             self._release_lease(decision.lease)
             error = TransferFailed("a failed transfer may still write to the memory", touched=True, quiesced=False)

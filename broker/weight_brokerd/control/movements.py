@@ -1,7 +1,7 @@
 """The transfers whose bytes the broker moves, one at a time for each acquisition.
 
-An acquisition may lose its source and be granted another one while the bytes of the first are still being written: the
-second movement begins when the first has ended, and nobody is told to use its memory before.
+An acquisition may lose its source and be granted another one while the bytes of the first are still being written. The
+second movement begins when the first has ended; until then no answer lets the receiver use its memory.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ log = structlog.get_logger()
 
 
 class MovementEvents(Protocol):
-    """How movements end. Not called for one that was stopped."""
+    """How movements end. Not called for a movement that was stopped."""
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
-        """Every byte is where it belongs."""
+        """Every byte has arrived."""
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
-        """The movement has failed."""
+        """The movement has failed; `failure` says how far it got."""
 
     def staged(self, transfer: Transfer) -> None:
-        """The card does not map the receiver's memory: its owner copies it, in this transfer and in later ones."""
+        """The card does not map the receiver's memory: its owner copies it, in this and all later transfers."""
 
 
 @dataclass(slots=True)
 class _Acquisition:
-    """What moves, or has moved, into the memory of one acquisition."""
+    """The movements into the memory of one acquisition."""
 
     tasks: dict[asyncio.Task[None], Transfer] = field(default_factory=dict)
-    """Those that have not ended, in the order in which they were granted."""
+    """Movements that have not ended, in the order of their grants."""
     transfer: Transfer | None = None
-    """The one that moves now and was not stopped."""
+    """The transfer that moves now and was not stopped."""
     touched: bool = False
     quiesced: bool = True
 
 
 class Movements:
-    """All of them, by acquisition."""
+    """All movements, by acquisition."""
 
     def __init__(self, route: Callable[[Place, Place], DataPlane]) -> None:
-        """`route`: what moves bytes from one place to another."""
+        """`route` chooses the data plane for two places."""
         self._route = route
         self._acquisitions: dict[str, _Acquisition] = {}
 
     def start(
         self, transfer: Transfer, source: Place, destination: Place, timeout: float, events: MovementEvents
     ) -> None:
-        """Move the bytes, after what moves into the same memory has ended."""
+        """Move the bytes, after earlier movements into the same memory have ended."""
         entry = self._acquisitions.setdefault(transfer.acquisition_id, _Acquisition())
         entry.transfer = transfer
         work = self._move(entry, list(entry.tasks), transfer, source, destination, timeout, events)
@@ -66,7 +66,7 @@ class Movements:
         task.add_done_callback(lambda ended: entry.tasks.pop(ended, None))
 
     def stop(self, transfer: Transfer) -> None:
-        """Ends a movement; `settled` says when it has ended. Does nothing if it has ended already."""
+        """Stop a movement; `settled` returns when it has ended. Idempotent."""
         entry = self._acquisitions.get(transfer.acquisition_id)
         if entry is None or entry.transfer is not transfer:
             return
@@ -76,16 +76,16 @@ class Movements:
                 task.cancel()
 
     def is_moving(self, acquisition_id: str) -> bool:
-        """Whether somebody may write now."""
+        """Whether a movement may write to the acquisition's memory now."""
         return bool(self._others(acquisition_id))
 
     async def settled(self, acquisition_id: str) -> None:
-        """Waits until nobody writes any more, or nobody can say so."""
+        """Wait until all movements into the acquisition's memory have ended; `outcome` says whether writing ended."""
         while tasks := self._others(acquisition_id):
             await asyncio.wait(tasks)
 
     async def readers_gone(self, publication: Publication) -> None:
-        """Waits until nothing moves out of the publication's memory any more."""
+        """Wait until nothing moves out of the publication's memory any more."""
         while tasks := {
             task
             for entry in self._acquisitions.values()
@@ -100,7 +100,7 @@ class Movements:
         return (False, True) if entry is None else (entry.touched, entry.quiesced)
 
     async def forget(self, acquisition_id: str) -> None:
-        """The acquisition is over: nothing is to move into its memory any more."""
+        """The acquisition is over: stop and forget its movements."""
         entry = self._acquisitions.get(acquisition_id)
         if entry is None:
             return
@@ -110,11 +110,11 @@ class Movements:
         self._acquisitions.pop(acquisition_id, None)
 
     async def close(self) -> None:
-        """Ends all of them."""
+        """Stop and forget all movements."""
         await asyncio.gather(*(self.forget(acquisition_id) for acquisition_id in list(self._acquisitions)))
 
     def _others(self, acquisition_id: str) -> set[asyncio.Task[None]]:
-        """What moves into the acquisition's memory, without the task that asks."""
+        """The movements into the acquisition's memory, without the calling task's own."""
         entry = self._acquisitions.get(acquisition_id)
         tasks = entry.tasks if entry is not None else {}
         return {task for task in tasks if not task.done() and task is not asyncio.current_task()}
@@ -151,7 +151,7 @@ class Movements:
             entry.touched = entry.touched or error.touched
             entry.quiesced = entry.quiesced and error.quiesced
             failure = error
-        except Exception as error:  # whatever it was, the acquisition must not wait for ever
+        except Exception as error:  # of any kind: the acquisition must not wait for ever
             log.exception("internal_error", transfer_id=transfer.transfer_id)
             entry.touched = True
             failure = MoveFailed(
@@ -174,7 +174,7 @@ class Movements:
         deadline: float,
         events: MovementEvents,
     ) -> PhaseSeconds:
-        """Move the bytes. What the card refuses to map is staged if the receiver offered that."""
+        """Move the bytes. Memory that the card refuses to map is staged if the receiver offered that."""
         try:
             return await self._move_by_route(transfer, source, destination, deadline)
         except MoveFailed as error:

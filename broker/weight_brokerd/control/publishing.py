@@ -82,41 +82,37 @@ class Publishing:
         """An instance does not copy for staged transfers any more."""
         publications = self._loop.coordinator.publications.of_instance(instance_id)
         staged = [publication.publication_id for publication in publications if publication.is_staged]
-        self.memory_lost(staged, f"its instance copies nothing for others any more: {reason}")
+        self.memory_lost(staged, f"its instance does not copy for staged transfers any more: {reason}")
 
     def place_of(self, publication: Publication) -> Place:
-        """Where the weights of a resident publication lie."""
+        """The place of a resident publication's weights."""
         return self._residency.place_of(publication)
 
     def digests_of(self, publication: Publication) -> bytes:
-        """Digests of its content, as a serialized Granted."""
+        """The digests of the content, as a serialized Granted."""
         return self._offered[publication.publication_id].digests
 
     async def close(self) -> None:
-        """End what holds or releases memory now."""
+        """Cancel holding and releasing."""
         await self._residency.close()
 
     # How holding ends (weight_brokerd.control.residency.ResidencyEvents)
 
     def held(self, publication: Publication, place: Place) -> None:
-        """The publication's memory is readable."""
         is_staged = place.stage is not None
         self._loop.carry_out(self._loop.coordinator.held(publication, self._loop.now(), is_staged=is_staged))
         if is_staged and not self._staging.has(publication.instance_id):
             self.staging_lost(publication.instance_id, "its stage connection has ended")
 
     def not_held(self, publication: Publication) -> None:
-        """The publication's memory cannot be made readable."""
         self._loop.carry_out(self._loop.coordinator.not_held(publication, self._loop.now()))
 
     # Ports
 
     def hold(self, publication: Publication) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._residency.hold(publication, self._offered[publication.publication_id].place)
 
     def release(self, publication: Publication) -> None:
-        """See `weight_brokerd.control.executor.Ports`."""
         self._offered.pop(publication.publication_id, None)
         gone = self._gone.pop(publication.publication_id, None)
         if gone is not None:

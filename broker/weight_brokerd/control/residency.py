@@ -52,7 +52,7 @@ class Residency:
         self._all: dict[str, _Residency] = {}
 
     def hold(self, publication: Publication, place: Place) -> None:
-        """Begin to make the memory readable; `held` says how that ends."""
+        """Begin to make the memory readable; `held` returns or raises when that has ended."""
         holding = self._begin_to_hold(publication, place)
         self._all[publication.publication_id] = _Residency(publication, place, holding)
         if holding.done():
@@ -61,8 +61,8 @@ class Residency:
             holding.add_done_callback(lambda ended: self._ended(publication, ended))
 
     async def held(self, publication_id: str) -> None:
-        """Return when the memory is readable. Raises what kept it from that; `PublicationNotFound` if the publication
-        was retracted meanwhile."""
+        """Return when the memory is readable. Raises the kind's error if it cannot be; `PublicationNotFound` if the
+        publication was retracted meanwhile."""
         residency = self._all.get(publication_id)
         if residency is None:
             return
@@ -75,18 +75,18 @@ class Residency:
         residency.holding.result()
 
     def place_of(self, publication: Publication) -> Place:
-        """Where the weights of a resident publication lie."""
+        """The place of a resident publication's weights."""
         return self._all[publication.publication_id].place
 
     def release(self, publication: Publication) -> None:
-        """Begin to let go of the memory; `released` says how that ends."""
+        """Begin to release the memory; `released` returns or raises when that has ended."""
         residency = self._all.get(publication.publication_id)
         if residency is not None:
             residency.holding.cancel()
             self._begin_to_release(residency)
 
     def is_releasing(self, instance_id: str, publication_id: str) -> bool:
-        """Whether the publication was this instance's and its memory is still held."""
+        """Whether the publication of this instance is gone and its memory still held."""
         residency = self._all.get(publication_id)
         return (
             residency is not None
@@ -105,11 +105,11 @@ class Residency:
         await asyncio.shield(residency.releasing)
 
     def publication(self, publication_id: str) -> Publication:
-        """One that `is_releasing`."""
+        """The publication; only while `is_releasing`."""
         return self._all[publication_id].publication
 
     async def close(self) -> None:
-        """Wait for what is under way. The processes that hold the rest are about to end."""
+        """Cancel holding and releasing, and wait for both. The processes that hold the other memory end next."""
         pending: list[asyncio.Future[Place] | asyncio.Task[None]] = []
         for residency in self._all.values():
             pending += [residency.holding, *([residency.releasing] if residency.releasing is not None else [])]
@@ -120,7 +120,7 @@ class Residency:
     def _begin_to_hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
         try:
             return self._kinds.of(publication.device_kind).hold(publication, place)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the publisher is to hear it
+        except Exception as error:  # noqa: BLE001 - the publisher must get the error, of any kind
             failed: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
             failed.set_exception(error)
             return failed

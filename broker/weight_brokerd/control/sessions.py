@@ -1,4 +1,4 @@
-"""Sessions: which process an instance is, and what it hands over on the attach socket."""
+"""Sessions: the processes behind the instances, and what they hand over on the attach socket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from weight_brokerd.telemetry.audit import audit
 
 
 class Sessions:
-    """Hears the attach socket (`weight_brokerd.attach.server.Attendance`)."""
+    """Takes the events of the attach socket (`weight_brokerd.attach.conversation.Attendance`)."""
 
     def __init__(self, loop: Loop, regions: RegionTable, staging: StagingConnections) -> None:
         self._loop = loop
@@ -56,12 +56,12 @@ class Sessions:
         self._regions.drop_instance(instance_id)
 
     def offer_region(self, instance_id: str, region_id: str, size_bytes: int, fd: int) -> None:
-        """An instance hands a memfd over; `fd` is taken in every case."""
+        """An instance hands a memfd over. `fd` belongs to the broker from here on, also after an error."""
         self._regions.offer(instance_id, region_id, size_bytes, fd)
         audit("offer_region", instance_id=instance_id, region_id=region_id, size_bytes=size_bytes)
 
     def withdraw_region(self, instance_id: str, region_id: str) -> None:
-        """An instance takes a region back."""
+        """An instance ends its offer of a region."""
         self._regions.withdraw(instance_id, region_id)
         audit("withdraw_region", instance_id=instance_id, region_id=region_id)
 

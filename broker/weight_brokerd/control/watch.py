@@ -1,7 +1,7 @@
-"""Tells watchers what changed.
+"""Watch calls: which things changed.
 
-A watcher keeps only *which* things changed since it last looked, not the changes themselves: a slow one gets fewer,
-larger answers. One that is too slow even for that gets the full state again, so that what is kept for it is bounded.
+A watcher keeps only *which* things changed since its last answer, not the changes themselves: a slow watcher gets
+fewer, larger answers. A watcher that is too slow even for that gets the full state again, so its memory is bounded.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from weight_brokerd.core.transfers import Transfer
 
 MAXIMUM_CHANGES = 10_000
-"""Changes of one kind that are kept for a watcher."""
+"""The most changes of one sort that are kept for a watcher."""
 
 
 @dataclass(slots=True)
 class Changes:
-    """What changed since a watcher last looked; the order within each kind is that of the first change."""
+    """Changed things since a watcher's last answer, each sort in the order of its first change."""
 
     weight_sets: dict[str, None] = field(default_factory=dict)
     instances: dict[str, None] = field(default_factory=dict)
     transfers: dict[str, Transfer] = field(default_factory=dict)
     too_many: bool = False
-    """More than were kept: only the full state says what changed."""
+    """More things changed than are kept: the watcher needs the full state."""
 
 
 class Watcher:
@@ -36,29 +36,25 @@ class Watcher:
         self.closed = False
 
     async def next(self) -> Changes:
-        """Waits for changes and takes them; empty when the watcher was closed."""
+        """Wait for changes and return them; empty after `close`."""
         await self._wake.wait()
         self._wake.clear()
         changes, self._changes = self._changes, Changes()
         return changes
 
     def close(self) -> None:
-        """Ends the call."""
         self.closed = True
         self._wake.set()
 
     def mark_weight_set(self, weight_set_id: str) -> None:
-        """A weight set changed."""
         self._changes.weight_sets[weight_set_id] = None
         self._changed(self._changes.weight_sets)
 
     def mark_instance(self, instance_id: str) -> None:
-        """An instance changed."""
         self._changes.instances[instance_id] = None
         self._changed(self._changes.instances)
 
     def mark_transfer(self, transfer: Transfer) -> None:
-        """A transfer changed."""
         self._changes.transfers[transfer.transfer_id] = transfer
         self._changed(self._changes.transfers)
 
@@ -76,7 +72,7 @@ class WatchHub:
         self._closed = False
 
     def open(self) -> Watcher:
-        """A new watcher; it sees what changes from now on."""
+        """A new watcher; it sees all changes from now on."""
         watcher = Watcher()
         if self._closed:
             watcher.close()
@@ -88,22 +84,19 @@ class WatchHub:
         self._watchers.discard(watcher)
 
     def close(self) -> None:
-        """Ends all calls, those to come too."""
+        """End all calls, also later ones."""
         self._closed = True
         for watcher in self._watchers:
             watcher.close()
 
     def mark_weight_set(self, weight_set_id: str) -> None:
-        """A weight set changed."""
         for watcher in self._watchers:
             watcher.mark_weight_set(weight_set_id)
 
     def mark_instance(self, instance_id: str) -> None:
-        """An instance changed."""
         for watcher in self._watchers:
             watcher.mark_instance(instance_id)
 
     def mark_transfer(self, transfer: Transfer) -> None:
-        """A transfer changed."""
         for watcher in self._watchers:
             watcher.mark_transfer(transfer)

@@ -1,4 +1,4 @@
-"""All acquisitions that are open. Each one ends once; a second end does nothing."""
+"""The open acquisitions. Each ends exactly once; a second end does nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DROPPED = "its process went away"
 
 
 class Acquisitions:
-    """The acquisitions by id, and the way each one goes: it waits, is granted a source, waits again, ends."""
+    """The acquisitions by id, and their course: wait, be granted a source, wait again, end."""
 
     def __init__(self, publications: Publications, weight_sets: WeightSetIndex, transfers: TransferLog) -> None:
         self._publications = publications
@@ -34,7 +34,7 @@ class Acquisitions:
         self._transfers = transfers
         self._open: dict[str, Acquisition] = {}
         self._deadlines: list[tuple[float, str]] = []
-        """A heap of those that wait, or waited when they were put in."""
+        """A heap. An entry stays when its acquisition stops waiting; readers of the heap skip it."""
         self._left_group: list[tuple[Acquisition, str]] = []
 
     def __len__(self) -> int:
@@ -50,27 +50,26 @@ class Acquisitions:
         return self._open[acquisition_id]
 
     def find(self, acquisition_id: str) -> Acquisition | None:
-        """The acquisition, or None if it has ended."""
         return self._open.get(acquisition_id)
 
     @property
     def waiting(self) -> list[Acquisition]:
-        """Those without a transfer, in the order in which they came."""
+        """Acquisitions without a transfer, oldest first."""
         return [acquisition for acquisition in self._open.values() if not acquisition.transfer_id]
 
     def begin(self, acquisition: Acquisition) -> None:
-        """A new one, which waits."""
+        """Add a new acquisition, which waits."""
         self._open[acquisition.acquisition_id] = acquisition
         self.wait_again(acquisition)
 
     def wait_again(self, acquisition: Acquisition) -> None:
-        """It has no transfer (any more) and is to be served."""
+        """The acquisition has no transfer any more and must be served."""
         acquisition.transfer_id = ""
         self._weight_sets.record(acquisition.key).waiting[acquisition.acquisition_id] = acquisition
         heapq.heappush(self._deadlines, (acquisition.deadline, acquisition.acquisition_id))
 
     def grant(self, acquisition: Acquisition, publication: Publication, now: float) -> Decisions:
-        """Gives it a slot of the source. Its caller is told once the source is reserved."""
+        """Give the acquisition a slot of the source. Its caller gets the grant once the source is reserved."""
         transfer = self._transfers.begin(acquisition, publication, now)
         self._publications.reserve(publication, transfer.reader)
         acquisition.transfer_id = transfer.transfer_id
@@ -79,7 +78,7 @@ class Acquisitions:
         return [Reserve(transfer), TransferChanged(transfer), WeightSetChanged(publication.weight_set_id)]
 
     def wait(self, acquisition: Acquisition, reason: WaitReason, lease: ColdLoadLease | None) -> Decisions:
-        """Says what it waits for, if its caller does not know that yet."""
+        """Send the reason for waiting, unless the caller knows it already."""
         waits_for = (reason, lease.fencing_token if lease is not None else 0)
         if acquisition.last_wait == waits_for:
             return []
@@ -87,15 +86,15 @@ class Acquisitions:
         return [Wait(acquisition.acquisition_id, reason, lease)]
 
     def complete(self, acquisition: Acquisition, transfer: Transfer, arrival: Arrival) -> Decisions:
-        """Every byte is in place."""
+        """End the acquisition: every byte is in place."""
         return self._end(acquisition, Complete(acquisition.acquisition_id, transfer, arrival))
 
     def load_from_disk(self, acquisition: Acquisition, lease: ColdLoadLease) -> Decisions:
-        """Its instance is the one that loads."""
+        """End the acquisition: its instance has the lease and loads."""
         return self._end(acquisition, LoadFromDisk(acquisition.acquisition_id, lease))
 
     def fail(self, acquisition: Acquisition, error: BrokerError) -> Decisions:
-        """It cannot be served. Its group, if it has one, is to hear why."""
+        """End the acquisition with an error, and note the reason for its group."""
         error.touched = error.touched or acquisition.touched
         decisions = self._end(acquisition, Fail(acquisition.acquisition_id, error))
         if decisions and acquisition.rank is not None:
@@ -103,19 +102,18 @@ class Acquisitions:
         return decisions
 
     def drop(self, acquisition: Acquisition) -> Decisions:
-        """Its caller is gone, and is told nothing."""
         self._forget(acquisition)
         if acquisition.rank is not None:
             self._left_group.append((acquisition, DROPPED))
         return [WeightSetChanged(acquisition.key.id)]
 
     def left_group(self) -> list[tuple[Acquisition, str]]:
-        """Those of groups that ended on their own since the last call, each with the reason."""
-        left, self._left_group = self._left_group, []
-        return left
+        """Members of groups that ended before their group since the last call, each with the reason."""
+        ended, self._left_group = self._left_group, []
+        return ended
 
     def late(self, now: float) -> list[Acquisition]:
-        """Those that wait although their deadline is over, in the order in which they came."""
+        """Acquisitions that wait although their deadline is over, oldest first."""
         late: set[str] = set()
         while self._deadlines and self._deadlines[0][0] <= now:
             late.add(heapq.heappop(self._deadlines)[1])
@@ -123,12 +121,12 @@ class Acquisitions:
         return [acquisition for acquisition in found if not acquisition.transfer_id]
 
     def next_deadline(self) -> float | None:
-        """When `late` next has something to say."""
+        """The earliest deadline of a waiting acquisition."""
         while self._deadlines:
             acquisition = self._open.get(self._deadlines[0][1])
             if acquisition is not None and not acquisition.transfer_id:
                 return acquisition.deadline
-            heapq.heappop(self._deadlines)  # it is put in again when its transfer fails
+            heapq.heappop(self._deadlines)  # `wait_again` adds it again if its transfer fails
         return None
 
     def _end(self, acquisition: Acquisition, ending: Ending) -> Decisions:

@@ -1,6 +1,6 @@
-"""What a caller gets that no source can serve now, and why.
+"""The answer to a caller whom no source can serve now, with the reason.
 
-`judge` alone decides it, for one caller, for a load group and for Explain.
+`judge` alone decides, for a single caller, for a load group and for Explain.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the caller wants if no source can serve it."""
+    """What the caller wants if no source can serve the acquisition."""
 
     if_absent: IfAbsent
     has_tried: bool = False
@@ -38,30 +38,29 @@ class Wish:
 
     @classmethod
     def of(cls, acquisition: Acquisition) -> Wish:
-        """The wish of one caller."""
         return cls(acquisition.if_absent, bool(acquisition.failed_sources))
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What there is instead of a source that can serve."""
+    """The facts that decide if no source can serve."""
 
     is_draining: bool
     is_busy: bool
-    """A source would do, but has as many readers as it may have."""
+    """A source fits, but all its reader slots are occupied."""
     is_coming: bool
-    """A source would do, but is not readable yet."""
+    """A source fits, but is not readable yet."""
     layout_differs: bool
     lease: ColdLoadLease | None
     """Of an instance that loads the weight set."""
     claim_pending: bool
     """The directory has been asked who loads."""
     unpublishable: str
-    """Why it cannot be published, as its last loader said."""
+    """Why the weight set cannot be published, in its last loader's words; empty if it can."""
 
     @classmethod
     def of(cls, selection: Selection[Publication], record: WeightSetRecord | None, *, is_draining: bool) -> Situation:
-        """As one caller finds it."""
+        """The situation of a single caller."""
         return cls(
             is_draining=is_draining,
             is_busy=selection.has(Refusal.BUSY),
@@ -74,8 +73,6 @@ class Situation:
 
 
 class Verdict(enum.Enum):
-    """What the caller gets."""
-
     WAIT_BUSY = "wait_busy"
     WAIT_REGISTERING = "wait_registering"
     WAIT_COLD_LOAD = "wait_cold_load"
@@ -95,7 +92,7 @@ WAITS = {
 
 
 def judge(wish: Wish, situation: Situation) -> Verdict:
-    """The verdict, from what serves the caller soonest to what does not serve it at all."""
+    """The verdict: the answer that serves the caller soonest, or the most specific refusal."""
     if situation.is_draining:
         return Verdict.REFUSE_DRAINING
     if situation.is_busy:
@@ -110,7 +107,7 @@ def judge(wish: Wish, situation: Situation) -> Verdict:
 
 
 def _judge_absent(wish: Wish, situation: Situation) -> Verdict:
-    """No source, and none to come by itself."""
+    """No source, and none that becomes readable by itself."""
     waits = wish.if_absent is IfAbsent.WAIT and not wish.has_tried
     if waits or wish.if_absent is IfAbsent.LOAD:
         if situation.lease is not None:
@@ -138,12 +135,10 @@ def refusal(
 
 
 def draining() -> BrokerUnavailable:
-    """The broker takes no new work."""
     return BrokerUnavailable("the broker is draining and takes no new work; load from disk", reason=Reason.DRAINING)
 
 
 def late(acquisition: Acquisition, now: float) -> AcquireTimeout:
-    """The deadline of the acquisition is over."""
     waited = now - acquisition.begun_at
     return AcquireTimeout(f"weight set {acquisition.key.id} did not arrive in {waited:.1f} s")
 
@@ -171,11 +166,11 @@ def _absent(acquisition: Acquisition) -> BrokerError:
     tried = acquisition.failed_sources
     if not tried:
         return WeightsNotFound(
-            f"nobody holds weight set {acquisition.key.id} (model {acquisition.key.model!r}); load from disk",
+            f"no instance holds weight set {acquisition.key.id} (model {acquisition.key.model!r}); load from disk",
             metadata={"weight_set_id": acquisition.key.id},
         )
-    kind = IntegrityError if acquisition.saw_wrong_bytes else TransferFailed
-    return kind(
+    error = IntegrityError if acquisition.saw_wrong_bytes else TransferFailed
+    return error(
         f"every source of weight set {acquisition.key.id} failed: "
         + "; ".join(f"{source.source_id}: {why}" for source, why in tried.items()),
         metadata={
@@ -252,21 +247,21 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Which acquisition Explain is asked about: one that would load the weight set if nobody holds it."""
+    """The acquisition that Explain is asked about. It would load the weight set if no instance holds it."""
 
     weight_set_id: str
     key: WeightSetKey | None
     layout: Layout | None
-    """None for a receiver that takes any."""
+    """None for a receiver that takes any layout."""
     device_kind: str = ""
-    """Empty for the kind of memory in which the weight set is published."""
+    """Empty: the kind of memory in which the weight set is published."""
     device_id: str = ""
 
 
 def explain(
     question: Question, publications: Publications, weight_sets: WeightSetIndex, host_id: str, *, is_draining: bool
 ) -> Explanation:
-    """What the acquisition would get if it were made on this host now."""
+    """What the acquisition would get on this host now."""
     record = weight_sets.find(question.weight_set_id)
     sources = publications.of_weight_set(question.weight_set_id)
     kind = question.device_kind or (sources[-1].device_kind if sources else EMPTY_KIND)
@@ -297,7 +292,7 @@ def _outcome(selection: Selection[Publication], situation: Situation) -> tuple[O
     outcome, summary = _OUTCOMES[judge(Wish(IfAbsent.LOAD), situation)]
     lease = situation.lease
     return outcome, summary.format(
-        why="nobody has published it" if not selection.candidates else "no publication of it can be read",
+        why="no instance has published it" if not selection.candidates else "no publication of it can be read",
         unpublishable=situation.unpublishable,
         loader=f"{lease.holder.name} ({lease.holder.instance_id})" if lease is not None else "",
     )

@@ -1,7 +1,8 @@
-"""Turns events into decisions: who reads from whom, who loads from disk, who waits.
+"""Turns events into decisions: which acquisition reads, from which source, which loads from disk, which waits.
 
-Every public method is one event: it changes the state, then serves once whatever the event touched, and returns what
-follows. Nothing here blocks, reads a clock or touches a device, so that any interleaving of events can be replayed.
+Every public method is one event: it changes the state, then serves every weight set that the event touched once, and
+returns the decisions. Nothing here blocks, reads a clock or touches a device, so that any interleaving of events can be
+replayed.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ STAGE_INSTEAD = {"path": "staged"}
 
 
 class Coordinator:
-    """The broker's mind."""
+    """What the broker knows and decides about the instances, publications and acquisitions of this host."""
 
     def __init__(self, *, host_id: str, limits: Limits, first_generation: int = 1) -> None:
         self.host_id = host_id
@@ -149,13 +150,13 @@ class Coordinator:
         return decisions + self._settle(now, publication.weight_set_id)
 
     def not_held(self, publication: Publication, now: float) -> Decisions:
-        """The publication's memory cannot be made readable: it never was."""
+        """The publication's memory cannot be made readable: the publication ends without having been resident."""
         if publication.state is not PublicationState.REGISTERING:
             return []
         return self._endings.end_publication(publication) + self._settle(now)
 
     def retract(self, instance_id: str, publication_id: str, now: float) -> tuple[Publication, Decisions]:
-        """The instance wants its memory back: no new readers. It is gone when the last one has ended."""
+        """The instance wants its memory back: no new readers. The publication is gone after the last reader."""
         publication = self.publications.held_by(Holder(self.host_id, instance_id), publication_id)
         if publication.state is PublicationState.REGISTERING or not publication.readers:
             return publication, self._endings.end_publication(publication) + self._settle(now)
@@ -177,7 +178,7 @@ class Coordinator:
         return self._endings.end_publication(publication, why, now) + self._settle(now)
 
     def quarantine(self, publication_id: str, reason: str, now: float) -> tuple[Publication, Decisions]:
-        """The publication is never read again, but shown."""
+        """The publication is never read again, but stays in listings."""
         publication = self.publications.get(publication_id)
         return publication, self._endings.quarantine(publication, reason) + self._settle(now)
 
@@ -194,7 +195,7 @@ class Coordinator:
         return [*decisions, WeightSetChanged(acquisition.key.id)]
 
     def reserved(self, transfer_id: str) -> Decisions:
-        """The source is kept readable for the transfer: its receiver is told, and bytes that the broker moves, move."""
+        """The source stays readable for the transfer: grant it, and begin to move bytes that the broker moves."""
         transfer = self.transfers.running.get(transfer_id)
         if transfer is None:
             return []
@@ -202,15 +203,15 @@ class Coordinator:
         return [Grant(transfer.acquisition_id, transfer), *moves]
 
     def not_reserved(self, transfer_id: str, why: str, now: float) -> Decisions:
-        """The source cannot be kept for the transfer: the acquisition tries the next one."""
+        """The source cannot be kept readable for the transfer: the acquisition tries the next source."""
         transfer = self.transfers.running.get(transfer_id)
         if transfer is None:
             return []
         return self._endings.try_next(transfer, FailureCause.SOURCE_UNREACHABLE, why, now) + self._settle(now)
 
     def staged(self, transfer_id: str) -> Decisions:
-        """The receiver's memory cannot be mapped, and its owner copies it from now on: the transfer is granted again,
-        with the path that it takes."""
+        """The receiver's memory cannot be mapped, so its owner copies it from now on: the transfer is granted again,
+        with its new path."""
         transfer = self.transfers.running.get(transfer_id)
         if transfer is None:
             return []
@@ -231,7 +232,7 @@ class Coordinator:
         return decisions + self._settle(now, acquisition.key.id)
 
     def transfer_moved(self, transfer_id: str, now: float) -> Decisions:
-        """The broker has moved every byte: the source is not needed any more, the receiver verifies."""
+        """The broker has moved every byte: the source's slot is free, and the receiver verifies."""
         transfer = self.transfers.running.get(transfer_id)
         if transfer is None:
             return []
@@ -251,17 +252,17 @@ class Coordinator:
         quiesced: bool = True,
         needs_staging: bool = False,
     ) -> Decisions:
-        """The transfer did not complete: the acquisition tries the next source, unless the receiver gave up, its time
-        is over or its memory may still be written. `needs_staging`: it fails, and may be repeated with staging."""
+        """The transfer failed: the acquisition tries the next source, unless the receiver gave up, its deadline is over
+        or its memory may still be written. `needs_staging`: the acquisition fails and may be repeated with staging."""
         transfer, acquisition = self._of_receiver(transfer_id, instance_id)
         acquisition.touched = acquisition.touched or touched
         if cause is not FailureCause.RECEIVER and quiesced:
             return self._endings.try_next(transfer, cause, detail, now) + self._settle(now)
         decisions = self._endings.fail_transfer(transfer, cause, detail, now)
-        who = "the receiver cannot take it" if needs_staging else "the receiver gave up"
-        who = who if quiesced else "the transfer failed, and the memory may still be written"
+        what = "the receiver cannot take it" if needs_staging else "the receiver gave up"
+        what = what if quiesced else "the transfer failed, and the memory may still be written"
         metadata = STAGE_INSTEAD if needs_staging else None
-        error = TransferFailed(f"{who}: {detail}", quiesced=quiesced, metadata=metadata)
+        error = TransferFailed(f"{what}: {detail}", quiesced=quiesced, metadata=metadata)
         return decisions + self.acquisitions.fail(acquisition, error) + self._settle(now, acquisition.key.id)
 
     def abandon(self, acquisition_id: str, now: float) -> Decisions:
@@ -279,7 +280,7 @@ class Coordinator:
         record.lease = claim.lease
         decisions: Decisions = [WeightSetChanged(weight_set_id)]
         if claimant is None and claim.granted:
-            # Served, cancelled or dead meanwhile: the next waiter gets its chance when the lease is free.
+            # The claimant was served, cancelled or died meanwhile: the next waiter claims once the lease is free.
             return [*decisions, ReleaseLease(claim.lease)]
         if claimant is not None and claimant.rank is not None:
             decisions += self.groups.claimed(claimant, claim)
@@ -288,7 +289,7 @@ class Coordinator:
         return decisions + self._settle(now, weight_set_id)
 
     def claim_failed(self, weight_set_id: str, why: str, now: float) -> Decisions:
-        """The directory did not answer `ClaimLease`: its asker loads without a lease, the next waiter asks again."""
+        """The directory did not answer `ClaimLease`: the claimant loads without a lease, the next waiter claims."""
         _, claimant = self.weight_sets.end_claim(weight_set_id)
         decisions: Decisions = [WeightSetChanged(weight_set_id)]
         if claimant is not None:
@@ -296,7 +297,7 @@ class Coordinator:
         return decisions + self._settle(now, weight_set_id)
 
     def lease_ended(self, lease: ColdLoadLease, now: float) -> Decisions:
-        """The lease ended, for whatever reason: the next waiter may claim it."""
+        """The lease was released or has expired: the next waiter may claim it."""
         record = self.weight_sets.find(lease.weight_set_id)
         if record is None or record.lease is None or record.lease.fencing_token != lease.fencing_token:
             return []
@@ -311,7 +312,7 @@ class Coordinator:
         return [WeightSetChanged(lease.weight_set_id)]
 
     def declare_unpublishable(self, weight_set_id: str, why: str, now: float) -> Decisions:
-        """The loader of the weight set cannot publish it: no acquisition waits for that."""
+        """The loader of the weight set cannot publish it: no acquisition waits for its publication."""
         record = self.weight_sets.find(weight_set_id)
         if record is None:
             return []
@@ -328,12 +329,12 @@ class Coordinator:
         return decisions + self._settle(now)
 
     def next_deadline(self) -> float | None:
-        """When `advance` next has something to do."""
+        """When `advance` is due next."""
         deadlines = (self.acquisitions.next_deadline(), self.groups.next_deadline())
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def drain(self, now: float) -> Decisions:
-        """Nothing new from now on; running transfers go on."""
+        """Refuse new work from now on; running transfers go on."""
         self.draining = True
         decisions: Decisions = []
         for acquisition in self.acquisitions.waiting:
@@ -341,7 +342,7 @@ class Coordinator:
         return decisions + self._settle(now)
 
     def cut_off(self, now: float) -> Decisions:
-        """The broker stops: transfers that still run end here, and their callers are told so."""
+        """The broker stops: transfers that still run end here, and their callers get an error."""
         decisions: Decisions = []
         for transfer in list(self.transfers.running.values()):
             acquisition = self.acquisitions[transfer.acquisition_id]
@@ -374,7 +375,7 @@ class Coordinator:
         decisions: Decisions = []
         selections: dict[Hashable, Selection[Publication]] = {}
         for acquisition in list(record.waiting.values()):
-            if acquisition.acquisition_id not in record.waiting:  # it went with its group
+            if acquisition.acquisition_id not in record.waiting:  # it ended with its group
                 continue
             if acquisition.rank is not None:
                 decisions += self.groups.serve(acquisition, now, is_draining=self.draining)
@@ -391,7 +392,8 @@ class Coordinator:
         selections: dict[Hashable, Selection[Publication]],
         now: float,
     ) -> Decisions:
-        """Serves one that is in no group. Receivers that are alike are judged once, for as long as nothing changes."""
+        """Serves an acquisition without a group. Sources are judged once for all receivers that are alike, until the
+        publications change."""
         receiver = Receiver.of(acquisition, self.host_id)
         likeness = (receiver.likeness, self.publications.changes)
         if likeness not in selections:
@@ -416,10 +418,10 @@ class Coordinator:
         return self.acquisitions.fail(acquisition, answers.refusal(verdict, acquisition, selection, record))
 
     def _end_groups(self) -> Decisions:
-        """Tells the groups of acquisitions that ended on their own."""
+        """Ends the groups of acquisitions that ended before their group."""
         decisions: Decisions = []
-        while left := self.acquisitions.left_group():
-            for acquisition, why in left:
+        while ended := self.acquisitions.left_group():
+            for acquisition, why in ended:
                 decisions += self.groups.member_ended(acquisition, why)
         return decisions
 

@@ -9,7 +9,7 @@ from weight_brokerd.core.model import Arrival, ColdLoadLease, WaitReason
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 
-# Answers: what the caller of an acquisition is told.
+# Answers: what the caller of an acquisition receives.
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +119,16 @@ Action = Hold | Release | Reserve | Move | EndTransfer | ClaimLease | ReleaseLea
 
 @dataclass(frozen=True, slots=True)
 class WeightSetChanged:
-    """A weight set, its publications or those who wait for it."""
-
     weight_set_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceChanged:
-    """An instance."""
-
     instance_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class TransferChanged:
-    """A transfer."""
-
     transfer: Transfer
 
 

@@ -19,7 +19,7 @@ from weight_brokerd.core.transfers import Transfer, TransferLog, TransferState
 
 
 class Endings:
-    """Changes the state, and notes in `touched` which weight sets are to be served again."""
+    """Changes the state, and remembers which weight sets must be served again."""
 
     def __init__(self, publications: Publications, transfers: TransferLog, acquisitions: Acquisitions) -> None:
         self._publications = publications
@@ -28,11 +28,11 @@ class Endings:
         self._touched: dict[str, None] = {}
 
     def touch(self, *weight_set_ids: str) -> None:
-        """Something changed for those who wait for the weight sets."""
+        """Something changed for the acquisitions that wait for the weight sets."""
         self._touched.update(dict.fromkeys(weight_set_ids))
 
     def next_touched(self) -> str | None:
-        """Takes out the weight set that has been touched for the longest; None if there is none."""
+        """Remove and return the weight set that was touched first; None if there is none."""
         weight_set_id = next(iter(self._touched), None)
         if weight_set_id is not None:
             del self._touched[weight_set_id]
@@ -44,7 +44,7 @@ class Endings:
         return [EndTransfer(transfer), TransferChanged(transfer), *self.free_slot(transfer)]
 
     def free_slot(self, transfer: Transfer) -> Decisions:
-        """The transfer reads nothing of its source any more."""
+        """The transfer does not read its source any more."""
         publication = transfer.publication
         if transfer.reader not in publication.readers:
             return []
@@ -55,7 +55,7 @@ class Endings:
         return [WeightSetChanged(publication.weight_set_id)]
 
     def fail_transfer(self, transfer: Transfer, cause: FailureCause, detail: str, now: float) -> Decisions:
-        """The transfer failed; a source that delivered wrong bytes is set aside."""
+        """The transfer failed; a source that delivered wrong bytes is quarantined."""
         publication = transfer.publication
         decisions = self.end_transfer(transfer, TransferState.FAILED, detail or cause, now)
         if cause is FailureCause.DIGEST_MISMATCH:
@@ -65,7 +65,7 @@ class Endings:
         return decisions
 
     def try_next(self, transfer: Transfer, cause: FailureCause, detail: str, now: float) -> Decisions:
-        """The source failed: the acquisition waits for another one, unless its time is over."""
+        """The source failed: the acquisition waits for another source, unless its deadline is over."""
         acquisition = self._acquisitions[transfer.acquisition_id]
         decisions = self.fail_transfer(transfer, cause, detail, now)
         self.touch(acquisition.key.id)
@@ -85,7 +85,7 @@ class Endings:
         return decisions + self._acquisitions.drop(acquisition)
 
     def quarantine(self, publication: Publication, reason: str) -> Decisions:
-        """The publication is never read again, but shown."""
+        """The publication is never read again, but stays in listings."""
         if publication.state is PublicationState.RESIDENT:
             self._publications.move(publication, PublicationState.QUARANTINED)
             publication.quarantine_reason = reason
@@ -93,8 +93,8 @@ class Endings:
         return [WeightSetChanged(publication.weight_set_id)]
 
     def end_publication(self, publication: Publication, why: str = "", now: float = 0.0) -> Decisions:
-        """The publication is gone. Memory that outlives its owner lives on for its readers; readers of other memory
-        are sent to another source."""
+        """The publication is gone. Readers of memory that outlives its owner read on; the acquisitions of other readers
+        wait for another source."""
         self._publications.move(publication, PublicationState.GONE)
         self.touch(publication.weight_set_id)
         decisions: Decisions = []

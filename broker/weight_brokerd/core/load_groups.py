@@ -1,11 +1,11 @@
 """The ranks of one engine load all from peers, from publications of one other engine, or all from disk.
 
 A group is decided when all its ranks have asked. They are granted sources together, and complete together when every
-rank has every byte; or they load from disk together. Whatever keeps one rank from it ends the group for the others, at
-once or when their running transfers have ended: no rank is sent to the disk while its memory may still be written.
+rank has every byte; or they load from disk together. The failure of one rank ends the group for the others, at once or
+when their running transfers have ended: no rank is sent to the disk while its memory may still be written.
 
-A group takes the cold-load leases of its ranks in their order, and only if all are free: of two engines one gets all
-that it asks for, and neither waits while it holds one.
+A group claims the cold-load leases of its ranks in rank order, and only if all are free: of two engines one gets all
+leases, and neither waits while it holds a lease.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ENDED_GROUPS_REMEMBERED = 256
 
 @dataclass(slots=True)
 class Group:
-    """One engine that loads."""
+    """The ranks of one engine that loads."""
 
     group_id: str
     size: int
     deadline: float
-    """When all its ranks must have asked."""
+    """When all ranks must have asked."""
     members: dict[int, Acquisition] = field(default_factory=dict)
     arrived: dict[int, tuple[Transfer, Arrival]] = field(default_factory=dict)
     """Ranks that have every byte."""
@@ -43,7 +43,7 @@ class Group:
     """Answers of the directory while the leases are being claimed; None for a lease that another instance has."""
     is_claiming: bool = False
     failure: str = ""
-    """Why it ends, if it does."""
+    """Why the group ends; empty while it goes on."""
 
     @property
     def in_order(self) -> list[Acquisition]:
@@ -52,10 +52,10 @@ class Group:
 
     @property
     def wish(self) -> Wish:
-        """The wish of all its ranks: the least patient one decides."""
+        """The wish of all ranks together: the least patient rank decides."""
         wishes = [Wish.of(acquisition) for acquisition in self.members.values()]
         wanted = {wish.if_absent for wish in wishes}
-        if_absent = next(one for one in (IfAbsent.FAIL, IfAbsent.WAIT, IfAbsent.LOAD) if one in wanted)
+        if_absent = next(choice for choice in (IfAbsent.FAIL, IfAbsent.WAIT, IfAbsent.LOAD) if choice in wanted)
         return Wish(if_absent, any(wish.has_tried for wish in wishes))
 
 
@@ -76,7 +76,7 @@ class LoadGroups:
         return len(self._groups)
 
     def join(self, acquisition: Acquisition, rank: RankOfGroup) -> BrokerError | None:
-        """A rank asks. Returns why it cannot join, if it cannot."""
+        """A rank asks. Returns the error if it cannot join its group."""
         why = self._ended.get(rank.group_id)
         if why is not None:
             return _failed(f"the engine's other ranks load from disk already: {why}")
@@ -90,7 +90,7 @@ class LoadGroups:
         return None
 
     def serve(self, acquisition: Acquisition, now: float, *, is_draining: bool) -> Decisions:
-        """What its group gets now."""
+        """Serve the acquisition's group."""
         group = self._group_of(acquisition)
         if group is None:
             return []
@@ -104,7 +104,7 @@ class LoadGroups:
         return self._decide(group, now, is_draining=is_draining)
 
     def arrived(self, acquisition: Acquisition, transfer: Transfer, arrival: Arrival) -> Decisions:
-        """A rank has every byte. It waits for the others, or begins anew with them if one of them failed before."""
+        """A rank has every byte: it waits for the others, or ends with them if one of them failed before."""
         group = self._group_of(acquisition)
         assert group is not None
         assert acquisition.rank is not None
@@ -123,14 +123,14 @@ class LoadGroups:
         assert group is not None
         assert acquisition.rank is not None
         group.leases[acquisition.rank.member] = claim.lease if claim.granted else None
-        if not claim.granted and len(group.leases) == 1:  # another engine was first
+        if not claim.granted and len(group.leases) == 1:  # another engine claimed first
             group.leases.clear()
             group.is_claiming = False
             return []
         return self._claim_next(group)
 
     def member_ended(self, acquisition: Acquisition, why: str) -> Decisions:
-        """An acquisition has ended otherwise than with its group, and so ends the group."""
+        """An acquisition has ended before its group, and so ends the group."""
         rank, group = acquisition.rank, self._group_of(acquisition)
         if group is None or rank is None or group.members.get(rank.member) is not acquisition:
             return []
@@ -148,7 +148,7 @@ class LoadGroups:
         return decisions
 
     def next_deadline(self) -> float | None:
-        """When `advance` next has something to do."""
+        """When `advance` is due next."""
         return min((group.deadline for group in self._incomplete()), default=None)
 
     # What follows
@@ -169,14 +169,15 @@ class LoadGroups:
         if verdict in WAITS:
             return self._wait(group, WAITS[verdict], situation.lease if verdict is Verdict.WAIT_COLD_LOAD else None)
         if verdict is Verdict.CLAIM_PENDING:
-            return []  # the asker hears first, and then this group is served again
+            return []  # this group is served again once the directory has answered the claimant
         if verdict is Verdict.CLAIM:
             group.is_claiming = True
             return self._claim_next(group)
         return self._refuse(group, verdict)
 
     def _look(self, members: Sequence[Acquisition], *, is_draining: bool) -> tuple[list[Publication] | None, Situation]:
-        """Publications of one engine for all ranks, from the least read engine; and what there is instead of them."""
+        """Publications of one engine for all ranks, from the engine with the fewest readers; and the situation that
+        decides if there are none."""
         found: list[list[Publication]] = []
         is_busy = is_coming = False
         for engine in self._engines(members[0]):
@@ -193,7 +194,7 @@ class LoadGroups:
     def _situation(
         self, members: Sequence[Acquisition], is_draining: bool, is_busy: bool, is_coming: bool
     ) -> Situation:
-        """Of all ranks together: sources count by engine, everything else for any of the ranks."""
+        """The situation of all ranks together: sources count by engine, every other fact if it holds for any rank."""
         records = [self._weight_sets.record(member.key) for member in members]
         return Situation(
             is_draining=is_draining,
@@ -206,7 +207,7 @@ class LoadGroups:
         )
 
     def _refuse(self, group: Group, verdict: Verdict) -> Decisions:
-        """Fails the rank that is concerned; the others end with it."""
+        """Fails the rank that the verdict is about; the others end with it."""
         members = group.in_order
         member = next((member for member in members if self._concerns(verdict, member)), members[0])
         record = self._weight_sets.record(member.key)
@@ -241,7 +242,7 @@ class LoadGroups:
         return self._load_from_disk(group)
 
     def _load_from_disk(self, group: Group) -> Decisions:
-        """All ranks load. A rank without a lease does so too: an instance outside of any engine loads its weights."""
+        """All ranks load, also a rank whose lease an instance outside of any engine holds."""
         decisions: Decisions = []
         for member, acquisition in self._dissolve(group):
             lease = group.leases[member]
@@ -287,7 +288,7 @@ class LoadGroups:
             self._ended.popitem(last=False)
 
     def _dissolve(self, group: Group) -> list[tuple[int, Acquisition]]:
-        """Its members by rank; all of them end now."""
+        """Remove the group; returns its members by rank, all of which end now."""
         del self._groups[group.group_id]
         return sorted(group.members.items())
 

@@ -14,8 +14,6 @@ from weight_brokerd.core.sources import Holder, SourceRef
 
 
 class InstanceState(enum.StrEnum):
-    """State of an instance."""
-
     ATTACHED = "attached"
     DISCONNECTED = "disconnected"
 
@@ -36,7 +34,7 @@ class DataPlane(enum.StrEnum):
 
 
 class IfAbsent(enum.StrEnum):
-    """What an acquisition wants if nobody holds the weight set."""
+    """What an acquisition wants if no instance holds the weight set."""
 
     FAIL = "fail"
     WAIT = "wait"
@@ -44,16 +42,12 @@ class IfAbsent(enum.StrEnum):
 
 
 class FailureCause(enum.StrEnum):
-    """Why a transfer failed."""
-
     SOURCE_UNREACHABLE = "source_unreachable"
     DIGEST_MISMATCH = "digest_mismatch"
     RECEIVER = "receiver"
 
 
 class WaitReason(enum.StrEnum):
-    """Why an acquisition waits."""
-
     COLD_LOAD = "cold_load"
     SOURCES_BUSY = "sources_busy"
     LOAD_GROUP = "load_group"
@@ -75,13 +69,13 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class RankOfGroup:
-    """Which rank of which engine somebody is."""
+    """Which rank of which engine an instance is."""
 
     group_id: str
     member: int
     size: int
     assembly_seconds: float = 0.0
-    """How long the other ranks may take to ask too."""
+    """How long to wait until the other ranks have asked."""
 
 
 @dataclass(slots=True)
@@ -105,11 +99,11 @@ class Acquisition:
     touched: bool = False
     """Whether the broker may have written to the receiver's memory."""
     transfer_id: str = ""
-    """The transfer that is reserved or runs for it; empty while it waits."""
+    """The transfer that is reserved or runs; empty while the acquisition waits."""
     last_wait: tuple[WaitReason, int] | None = None
     """Reason and fencing token of the last Wait that was sent; equal ones are not repeated."""
     rank: RankOfGroup | None = None
-    """Of its engine, if that has several."""
+    """None unless the instance's engine has several ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +133,9 @@ class LeaseClaim:
     """The answer to a claim."""
 
     lease: ColdLoadLease
-    """The lease as it is held now."""
+    """The current lease, of the claimant or of another instance."""
     granted: bool
-    """True if this claim won it; False if it was held already."""
+    """False if another instance held the lease already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,21 +73,20 @@ class Publication:
     published_at: float
     request_id: str
     fencing_token: int
-    """Of the cold-load lease that it fulfils; 0 if none."""
+    """Of the cold-load lease that the publication fulfils; 0 if none."""
     state: PublicationState = PublicationState.REGISTERING
     readers: set[Reader] = field(default_factory=set)
     is_staged: bool = False
-    """Whether its instance copies it, because the broker does not map its memory."""
+    """Whether its instance copies the bytes, because the broker does not map their memory."""
     served_count: int = 0
     quarantine_reason: str = ""
     rank: RankOfGroup | None = None
-    """Of its engine, if that has several."""
+    """None unless the instance's engine has several ranks."""
     story: deque[PublicationState] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
     """The states before this one."""
 
     @property
     def ref(self) -> SourceRef:
-        """Its name in the cluster."""
         return SourceRef(self.holder.host_id, self.publication_id)
 
     @property
@@ -97,22 +96,20 @@ class Publication:
 
     @property
     def group_id(self) -> str:
-        """Its engine, if that has several ranks; else empty."""
+        """The instance's engine; empty unless it has several ranks."""
         return self.rank.group_id if self.rank is not None else ""
 
     @property
     def weight_set_id(self) -> str:
-        """Id of its weight set."""
         return self.key.id
 
     @property
     def fingerprint(self) -> str:
-        """Of its layout."""
         return self.layout.fingerprint
 
     @property
     def unreadable(self) -> tuple[Refusal, str] | None:
-        """Why no receiver can read it now; None if one can."""
+        """Why no receiver can read the publication now, with a detail for people; None if receivers can."""
         if self.state is PublicationState.QUARANTINED:
             return Refusal.QUARANTINED, self.quarantine_reason
         if self.state is not PublicationState.RESIDENT:
@@ -126,17 +123,17 @@ class Publication:
 
     @property
     def busy(self) -> str:
-        """Why it takes no further reader now; empty if it does."""
+        """Why the publication takes no further reader now; empty if it does."""
         is_full = len(self.readers) >= self.reader_limit
-        return f"all {self.reader_limit} reader slots are taken" if is_full else ""
+        return f"all {self.reader_limit} reader slots are occupied" if is_full else ""
 
     @property
     def preference(self) -> tuple[int, int]:
-        """Fewer readers, then the longer proven."""
+        """Fewer readers first, then older publications."""
         return len(self.readers), self.generation
 
     def differences(self, layout: Layout) -> str:
-        """In what its layout differs from another one."""
+        """How its layout differs from another layout."""
         return "; ".join(differences(self.layout, layout))
 
 
@@ -153,7 +150,7 @@ class Publications:
         self._by_holder: dict[Holder, dict[str, Publication]] = {}
         self._by_request: dict[tuple[str, str], str] = {}
         self.changes = 0
-        """Grows with whatever may change a selection."""
+        """Grows with every change that may change a selection."""
 
     def __len__(self) -> int:
         return len(self._publications)
@@ -172,7 +169,6 @@ class Publications:
         return publication
 
     def find(self, publication_id: str) -> Publication | None:
-        """The publication, or None."""
         return self._publications.get(publication_id)
 
     def held_by(self, holder: Holder, publication_id: str) -> Publication:
@@ -194,11 +190,10 @@ class Publications:
         return tuple(self._by_holder.get(Holder(self._host_id, instance_id), {}).values())
 
     def count_of_instance(self, instance_id: str) -> int:
-        """Number of publications that an instance of this host holds."""
         return len(self._by_holder.get(Holder(self._host_id, instance_id), {}))
 
     def of_request(self, instance_id: str, request_id: str) -> Publication | None:
-        """The publication that this request of this instance made, if it is not gone."""
+        """The publication of this request of this instance; None if there is none or it is gone."""
         publication_id = self._by_request.get((instance_id, request_id))
         return self._publications.get(publication_id) if publication_id else None
 
@@ -233,7 +228,7 @@ class Publications:
         return publication
 
     def move(self, publication: Publication, state: PublicationState) -> None:
-        """Changes the state along `TRANSITIONS`; a publication that becomes gone leaves."""
+        """Changes the state along `TRANSITIONS`; a publication that is gone is removed."""
         if state not in TRANSITIONS[publication.state]:
             story = " -> ".join([*publication.story, publication.state])
             raise AssertionError(f"{publication.publication_id}: {state} does not follow {story}")
@@ -244,14 +239,14 @@ class Publications:
             self._remove(publication)
 
     def reserve(self, publication: Publication, reader: Reader) -> None:
-        """Lets a reader in; the caller has just selected the publication among the readable ones."""
+        """Adds a reader; the caller has just selected the publication among the readable sources."""
         if publication.unreadable is not None or publication.busy:
             raise AssertionError(f"{publication.publication_id} is {publication.state} or full: not readable")
         publication.readers.add(reader)
         self.changes += 1
 
     def release(self, publication: Publication, reader: Reader) -> None:
-        """Lets a reader out. The publication may be gone already: its instance died while it was read."""
+        """Removes a reader. The publication may be gone already: its instance died during the read."""
         publication.readers.discard(reader)
         self.changes += 1
 

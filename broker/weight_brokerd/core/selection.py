@@ -1,4 +1,4 @@
-"""Which source serves an acquisition, and why the others do not."""
+"""Selects the source of an acquisition, and says why the others were refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Candidate(Generic[S]):
     refusal: Refusal | None = None
     detail: str = ""
     is_coming: bool = False
-    """Whether it is not readable yet, and would do once it is."""
+    """Whether the source fits, but is not readable yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Receiver:
     device_kind: str
     device_id: str
     layout: Layout | None
-    """None accepts any."""
+    """None accepts any layout."""
     failed_sources: dict[SourceRef, str]
 
     @classmethod
@@ -66,12 +66,12 @@ class Selection(Generic[S]):
 
     @property
     def is_coming(self) -> bool:
-        """True if a source that would do is not readable yet."""
+        """True if a source that fits is not readable yet."""
         return any(candidate.is_coming for candidate in self.candidates)
 
     @property
     def refusals(self) -> set[Refusal | None]:
-        """Why nothing was chosen; None stands for there being no candidate at all."""
+        """Why no source was chosen; None stands for no candidate at all."""
         return {candidate.refusal for candidate in self.candidates} or {None}
 
 

@@ -1,6 +1,6 @@
-"""Sources: weight sets that can be read, wherever they are; and who holds and who reads them.
+"""Sources: weight sets that can be read, on this host or another, with their holders and readers.
 
-Ids are counted by each broker on its own: only with the host beside it does an id name one thing in a cluster.
+Each broker counts its ids for itself: an id names one thing in a cluster only together with its host.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class SourceRef:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who keeps the bytes of a source, or has a lease: an instance, or the host itself."""
+    """The keeper of a source's bytes, or the owner of a lease: an instance, or the host itself."""
 
     host_id: str
     instance_id: str = ""
-    """Empty if the host holds it."""
+    """Empty for the host itself."""
     name: str = field(default="", compare=False)
     """For people."""
 
@@ -50,7 +50,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Reader:
-    """Who has a slot of a source: a transfer of its own host, or a read by another one."""
+    """The owner of a slot of a source: a transfer of this host, or a read by another host."""
 
     host_id: str
     reader_id: str
@@ -61,11 +61,11 @@ class Source(Protocol):
 
     @property
     def ref(self) -> SourceRef:
-        """Its name in the cluster."""
+        """The source's name in the cluster."""
 
     @property
     def holder(self) -> Holder:
-        """Who keeps the bytes."""
+        """Keeper of the bytes."""
 
     @property
     def device_kind(self) -> str:
@@ -77,23 +77,23 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of its layout."""
+        """Of the layout."""
 
     @property
     def unreadable(self) -> tuple[Refusal, str] | None:
-        """Why no receiver can read it now, with a detail for people; None if one can."""
+        """Why no receiver can read the source now, with a detail for people; None if receivers can."""
 
     @property
     def is_coming(self) -> bool:
-        """Whether it becomes readable without anybody doing anything."""
+        """Whether the source becomes readable by itself."""
 
     @property
     def busy(self) -> str:
-        """Why it takes no further reader now; empty if it does."""
+        """Why the source takes no further reader now; empty if it does."""
 
     @property
     def preference(self) -> tuple[int, int]:
-        """Among equals the smaller is chosen: fewer readers, then the longer proven."""
+        """The smaller is chosen among equals: fewer readers first, then older publications."""
 
     def differences(self, layout: Layout) -> str:
-        """In what its layout differs from another one."""
+        """How the source's layout differs from another layout."""

@@ -1,4 +1,4 @@
-"""Transfers: those that are reserved or run, and the last ones that ended."""
+"""Transfers: reserved, running and recently ended."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from weight_brokerd.core.sources import Holder, Reader
 
 
 class TransferState(enum.StrEnum):
-    """State of a transfer."""
-
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -43,17 +41,15 @@ class Transfer:
 
     @property
     def transfer_id(self) -> str:
-        """Its id on this host."""
         return f"transfer-{self.number}"
 
     @property
     def reader(self) -> Reader:
-        """Whose slot of the source it has."""
+        """The owner of the transfer's slot of the source."""
         return Reader(self.receiver.host_id, self.transfer_id)
 
     @property
     def receiver_instance_id(self) -> str:
-        """The instance that is filled."""
         return self.receiver.instance_id
 
     @property
@@ -63,7 +59,7 @@ class Transfer:
 
 
 class TransferLog:
-    """Running transfers by id, ended ones for a while."""
+    """Running transfers by id, and the last ended transfers."""
 
     def __init__(self, host_id: str, remembered: int) -> None:
         self._host_id = host_id
@@ -72,7 +68,6 @@ class TransferLog:
         self.running: dict[str, Transfer] = {}
 
     def begin(self, acquisition: Acquisition, publication: Publication, now: float) -> Transfer:
-        """A new running transfer."""
         receiver = Holder(self._host_id, acquisition.instance_id)
         transfer = Transfer(
             number=next(self._numbers),
@@ -98,19 +93,18 @@ class TransferLog:
         return transfer
 
     def end(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> None:
-        """The transfer has ended."""
         del self.running[transfer.transfer_id]
         transfer.state, transfer.failure, transfer.ended_at = state, failure, now
         self._ended.append(transfer)
 
     def newest_first(self, *, running_only: bool = False) -> list[Transfer]:
-        """All that are known, the last one begun first: an order that does not change when one of them ends."""
+        """All known transfers, the newest first: an order that stays when a transfer ends."""
         known = [*self.running.values(), *([] if running_only else self._ended)]
         return sorted(known, key=lambda transfer: transfer.number, reverse=True)
 
 
 def data_plane_between(publication: Publication, acquisition: Acquisition, host_id: str) -> DataPlane:
-    """What moves the bytes: a local copy as far as one process can reach, else the datasystem."""
+    """A local copy where one process reaches both sides, else the datasystem."""
     within_host = publication.holder.host_id == host_id
     is_reached = (
         TRAITS[publication.device_kind].copies_within is Reach.HOST or publication.device_id == acquisition.device_id

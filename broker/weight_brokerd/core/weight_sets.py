@@ -1,4 +1,4 @@
-"""Weight sets that somebody holds, loads or waits for."""
+"""Weight sets that an instance holds, loads or waits for."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ UNPUBLISHABLE_REMEMBERED = 256
 
 @dataclass(slots=True)
 class WeightSetRecord:
-    """One weight set, apart from its publications."""
+    """One weight set, without its publications."""
 
     key: WeightSetKey
     waiting: dict[str, Acquisition] = field(default_factory=dict)
     """Acquisitions without a running transfer, first come first."""
     lease: ColdLoadLease | None = None
-    """The cold-load lease as the directory last told it."""
+    """The cold-load lease in the directory's last answer."""
     claim_pending: str | None = None
     """The acquisition for which the directory has been asked for the lease."""
     unpublishable: str = ""
-    """Why it cannot be published, as whoever loaded it last said."""
+    """Why the weight set cannot be published, in its last loader's words; empty if it can."""
 
 
 class WeightSetIndex:
-    """The records, by id and by model. A record lives as long as anything refers to its weight set, or it is one of the
-    last that were said to be unpublishable."""
+    """The records, by id and by model. A record lives as long as its weight set is published, leased or waited for, or
+    among the last that were declared unpublishable."""
 
     def __init__(self, publications: Publications) -> None:
         self._publications = publications
@@ -51,11 +51,10 @@ class WeightSetIndex:
         return sorted(self._records)
 
     def find(self, weight_set_id: str) -> WeightSetRecord | None:
-        """The record, or None."""
         return self._records.get(weight_set_id)
 
     def record(self, key: WeightSetKey) -> WeightSetRecord:
-        """The record, created if it is not there."""
+        """The record; a new one if there is none."""
         record = self._records.get(key.id)
         if record is None:
             record = self._records[key.id] = WeightSetRecord(key)
@@ -67,7 +66,7 @@ class WeightSetIndex:
         return [self._records[weight_set_id] for weight_set_id in sorted(self._by_model.get(model, ()))]
 
     def note_unpublishable(self, key: WeightSetKey, why: str) -> None:
-        """Remembers why nobody can publish the weight set; an empty text if somebody has. The oldest are forgotten."""
+        """Remember why the weight set cannot be published; an empty text if it has been. The oldest are forgotten."""
         record = self.record(key)
         record.unpublishable = why
         self._unpublishable.pop(key.id, None)
@@ -98,7 +97,7 @@ class WeightSetIndex:
         return lease
 
     def tidy(self, weight_set_id: str) -> None:
-        """Drops the record if nothing refers to its weight set any more."""
+        """Remove the record if its weight set is not published, leased or waited for any more."""
         record = self._records.get(weight_set_id)
         if record is None or record.waiting or record.lease is not None or record.claim_pending is not None:
             return

@@ -35,18 +35,18 @@ from weight_brokerd.telemetry.metrics import Metrics
 
 MAXIMUM_MESSAGE_BYTES = 64 << 20
 STOP_SECONDS = 1.0
-"""What calls get to end in once no transfer runs any more."""
+"""For calls to end once no transfer runs any more."""
 LAST_WORD_SECONDS = 0.1
-"""What callers get to read the end of a Watch in before their connection closes: gRPC gives up a connection at the
-first write that fails, whatever it has yet to read from it."""
+"""For callers to read the end of a Watch before their connection closes: gRPC drops a connection at the first failed
+write, with its unread data."""
 STATUS_SECONDS = 15.0
-"""How often the service manager hears how the broker is, if it does not ask for more."""
+"""Interval of the status for the service manager, unless its watchdog needs a shorter one."""
 
 _SIGNS_OF_LIFE_PER_WATCHDOG = 2
 _GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", MAXIMUM_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAXIMUM_MESSAGE_BYTES),
-    # Calls may wait for minutes without a message, and their callers ping meanwhile: no reason to hang up.
+    # Calls may wait for minutes without a message, and their callers ping meanwhile: allow that.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
@@ -141,14 +141,14 @@ class Application:
             with self._directory.binding(self._directory.grpc_socket):
                 server.add_insecure_port(f"unix:{quote(str(self._directory.grpc_socket))}")
             await server.start()
-            # Last: whoever attached may call at once.
+            # Last: an attached process may call at once.
             with self._directory.binding(self._directory.attach_socket):
                 self._attach_server.open(self._directory.attach_socket)
                 self._control.ready_at = self._control.loop.now()
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()
-        self._kinds.start()  # the driver of a device can take long to answer; host memory is served meanwhile
+        self._kinds.start()  # returns at once: a device's driver may take long, and host memory is served meanwhile
         return server
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
@@ -179,7 +179,7 @@ class Application:
         ready = sum(card.state is CardState.READY for card in cards)
         return text + (f", {ready} of {len(cards)} cards ready" if cards or self._kinds.problem else "")
 
-    # What kinds of memory and stage connections tell (weight_brokerd.kinds.kind.KindEvents)
+    # Events of kinds of memory and stage connections (weight_brokerd.kinds.kind.KindEvents)
 
     def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:
         """Published memory became unreachable."""
@@ -189,7 +189,7 @@ class Application:
         self._control.publishing.staging_lost(instance_id, why)
 
     def health_changed(self) -> None:
-        """A device, or what it depends on, serves or does not."""
+        """The health of a device or of its worker has changed."""
         for _, card in self._kinds.health:
             log.info("card", device_id=card.identity, state=card.state.value, problem=card.problem)
             self._health.set_card(card.identity, card.state is CardState.READY)
@@ -216,7 +216,7 @@ class Application:
             self._control.draining.cut_off()
         for task in (drained, hurried):
             task.cancel()
-        # A Watch that nobody ends keeps the server from stopping for as long as it is allowed to.
+        # An open Watch would delay the server's stop for the full STOP_SECONDS.
         self._control.watch.close()
         self._health.end_watches()
         await asyncio.sleep(LAST_WORD_SECONDS)
@@ -237,11 +237,11 @@ class Application:
 
 
 async def _last_turns() -> None:
-    """Waits for what is left in the loop: a call that was cut off ends some turns after its server has, and gRPC logs a
-    failure, with a traceback, if the loop ends before it."""
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    if left:
-        await asyncio.wait(left, timeout=STOP_SECONDS)
+    """Wait for the other tasks of the loop: a call that was cut off ends some turns after its server, and gRPC logs a
+    traceback if the loop ends first."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=STOP_SECONDS)
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What this broker is called, and numbers that never repeat."""
+"""The host's id, and numbers that never repeat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-# The machine id itself is not to be shown to others (machine-id(5)); a digest that is keyed by the application may be.
+# The machine id is confidential (machine-id(5)); a digest keyed by the application is not.
 _APPLICATION = b"weight-broker host id 1\0"
 _MACHINE_ID_LENGTH = 32
 _HOST_ID_LENGTH = 32
@@ -17,14 +17,14 @@ _GENERATION_LIMIT = 1 << 64
 
 
 def host_id(configured: str = "", *, machine_id_file: Path = Path("/etc/machine-id")) -> str:
-    """The host's identity, the same after every restart: as configured, from the machine id, or from its name."""
+    """The host's id, stable over restarts: the configured id, else from the machine id, else from the host's name."""
     if configured:
         return configured
     try:
         machine_id = machine_id_file.read_text().strip()
     except (OSError, UnicodeDecodeError):
         machine_id = ""
-    # An image that was never booted has an empty file or the word "uninitialized" in it.
+    # An image that was never booted has an empty file or the word "uninitialized".
     if len(machine_id) != _MACHINE_ID_LENGTH:
         machine_id = "name " + socket.gethostname()
     return hashlib.sha256(_APPLICATION + machine_id.encode()).hexdigest()[:_HOST_ID_LENGTH]

@@ -1,8 +1,8 @@
 """One broker for each runtime directory.
 
-gRPC takes a live server's socket path over without a word, and the old server's stop then removes the new one's socket.
-So the lock is taken before anything is bound, and kept until the process ends. The file is never removed: it also keeps
-what must survive a crash, the end of the generations in use (`identity.generation_range`).
+gRPC silently takes over the socket path of a live server, and the old server's stop then removes the new one's socket.
+So the lock is acquired before a socket is bound, and held until the process ends. The file is never removed: it also
+has the end of the generations in use (`identity.generation_range`), which must survive a crash.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class RuntimeLock:
                 raise AlreadyRunningError(directory, pid) from None
             if _is_current(path, descriptor):
                 break
-            lock.close()  # the file was replaced between open and lock; a lock on the old one keeps nobody out
-        # Somebody may have removed the file from under a running broker (a cleaner of /tmp, say). Its socket tells.
+            lock.close()  # the file was replaced between open and lock; a lock on the old file excludes no broker
+        # A cleaner of /tmp may have removed the file of a running broker. A live socket shows that broker.
         if _answers(directory / ATTACH_SOCKET):
             lock.close()
             raise AlreadyRunningError(directory, 0)
@@ -74,7 +74,7 @@ class RuntimeLock:
         os.ftruncate(self._descriptor, _RECORD_BYTES)
 
     def close(self) -> None:
-        """Gives the lock up. Idempotent."""
+        """Releases the lock. Idempotent."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -104,7 +104,7 @@ def _answers(path: Path) -> bool:
         try:
             probe.connect(os.fspath(path))
         except BlockingIOError:
-            return True  # its queue is full: it is alive
+            return True  # the queue is full: the broker is alive
         except OSError:
             return False
         return True

@@ -1,4 +1,4 @@
-"""Tells the service manager how the broker is (sd_notify). Without one, every call does nothing."""
+"""Tells the service manager the broker's status (sd_notify). Without a service manager every call does nothing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _SEND_SECONDS = 0.5
 
 
 class Notifier:
-    """Speaks to the socket that the service manager named in the environment."""
+    """Sends to the socket that the service manager names in the environment."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         address = environment.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self.watchdog_seconds = _watchdog_seconds(environment) if address else None
-        """A sign of life is due this often at the latest; None if nobody waits for one."""
+        """Longest interval between signs of life; None without a watchdog."""
         self._status = ""
 
     @property
     def active(self) -> bool:
-        """True if there is a service manager to tell."""
+        """True if there is a service manager."""
         return bool(self._address)
 
     def ready(self, status: str) -> None:
@@ -30,13 +30,13 @@ class Notifier:
         self._send(f"READY=1\nSTATUS={_one_line(status)}\nMAINPID={os.getpid()}")
 
     def status(self, status: str) -> None:
-        """What the broker does now, for `systemctl status`. Sent only if it changed."""
+        """The broker's activity, for `systemctl status`. Sent only if it changed."""
         if status != self._status:
             self._status = status
             self._send(f"STATUS={_one_line(status)}")
 
     def watchdog(self) -> None:
-        """A sign of life."""
+        """Send a sign of life."""
         self._send("WATCHDOG=1")
 
     def stopping(self, status: str) -> None:

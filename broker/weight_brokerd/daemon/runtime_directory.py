@@ -1,4 +1,4 @@
-"""The runtime directory on the broker's side: made, protected, and emptied of sockets at the end."""
+"""The runtime directory on the broker's side: created, protected, and emptied of sockets at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWNER_ONLY = 0o700
 
 
 class RuntimeDirectory:
-    """Where this broker's sockets are."""
+    """The directory of this broker's sockets."""
 
     def __init__(self, settings: BrokerSettings) -> None:
         configured = settings.runtime_directory
@@ -35,7 +35,7 @@ class RuntimeDirectory:
         self._shared = bool(configured)
 
     def prepare(self) -> None:
-        """Makes the directory if it is not there; raises `StartError`."""
+        """Create the directory if it is missing; raises `StartError`."""
         longest = max(len(os.fsencode(self.grpc_socket)), len(os.fsencode(self.attach_socket)))
         if longest > MAXIMUM_SOCKET_PATH_BYTES:
             raise StartError(
@@ -56,8 +56,8 @@ class RuntimeDirectory:
 
     @contextlib.contextmanager
     def binding(self, path: Path) -> Iterator[None]:
-        """The socket `path`, which is bound in here, never lets anybody in whom the configuration does not."""
-        # Until the group is the configured one it is the broker's own, whose members are not meant.
+        """Bind the socket `path` within this block: at no time can a user connect whom the configuration excludes."""
+        # Before chown the socket belongs to the broker's own group, whose members may be excluded.
         first = self._permissions if self._group is None else self._permissions & _OWNER_ONLY
         before = os.umask(0o777 & ~first)
         try:
@@ -69,7 +69,7 @@ class RuntimeDirectory:
             path.chmod(self._permissions)
 
     def remove_sockets(self) -> None:
-        """Only for the holder of the lock. The directory and the lock file stay."""
+        """Remove the sockets; only for the holder of the lock. The directory and the lock file stay."""
         for path in (self.grpc_socket, self.attach_socket):
             path.unlink(missing_ok=True)
 

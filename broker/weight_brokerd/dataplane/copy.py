@@ -1,5 +1,5 @@
-"""Within an NPU, and between any two GPUs: the receiver maps both sides and copies. The engine does not send from a
-card to itself, and does not serve GPUs."""
+"""Copies within an NPU and between any two GPUs: the receiver maps both sides and copies. The datasystem does not send
+from a card to itself, and does not serve GPUs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Copier(Protocol):
 
 
 class CopyPlane:
-    """Copies what one process of a card can map."""
+    """Copies between memory that one process of a card can map."""
 
     name = PlaneName.COPY
 
     def __init__(self, cards: Copier, *, may_stage: bool = False) -> None:
-        """`may_stage`: whether what cannot be mapped on the receiver's side may be staged instead."""
+        """`may_stage`: whether memory of the receiver that cannot be mapped may be staged instead."""
         self._cards = cards
         self._may_stage = may_stage
 

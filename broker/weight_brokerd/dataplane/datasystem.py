@@ -1,5 +1,5 @@
-"""Between cards: the source's sender offers the bytes under a key that nobody used before, the destination's receiver
-fetches them, the sender takes the key back. A key is a transfer, or one round of it if there are very many tensors."""
+"""Moves bytes between cards: the source's sender offers them under a fresh key, the destination's receiver fetches
+them, the sender withdraws the key. A key is a transfer, or one round of it if there are very many tensors."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from weight_brokerd.processes.tasks import uninterrupted
 
 
 class FetchCall(Protocol):
-    """Fetches what is under a key, as `Cards.fetch`."""
+    """Fetches the bytes under a key, as `Cards.fetch`."""
 
     def __call__(self, key: str, /, *, reserve: Reserve) -> Coroutine[Any, Any, messages.Done]:
-        """`reserve` has it offered. Raises CardError, and what `reserve` raises."""
+        """`reserve` has the key offered. Raises CardError, and what `reserve` raises."""
 
 
 class DatasystemPlane:
@@ -42,14 +42,14 @@ class DatasystemPlane:
     name = PlaneName.DATASYSTEM
 
     def __init__(self, cards: Cards, *, may_stage: bool = False) -> None:
-        """`may_stage`: whether what cannot be mapped on the receiver's side may be staged instead."""
+        """`may_stage`: whether memory of the receiver that cannot be mapped may be staged instead."""
         self._cards = cards
         self._may_stage = may_stage
         self._readers: dict[str, asyncio.Future[str]] = {}
-        """By key: resolved, with the reason, if its sender has ended."""
+        """By key; resolved with the reason if the sender of the key has ended."""
 
     def offers_lost(self, keys: Sequence[str], why: str) -> None:
-        """The process that offered the keys has ended: their readers are not to wait for the engine to notice."""
+        """The process that offered the keys has ended: end their readers before the engine notices."""
         for key in keys:
             reader = self._readers.get(key)
             if reader is not None and not reader.done():
@@ -87,8 +87,8 @@ class DatasystemPlane:
         return {"map": time.monotonic() - begun - moving, "transfer": moving}
 
     async def round(self, card: str, offered: BlobList, fetch: FetchCall, *, peer: str) -> float:
-        """One key: has the blobs offered on `card` under it, and fetched. Returns the seconds in which bytes moved.
-        Raises MoveFailed; may be cancelled as `fetch` may."""
+        """Have the blobs offered on `card` and fetched, under one key. Returns the seconds in which bytes moved. Raises
+        MoveFailed; may be cancelled as `fetch` may."""
         key = fresh_key()
         lost = self._readers[key] = asyncio.get_running_loop().create_future()
         end = OfferEnd.UNREAD
@@ -101,13 +101,13 @@ class DatasystemPlane:
                 raise MoveFailed(
                     f"the source's card: {error}", cause=FailureCause.SOURCE_UNREACHABLE, touched=False
                 ) from error
-            end = OfferEnd.ABANDONED  # unless it turns out otherwise
+            end = OfferEnd.ABANDONED  # until the fetch has returned or is known not to have begun
 
         try:
             done = await _unless(fetch(key, reserve=reserve), lost)
             end = OfferEnd.DELIVERED
             return done.seconds.get("dev_mget", 0.0) + done.seconds.get("unpack", 0.0)
-        except (CardRefused, CardUnavailable) as error:  # it has not begun
+        except (CardRefused, CardUnavailable) as error:  # the fetch has not begun
             end = OfferEnd.UNREAD
             raise self._failed(error, FailureCause.RECEIVER) from error
         except (CardLost, CardTimeout) as error:
@@ -129,7 +129,7 @@ class DatasystemPlane:
 
 
 async def _unless(fetch: Coroutine[Any, Any, messages.Done], lost: asyncio.Future[str]) -> messages.Done:
-    """The fetch, which is ended if its source is lost meanwhile."""
+    """Fetch; the fetch is cancelled if its source is lost meanwhile."""
     task = asyncio.ensure_future(fetch)
     try:
         both: set[asyncio.Future[Any]] = {task, lost}

@@ -1,4 +1,4 @@
-"""What every data plane does: move a weight set from one place to another, or say exactly how far it got."""
+"""Data planes: each moves a weight set from one place to another, or says exactly how far the bytes got."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weight_brokerd.core.model import FailureCause
 
 T = TypeVar("T")
 PhaseSeconds = Mapping[str, float]
-"""Seconds of each phase, by its name on the wire without its prefix, in lower case."""
+"""Seconds by phase: its name on the wire in lower case, without its prefix."""
 
 
 class PlaneName(enum.StrEnum):
@@ -34,7 +34,7 @@ class PlaneName(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StagedBy:
-    """Who copies between a staging buffer and memory that the broker does not map."""
+    """The instance that copies between a staging buffer and memory that the broker does not map."""
 
     instance_id: str
     stage_id: str
@@ -43,24 +43,24 @@ class StagedBy:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a weight set lies, or is to lie: what the broker may map, what its owner may copy, or both."""
+    """Where a weight set lies or will lie: memory that the broker may map, that its owner may copy, or both."""
 
     kind: str
     device_id: str
     """Physical identity of the device; empty for host memory."""
     regions: tuple[ImportRegion, ...] = ()
-    """What the broker may map. Their ids are unique on this host, those of host memory among the owner's."""
+    """Memory that the broker may map. Ids are unique on this host; those of host memory within the owner."""
     placements: Sequence[Placement] = ()
-    """Of each tensor in the regions, in the layout's order."""
+    """Position of each tensor in the regions, in the layout's order."""
     stage: StagedBy | None = None
-    """Who may copy instead."""
+    """The owner's offer to copy instead."""
     granted: bytes = b""
-    """What a receiver that copies for itself learns of the place: a serialized Granted, ten times smaller than the
-    message. Empty for device memory: with the handles anybody could map it."""
+    """The place for a receiver that copies itself: a serialized Granted, ten times smaller than the message. Empty for
+    device memory: any process with the handles could map it."""
 
     @property
     def is_staged(self) -> bool:
-        """Whether only its owner can copy it."""
+        """Whether only the owner can copy the memory."""
         return self.stage is not None and not self.regions
 
     @property
@@ -75,11 +75,11 @@ class Place:
 
 
 NOWHERE = Place(EMPTY_KIND, "")
-"""Of a receiver that copies for itself."""
+"""The place of a receiver that copies itself."""
 
 
 class MoveFailed(Exception):
-    """The bytes did not all arrive. Nobody writes to the destination any more, unless `quiesced` is False.
+    """The bytes did not all arrive. Nothing writes to the destination any more, unless `quiesced` is False.
 
     `cause` is SOURCE_UNREACHABLE only if the failure demonstrably came from the source's side: another source may do.
     """
@@ -93,7 +93,7 @@ class MoveFailed(Exception):
         quiesced: bool = True,
         needs_staging: bool = False,
     ) -> None:
-        """`needs_staging`: the driver does not let the receiver's memory be mapped; its owner may copy it instead."""
+        """`needs_staging`: the driver refuses to map the receiver's memory; its owner may copy it instead."""
         super().__init__(message)
         self.needs_staging = needs_staging
         self.cause = cause

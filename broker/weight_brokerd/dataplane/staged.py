@@ -141,7 +141,7 @@ class StagedPlane:
     async def round(
         self, card: str, offered: BlobList, receiver: BorrowedReceiver, wanted: BlobList, *, peer: str
     ) -> None:
-        """One chunk from card to card."""
+        """Move one chunk from card to card."""
 
         async def fetch(key: str, *, reserve: Reserve) -> messages.Done:
             await reserve()

@@ -1,1 +1,1 @@
-"""The datasystem around the cards: the worker that the broker runs, the secrets of its clients, host objects."""
+"""The datasystem around the cards: the worker that the broker runs, and the secrets of its clients."""

@@ -1,5 +1,5 @@
-"""What the broker's clients of the datasystem prove themselves with. It goes to child processes over their sockets,
-never onto a command line, into a variable or into the log."""
+"""Credentials of the broker's datasystem clients. They reach child processes over sockets, never by a command line, an
+environment variable or the log."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _READABLE_BY_OTHERS = 0o044
 
 
 def credentials(settings: DatasystemSettings) -> dict[str, str]:
-    """Arguments of the constructors of HeteroClient and KVClient; only those that are set. The files are read now.
-    Raises StartError if one cannot be used any more. A file that others may read is told in the log."""
+    """Arguments for the constructor of HeteroClient; only configured ones. Reads the files now. Raises StartError if a
+    file has become unusable. Logs a warning about a secret that others may read."""
     arguments = {"tenant_id": settings.tenant_id} if settings.tenant_id else {}
     for argument in _FILES:
         path = getattr(settings, f"{argument}_file")

@@ -1,7 +1,7 @@
-"""Becomes another program, which the kernel kills as soon as the process that started it ends, however that ends:
+"""Becomes another program, which the kernel kills as soon as its parent process ends:
 `python -I launch.py PARENT LIBRARY_PATH PROGRAM ARGUMENT...`
 
-A program of its own, without imports of ours: what runs between fork and exec in the daemon must not.
+A separate program without imports of the daemon: code between fork and exec in the daemon would not be safe.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Does not return unless the parent is gone already."""
+    """Returns only if the parent has ended already."""
     parent, library_path, *command = sys.argv[1:]
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == int(parent):  # else it ended before the kernel was told
+    if os.getppid() == int(parent):  # else the parent ended before prctl
         os.execve(command[0], command, {**os.environ, "LD_LIBRARY_PATH": library_path})
 
 

@@ -1,6 +1,6 @@
-"""A worker directory belongs to one broker, and a worker that a killed broker left behind is ended.
+"""A worker directory belongs to one broker; a worker that a killed broker left behind is killed.
 
-The kernel ends a worker with its broker (`launch`). This is for what that misses, and to wait until it has happened.
+The kernel kills a worker with its broker (`launch`). This module waits for that end, and kills a worker that survived.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WorkerDirectory:
     """A directory for one managed worker at a time, held until `close`."""
 
     def __init__(self, path: Path) -> None:
-        """Makes and takes it. Raises StartError."""
+        """Creates and locks the directory. Raises StartError."""
         self.path = path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ class WorkerDirectory:
         except OSError as error:
             raise StartError(
                 f"datasystem.directory: {path} cannot be made or written: {error.strerror}. Give it to uid "
-                f"{os.geteuid()}, or set another one"
+                f"{os.geteuid()}, or set another directory"
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +61,7 @@ class WorkerDirectory:
         (self.path / _RECORD).unlink(missing_ok=True)
 
     async def end_leftover(self, seconds: float) -> bool:
-        """Kills the worker of the record if it still runs; False if it has not ended within so many seconds."""
+        """Kills the recorded worker if it still runs; False if it has not ended within `seconds`."""
         pidfd = self._open_leftover()
         if pidfd is None:
             self.forget()
@@ -77,17 +77,17 @@ class WorkerDirectory:
         return True
 
     def close(self) -> None:
-        """Another broker may have it. Idempotent."""
+        """Unlock the directory for other brokers. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def _open_leftover(self) -> int | None:
-        """A pidfd of the process in the record if that is what runs under its number."""
+        """A pidfd of the recorded process; None if it has ended, also if its pid was reused."""
         try:
             record = json.loads((self.path / _RECORD).read_text())
             pid, begun, boot_id = int(record["pid"]), int(record["start_time"]), record["boot_id"]
-        except (OSError, ValueError, KeyError, TypeError):  # no record, or one that was cut off
+        except (OSError, ValueError, KeyError, TypeError):  # no record, or a truncated record
             return None
         if boot_id != _boot_id():
             return None

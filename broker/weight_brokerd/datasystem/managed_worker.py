@@ -1,8 +1,7 @@
 """A datasystem worker that the broker starts, watches and ends: its own metastore, on 127.0.0.1, for this host alone.
 
-Whatever is wrong with it is told by `problem` and in the log; the broker itself goes on, because host memory needs no
-worker. What an operator can change without a restart (memory, a port that somebody else has, a missing wheel) is tried
-again.
+Failures show in `problem` and in the log. The broker itself goes on, because host memory needs no worker. The worker is
+started again after a while: an operator may free memory or a port, or install the wheel, without a restart.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ log = structlog.get_logger()
 READY_SECONDS = 90.0
 """How long a worker may take to serve; it is killed after that."""
 RETRY_SECONDS = (0.5, 30.0)
-"""Wait before it is started again: the first time, and the most."""
+"""Wait before the worker is started again: the first and the longest."""
 STEADY_SECONDS = 60.0
-"""A worker that ran for so long is started again at once."""
+"""A worker that ran for this long is started again after the first wait."""
 STOP_SECONDS = 4.0
-"""For an orderly end; then it is killed."""
+"""For an orderly end; then the worker is killed."""
 KILL_SECONDS = 5.0
 """For a killed worker to be gone."""
 _POLL_SECONDS = 0.05
@@ -53,9 +52,9 @@ class ManagedWorker:
     def __init__(
         self, settings: DatasystemSettings, state_directory: Path, *, on_change: Callable[[], None] = lambda: None
     ) -> None:
-        """`on_change` is called when it begins to serve, and when it has ended or could not be started."""
+        """`on_change` is called when the worker begins to serve, and when it has ended or could not be started."""
         self.problem = "the datasystem worker has not been started yet"
-        """Why it does not serve, and what to do; empty while it serves."""
+        """Why the worker does not serve, and what to do; empty while it serves."""
         self.pid = 0
         """The worker's process; 0 while there is none."""
         self._on_change = on_change
@@ -74,8 +73,8 @@ class ManagedWorker:
         return self._ready.is_set()
 
     async def start(self) -> tuple[str, int]:
-        """Begins, and returns where clients will find the worker: it takes seconds to serve, and `wait_ready` waits for
-        that. Raises StartError if it never could: its directory cannot be used."""
+        """Begin to start the worker; returns the address where it will serve after some seconds (`wait_ready`). Raises
+        StartError if its directory is unusable."""
         longest = len(os.fsencode(self._files.sockets))
         if longest > MAXIMUM_SOCKET_DIRECTORY_BYTES:
             room = MAXIMUM_SOCKET_DIRECTORY_BYTES - longest + len(os.fsencode(self._files.directory))
@@ -93,13 +92,13 @@ class ManagedWorker:
         return HOST, self._port
 
     async def wait_ready(self, seconds: float) -> bool:
-        """Whether the worker serves, as soon as it does or after so many seconds."""
+        """Wait up to `seconds` until the worker serves; False if it does not."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ready.wait(), seconds)
         return self.is_ready
 
     async def close(self) -> None:
-        """Ends it, in at most STOP_SECONDS + KILL_SECONDS. Idempotent."""
+        """End the worker, in at most STOP_SECONDS + KILL_SECONDS. Idempotent."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -146,10 +145,10 @@ class ManagedWorker:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # what the terminal signals is for the broker, which ends it in time
+                start_new_session=True,  # signals of the terminal are for the broker, which ends the worker in time
             )
         try:
-            with contextlib.suppress(OSError):  # it has ended already: then there is nothing to remember
+            with contextlib.suppress(OSError):  # the worker has ended already
                 directory.record(process.pid)
             self.pid = process.pid
             await self._watch(process)
@@ -194,20 +193,21 @@ class ManagedWorker:
             ("metastore_port", self._settings.metastore_port, self._metastore_port),
         ):
             if not ports.is_free(HOST, port):
-                fix = f"end it, or set datasystem.{setting} to another one, or to 0" if configured else "end it"
-                raise _NotStartedError(f"port {port} on {HOST} (datasystem.{setting}) is somebody else's: {fix}")
+                fix = f"end that process, or set datasystem.{setting} to another port or to 0"
+                fix = fix if configured else "end that process"
+                raise _NotStartedError(f"another process has port {port} on {HOST} (datasystem.{setting}): {fix}")
 
     def _check_memory(self) -> None:
-        """The worker takes memory when objects come, and what runs out then is killed."""
+        """The worker takes memory as objects come; a process that runs out of memory then is killed."""
         available, wanted = available_bytes(), self._settings.shared_memory_mb
         if available is not None and available < wanted << 20:
             raise _NotStartedError(
                 f"datasystem.shared_memory_mb is {wanted}, but the host or the broker's control group has "
-                f"{available >> 20} MiB left: lower it, or make room"
+                f"{available >> 20} MiB left: lower the setting, or free memory"
             )
 
     def _last_words(self) -> str:
-        """The first line of what it wrote that looks like an error, else the last one."""
+        """The first line of the worker's output that looks like an error, else its last line."""
         try:
             written = self._files.output.read_bytes()[-_OUTPUT_BYTES:].decode(errors="replace")
         except OSError:
@@ -224,7 +224,7 @@ class ManagedWorker:
 
 
 async def _end(process: asyncio.subprocess.Process) -> bool:
-    """Ends it, politely first; False if it is still there."""
+    """Terminate, then kill; False if the process has not ended."""
     for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         if process.returncode is not None:
             return True

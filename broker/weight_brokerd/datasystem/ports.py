@@ -1,4 +1,4 @@
-"""Ports of this host for servers that are told theirs on the command line."""
+"""Ports of this host for servers that take their port on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TRIES = 200
 
 
 def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+    """Whether a server could listen on the port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -23,8 +23,8 @@ def is_free(host: str, port: int) -> bool:
 
 
 def choose(host: str, *, but: int = 0) -> int:
-    """A free port, not `but`. Below those that the kernel gives to clients, so that it stays free while a server is
-    started again. Raises OSError if there is none."""
+    """A free port, not `but`. Below the kernel's ports for clients, so that it stays free while a server restarts.
+    Raises OSError if there is none."""
     try:
         highest = int(_CLIENTS.read_text().split()[0]) - 1
     except (OSError, ValueError):

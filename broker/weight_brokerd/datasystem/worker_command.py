@@ -1,4 +1,4 @@
-"""How the wheel's datasystem_worker is called: as the wheel's own tool does it, without running that tool."""
+"""The command line of the wheel's datasystem_worker, as the wheel's own tool builds it, without that tool."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from weight_brokerd.datasystem import launch
 
 DISTRIBUTION = "openyuanrong-datasystem"
 HOST = "127.0.0.1"
-"""Where a managed worker listens: nobody but this host needs it."""
+"""A managed worker listens here: only this host needs it."""
 MAXIMUM_SOCKET_DIRECTORY_BYTES = 80
-"""What the worker takes as unix_domain_socket_dir."""
+"""The longest unix_domain_socket_dir that the worker takes."""
 
 _PACKAGE = "yr.datasystem"
 _PROGRAM = "datasystem_worker"
 _DEFAULTS = "worker_config.json"
 _OURS = {
-    # The metadata of one worker alone is worth nothing to the next one. On the disk it would take 300 MB.
+    # A later worker has no use for the metadata, which would take 300 MB of disk.
     "rocksdb_write_mode": "none",
-    # What a client had is given back when the client died; two minutes are the default.
+    # Memory of a dead client is freed after this time; the default is two minutes.
     "client_dead_timeout_s": "30",
     # MB, of each log; five files of 400 are the default.
     "max_log_size": "50",
@@ -49,12 +49,12 @@ class WorkerFiles:
 
     @property
     def sockets(self) -> Path:
-        """Where the worker's sockets are."""
+        """Directory of the worker's sockets."""
         return self.directory / "uds"
 
     @property
     def ready(self) -> Path:
-        """Made by the worker when it serves."""
+        """File that the worker creates when it serves."""
         return self.directory / "probe" / "ready"
 
     @property
@@ -64,12 +64,12 @@ class WorkerFiles:
 
     @property
     def output(self) -> Path:
-        """What the worker writes to its standard output and error."""
+        """File of the worker's standard output and error."""
         return self.directory / "output"
 
     @property
     def temporary(self) -> list[Path]:
-        """What a worker leaves behind and the next one does not want."""
+        """Files of an earlier worker that must not reach the next one."""
         return [self.directory / name for name in _TEMPORARY]
 
 
@@ -96,7 +96,7 @@ def command(
     program = root / _PROGRAM
     if not os.access(program, os.X_OK):
         raise NoWheelError(f"{program} is not there or cannot be executed: install {DISTRIBUTION} again")
-    given = {
+    values = {
         **_defaults(root, files),
         **_OURS,
         **dict(argument.removeprefix("--").split("=", 1) for argument in settings.extra_arguments),
@@ -105,21 +105,21 @@ def command(
         "start_metastore_service": "true",
         "shared_memory_size_mb": str(settings.shared_memory_mb),
     }
-    flags = [f"--{name}={value}" for name, value in given.items() if value]
+    flags = [f"--{name}={value}" for name, value in values.items() if value]
     libraries = root / "lib"
     return [sys.executable, "-I", launch.__file__, str(os.getpid()), str(libraries), str(program), *flags]
 
 
 def environment() -> dict[str, str]:
-    """Little: a worker has no device, wants no preload, and none of it is about the service manager."""
+    """A minimal environment, without preloads, device settings and variables of the service manager."""
     return {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
 
 
 def _defaults(root: Path, files: WorkerFiles) -> Mapping[str, str]:
-    """The wheel's own, with its paths below our directory."""
+    """The wheel's default flags, with paths below the worker's directory."""
     try:
         document = json.loads((root / _DEFAULTS).read_text())
-        values = {name: one.get("value") for name, one in document.items()}
+        values = {name: flag.get("value") for name, flag in document.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise NoWheelError(f"{root / _DEFAULTS} cannot be used: {error}. Install {DISTRIBUTION} again") from error
     return {

@@ -1,1 +1,1 @@
-"""Who holds what, cluster-wide."""
+"""Who may load from disk, cluster-wide."""

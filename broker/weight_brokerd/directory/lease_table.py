@@ -26,7 +26,7 @@ class LeaseTable:
         return len(self._leases)
 
     def get(self, weight_set_id: str) -> ColdLoadLease | None:
-        """The lease that is held, if any."""
+        """The current lease, if any."""
         return self._leases.get(weight_set_id)
 
     def claim(self, weight_set_id: str, claimant: Holder, *, now: float, seconds: float) -> LeaseClaim:
@@ -65,7 +65,7 @@ class LeaseTable:
         return ended
 
     def next_expiry(self) -> float | None:
-        """When `expire` may next have something to do."""
+        """When `expire` is due next; possibly early."""
         return self._expiries[0][0] if self._expiries else None
 
     def _put(self, lease: ColdLoadLease) -> None:

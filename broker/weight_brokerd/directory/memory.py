@@ -13,7 +13,7 @@ from weight_brokerd.directory.protocol import DirectoryEvents
 
 
 class MemoryDirectory:
-    """Leases that live and die with this broker; their holders are its own instances."""
+    """Leases that end with this broker; their holders are its own instances."""
 
     name = "memory"
 
@@ -31,7 +31,7 @@ class MemoryDirectory:
         self._timer: asyncio.TimerHandle | None = None
 
     def subscribe(self, events: DirectoryEvents) -> None:
-        """Where to report to; called once, before anything else."""
+        """Report to `events` from now on. Called once, before anything else."""
         self._events = events
 
     async def claim(self, weight_set_id: str, claimant: Holder) -> LeaseClaim:

@@ -1,6 +1,7 @@
-"""What a directory does for the brokers that share it: it arbitrates cold-load leases.
+"""A directory arbitrates cold-load leases for the brokers that share it.
 
-Every call may take a round trip, or fail. A directory of one host lists no sources: the publications are its listing.
+Every call may take a round trip, or fail. A directory of one host lists no sources: the broker's own publications are
+the list.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from weight_brokerd.core.sources import Holder
 
 
 class DirectoryEvents(Protocol):
-    """What a directory reports by itself."""
+    """Events of a directory."""
 
     def lease_ended(self, lease: ColdLoadLease) -> None:
         """The lease was released, has expired, or ended with its holder's host."""

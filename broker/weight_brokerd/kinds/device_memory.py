@@ -1,7 +1,7 @@
-"""Device memory that publications lie in: known to its card, once, for as long as one of them needs it. An NPU's sender
-has it mapped.
+"""Device memory of publications: registered with its card once, for as long as a publication needs it. An NPU's sender
+has it mapped meanwhile.
 
-The same allocation is in several publications if an instance publishes several weight sets, or one weight set twice.
+Publications share an allocation if an instance publishes several weight sets, or one weight set twice.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ log = structlog.get_logger()
 
 
 class Registrar(Protocol):
-    """Cards that are told what is published on them."""
+    """Cards, as publishing uses them."""
 
     async def register(self, card: str, region: ImportRegion) -> None:
-        """Sees to it that transfers can read the region. Idempotent. Raises CardError."""
+        """Makes the region readable for transfers. Idempotent. Raises CardError."""
 
     async def unregister(self, card: str, region_id: str) -> None:
         """The region may be freed when this returns. Idempotent. Raises CardError."""
@@ -65,7 +65,7 @@ class DeviceMemory:
 
     @property
     def region_bytes(self) -> int:
-        """Bytes of them."""
+        """Bytes of the mapped regions."""
         return sum(mapped.region.size_bytes for mapped in self._regions.values())
 
     def holders_of(self, region_id: str) -> list[str]:
@@ -80,13 +80,13 @@ class DeviceMemory:
             for region in place.regions:
                 await self._hold(holder, place.device_id, region)
         except BaseException:
-            with suppress(CardError):  # what was raised first says more
+            with suppress(CardError):  # the first error says more
                 await self._release_all(holder)
             raise
 
     async def release(self, holder: str) -> None:
-        """Unmaps what only this publication needs. Idempotent. Raises `RetractTimeout` if the driver does not let go of
-        some of it; call again."""
+        """Unmaps the regions that no other publication needs. Idempotent. Raises `RetractTimeout` if the driver keeps a
+        region; call again."""
         try:
             await self._release_all(holder)
         except CardError as error:

@@ -1,7 +1,7 @@
 """What the daemon does with one kind of memory. A kind is a folder beside this file and a row of `TRAITS`.
 
 Called by `api`: ready, place. By `control`: hold, release, grant, end, route. By `daemon`: start, close. Host memory is
-a kind as the others are.
+a kind like the others.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KindHealth:
     """Why no device can be served; empty if all is well."""
     region_count: int = 0
     region_bytes: int = 0
-    """Of what is published."""
+    """Bytes of published regions."""
     workers: Sequence[WorkerHealth] = ()
 
     @property
@@ -49,17 +49,17 @@ class KindHealth:
 
 
 class KindEvents(Protocol):
-    """Given to a kind when it is made. Called on the loop."""
+    """What a kind reports. Called on the loop."""
 
     def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:
         """Published memory became unreachable."""
 
     def health_changed(self) -> None:
-        """`health` is different."""
+        """`health` has changed."""
 
 
 class Kind(Protocol):
-    """One kind of memory: its devices, what is published in it, what moves it."""
+    """One kind of memory: its devices, its publications, its data planes."""
 
     @property
     def name(self) -> str:
@@ -67,39 +67,40 @@ class Kind(Protocol):
 
     @property
     def is_served(self) -> bool:
-        """False if it turned out that this host has no such device, and the settings do not ask for one."""
+        """False once this host is known to have no such device, unless the settings ask for one."""
 
     @property
     def health(self) -> KindHealth:
-        """As it is now."""
+        """The kind's health now."""
 
     def start(self) -> None:
         """Begin to look for devices. Returns at once."""
 
     async def ready(self) -> None:
-        """Return when the devices are known. Raises `BrokerUnavailable` if there should be some and none serves."""
+        """Return when the devices are known. Raises `BrokerUnavailable` if the settings ask for devices and none
+        serves."""
 
     def place(self, request: PlaceRequest) -> Place:
         """Check where tensors lie, or are to lie; after `ready`. Raises `InvalidArgument` and `request.refusal`."""
 
     def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
-        """Begin to make the memory readable. The future has the place that is held: regions or a stage, not both. It is
-        done at once where nothing has to be waited for; cancelling it gives up. `release` follows in every case.
-        Raises `PublishRefused` and others, at once or by the future."""
+        """Begin to make the memory readable. The result is the place that is held: mapped or staged, not both. The
+        future is done at once if no wait is needed; cancelling it gives up. `release` follows in every case. Raises
+        `PublishRefused` and others, at once or by the future."""
 
     async def release(self, publication_id: str) -> None:
         """The owner may free or change the memory when this returns. Idempotent. Raises `RetractTimeout`: then the
         memory is still held, and the next call tries again."""
 
     def grant(self, transfer: Transfer) -> bytes:
-        """What the receiver learns of the source's memory: a serialized Granted without digests. Keeps the memory
-        readable until `end`. Raises BrokerError if it is not readable any more."""
+        """The source's memory for the receiver: a serialized Granted without digests. Keeps the memory readable until
+        `end`. Raises BrokerError if it is not readable any more."""
 
     def end(self, transfer: Transfer) -> None:
         """The transfer no longer needs the source. Idempotent."""
 
     def route(self, source: Place, destination: Place) -> DataPlane:
-        """What moves these bytes. Not called where the receiver copies."""
+        """The data plane for two places. Not called where the receiver copies."""
 
     async def close(self) -> None:
-        """End what `start` has begun; nothing may move any more."""
+        """End all processes and tasks of the kind. Nothing may move any more."""

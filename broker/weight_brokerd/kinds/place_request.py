@@ -1,4 +1,4 @@
-"""Where an instance says that tensors lie, and the checks that all kinds of memory share.
+"""An instance's statement of where tensors lie, and the checks that all kinds of memory share.
 
 Every check raises `InvalidArgument` naming the field, the value and what was expected.
 """
@@ -19,12 +19,12 @@ from weight_brokerd.cards.plan.pieces import Placement
 MAX_ID_CHARACTERS = 64
 
 ImportRegionOf = Callable[[str, str, Region], ImportRegion]
-"""(field, region id, region): checks the handle of a region; what maps it."""
+"""(field, region id, region): checks the handle of a region and returns the request that maps it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StagingName:
-    """What an instance calls tensors that it copies by itself."""
+    """An instance's name for tensors that it copies itself."""
 
     field: str
     stage_id: str
@@ -32,7 +32,7 @@ class StagingName:
 
 @dataclass(frozen=True, slots=True)
 class PlaceRequest:
-    """Of an acquire or a publish; unchecked."""
+    """The place in an acquire or publish request; unchecked."""
 
     owner: str
     """The instance."""
@@ -44,9 +44,9 @@ class PlaceRequest:
     is_mapped: bool = True
     """Whether the broker may map the memory: regions and placements say where it is."""
     stage: StagingName | None = None
-    """Set if its owner offers to copy it."""
+    """Set if the owner offers to copy the memory."""
     refusal: type[BrokerError] = PublishRefused
-    """What is raised if this broker does not take the path."""
+    """The error if this broker does not take the path."""
     peer: PeerCredentials | None = None
     """The instance as the kernel knows it."""
 
@@ -66,7 +66,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def require_unstaged(kind: str, request: PlaceRequest) -> None:
-    """For a kind whose owner cannot copy it through a staging buffer."""
+    """Refuses staging, for a kind of memory that is never staged."""
     if request.stage is None:
         return
     if request.is_mapped:
@@ -127,7 +127,7 @@ def placements_of(kind: str, request: PlaceRequest) -> tuple[Placement, ...]:
     layout, placements = request.layout, request.placements
     if len(placements) != len(layout):
         raise InvalidArgument("placements", len(placements), f"{len(layout)}, one for each tensor")
-    # Without regions nothing has content, and everything lies at the beginning of nothing.
+    # Without regions no tensor has content: all placements are 0 in an empty region.
     sizes = [region.size_bytes for region in request.regions] or [0]
     is_packed = TRAITS[kind].is_packed or not request.regions
     by_name: dict[str, TensorPlacement] = {}

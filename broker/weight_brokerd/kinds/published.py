@@ -1,4 +1,4 @@
-"""What the broker keeps of a publication beside the core's record."""
+"""What the broker keeps of a publication besides the core's record."""
 
 from __future__ import annotations
 

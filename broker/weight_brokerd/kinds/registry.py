@@ -34,7 +34,7 @@ class Kinds:
         self._kinds = {kind.name: kind for kind in kinds}
 
     def of(self, name: str, field: str = "") -> Kind:
-        """The kind. `field` is the one of the request that names it. Raises `KindNotServed`."""
+        """The kind; `field` is the request's field that names it. Raises `KindNotServed`."""
         kind = self._kinds.get(name)
         if kind is None or not kind.is_served:
             raise KindNotServed(name, self.served, field)
@@ -46,7 +46,7 @@ class Kinds:
         return self.of(name, field)
 
     def route(self, source: Place, destination: Place) -> DataPlane:
-        """What moves these bytes."""
+        """The data plane for two places."""
         return self.of(destination.kind).route(source, destination)
 
     def start(self) -> None:
@@ -60,7 +60,7 @@ class Kinds:
 
     @property
     def served(self) -> frozenset[str]:
-        """Names of the kinds that are served, as far as is known."""
+        """Names of the kinds that are served, or may be once their devices are known."""
         return frozenset(name for name, kind in self._kinds.items() if kind.is_served)
 
     @property
@@ -75,7 +75,7 @@ class Kinds:
 
     @property
     def problem(self) -> str:
-        """Why kinds have no device that can be served, if some have none."""
+        """Why kinds have no device that serves; empty if all is well."""
         problems = [kind.health.problem for kind in self._kinds.values()]
         return "; ".join(problem for problem in problems if problem)
 
@@ -86,5 +86,5 @@ class Kinds:
 
     @property
     def region_bytes(self) -> int:
-        """Bytes of them."""
+        """Bytes of these regions."""
         return sum(kind.health.region_bytes for kind in self._kinds.values())

@@ -1,4 +1,4 @@
-"""From the settings to the kinds of memory that this broker serves."""
+"""Makes the kinds of memory that the settings allow on this host."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 def state_directory(runtime: Path) -> Path:
-    """Where files go that may be large: systemd's `$STATE_DIRECTORY`, else the runtime directory itself."""
+    """The directory for large files: systemd's `$STATE_DIRECTORY`, else the runtime directory."""
     directory = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     return Path(directory) if directory else runtime
 

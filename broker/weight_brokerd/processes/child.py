@@ -78,12 +78,12 @@ class ChildProcess(Generic[M]):
         exit_seconds: float,
         lost: Callable[[str], Exception],
     ) -> None:
-        """`name` is for people; `lost` makes what is raised when it has ended."""
+        """`name` is for people; `lost` makes the error that requests get when the process has ended."""
         self.name = name
         self.is_killed = False
-        """Whether it was told to end the hard way: it may not have ended yet, but serves no more."""
+        """Whether SIGKILL was sent: the process serves no more, but may not have ended yet."""
         self.on_end: Callable[[], None] = lambda: None
-        """Called once, when the process has ended, whoever ended it."""
+        """Called once, when the process has ended for any reason."""
         self._process = process
         self._connection = connection
         self._codec = codec
@@ -101,16 +101,17 @@ class ChildProcess(Generic[M]):
 
     @property
     def pid(self) -> int:
-        """Its pid here."""
+        """The pid in the daemon's namespace."""
         return self._process.pid
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is gone: nothing is mapped there any more."""
+        """Whether the process has ended: it has nothing mapped any more."""
         return self._exited.is_set()
 
     async def exchange(self, request: M, timeout: float, descriptor: int | None = None) -> Received[M]:
-        """Asks and waits. Raises TimeoutError (the request goes on there), or what `lost` makes."""
+        """Sends a request and waits for the answer. Raises TimeoutError (the child goes on with the request), or the
+        error of `lost`."""
         if self._exited.is_set():
             raise self._lost(self._epitaph())
         number = next(self._numbers)
@@ -132,10 +133,10 @@ class ChildProcess(Generic[M]):
             self._waiting.pop(number, None)
 
     async def kill(self) -> bool:
-        """Kills it and waits until it is gone, which its driver may delay; False if that takes too long."""
+        """Kill and wait for the end, which the driver may delay; False after `exit_seconds`."""
         self.is_killed = True
         if not self._exited.is_set():
-            with contextlib.suppress(ProcessLookupError):  # it has just ended; the loop has not heard of it
+            with contextlib.suppress(ProcessLookupError):  # the process has just ended
                 os.kill(self.pid, signal.SIGKILL)
         try:
             async with asyncio.timeout(self._exit_seconds):
@@ -146,7 +147,7 @@ class ChildProcess(Generic[M]):
         return True
 
     async def _send(self, message: bytes, descriptor: int | None) -> None:
-        """To be shielded: a message that is cut off would spoil the next one. Closes the descriptor."""
+        """Shield this call: a truncated message would corrupt the next one. Closes the descriptor."""
         loop = asyncio.get_running_loop()
         try:
             async with self._sending:
@@ -169,7 +170,7 @@ class ChildProcess(Generic[M]):
                 raise ConnectionResetError
             try:
                 packets.send(self._connection, packet, descriptor)
-            except BlockingIOError:  # the child has to read first; there is no call of the loop that passes descriptors
+            except BlockingIOError:  # the child must read first; the event loop has no call that passes descriptors
                 await asyncio.sleep(_FULL_SECONDS)
             else:
                 return
@@ -211,7 +212,7 @@ class ChildProcess(Generic[M]):
             self._connection.close()
 
     async def _read_stderr(self) -> None:
-        """Keeps the end of what the engine or the interpreter say; the child itself says nothing."""
+        """Keeps the last output of the engine or the interpreter; the child itself writes nothing."""
         stream = self._process.stderr
         assert stream is not None
         while data := await stream.read(_STDERR_BYTES):
@@ -228,7 +229,7 @@ class ChildProcess(Generic[M]):
         self.on_end()
 
     def _receive_rest(self) -> None:
-        """What it said before it ended may still be in the socket."""
+        """Read answers that are still in the socket."""
         if self._connection.fileno() >= 0:
             self._receive()
         self._close()

@@ -1,4 +1,4 @@
-"""Typed messages as JSON: dataclasses with fields of few types, each message with a number and its name."""
+"""Typed messages as JSON: dataclasses with fields of few types. Each message has a number and its class name."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ M = TypeVar("M")
 
 
 class Codec(Generic[M]):
-    """What one kind of child process and the daemon say to each other."""
+    """Encodes the messages between the daemon and one kind of child process."""
 
     def __init__(
         self, kinds: Iterable[Callable[..., M]], more_types: Mapping[Any, Callable[[Any], object]] | None = None
     ) -> None:
-        """`kinds` are dataclasses. `more_types` has a function for each type of field that is not in `TYPES`; it raises
-        ValueError, TypeError, KeyError or AttributeError for what is none."""
+        """`kinds` are dataclasses. `more_types` has a function for each type of field that is not in `TYPES`. The
+        function raises ValueError, TypeError, KeyError or AttributeError for an invalid value."""
         self._kinds = {kind.__name__: kind for kind in kinds}
         self._types = {**TYPES, **(more_types or {})}
         self._hints = {name: get_type_hints(kind) for name, kind in self._kinds.items()}
 
     def encode(self, number: int, message: M) -> bytes:
         """A message on the wire."""
-        values = {one.name: getattr(message, one.name) for one in fields(message)}  # type: ignore[arg-type]
+        values = {field.name: getattr(message, field.name) for field in fields(message)}  # type: ignore[arg-type]
         return json.dumps([number, type(message).__name__, values], separators=(",", ":")).encode()
 
     def decode(self, data: bytes) -> tuple[int, M]:
-        """The number and the message. Raises ValueError for anything that `encode` does not make."""
+        """The number and the message. Raises ValueError for data that `encode` did not make."""
         try:
             number, kind, values = json.loads(data)
             hints = self._hints[kind]
-            taken = {name: self._types[hints[name]](value) for name, value in values.items()}
-            message = self._kinds[kind](**taken)
+            arguments = {name: self._types[hints[name]](value) for name, value in values.items()}
+            message = self._kinds[kind](**arguments)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a message: {error!r}") from error
         return _integer(number), message
@@ -93,4 +93,4 @@ TYPES: Mapping[Any, Callable[[Any], object]] = {
     dict[str, str]: _texts_by_name,
     dict[str, float]: _numbers_by_name,
 }
-"""Types of fields, and what takes them from JSON."""
+"""Types of fields, with the functions that check their JSON values."""

@@ -18,19 +18,19 @@ _PR_SET_PDEATHSIG = 1
 
 
 def belong_to_parent() -> None:
-    """Others signal every process of the daemon; this one ends when the daemon is done. And when the daemon is killed,
-    also while a call keeps this process from noticing that the socket was closed."""
+    """Ignore signals to the daemon's process group: this process ends when the daemon closes the socket. The kernel
+    kills it with the daemon, also during a call that does not notice the closed socket."""
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Connection(Generic[M]):
-    """Receives in one thread, answers from any."""
+    """Receives in one thread, answers from any thread."""
 
     def __init__(self, connection: socket.socket, codec: Codec[M]) -> None:
         self.descriptors: list[int] = []
-        """What came with the last message; whoever wants one takes it out, the others are closed."""
+        """Descriptors of the last message. Take a descriptor out to keep it; the next `receive` closes the others."""
         self._connection = connection
         self._codec = codec
         self._joiner = Joiner()
@@ -62,6 +62,6 @@ class Connection(Generic[M]):
                 os._exit(0)
 
     def close_descriptors(self) -> None:
-        """Closes what nobody took."""
+        """Closes the descriptors that were not taken out."""
         while self.descriptors:
             os.close(self.descriptors.pop())

@@ -1,4 +1,4 @@
-"""What child processes inherit of the daemon's environment."""
+"""The environment that child processes inherit."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _OURS_ALONE = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "
 
 
 def inherited() -> dict[str, str]:
-    """All but what is between the daemon and its service manager, and preloads."""
+    """The daemon's environment without preloads and variables of the service manager."""
     return {name: value for name, value in os.environ.items() if name not in _OURS_ALONE}

@@ -1,7 +1,7 @@
-"""Packets of SOCK_SEQPACKET sockets, each with at most one file descriptor, and messages that are cut into packets.
+"""Packets of SOCK_SEQPACKET sockets, each with at most one file descriptor, and messages of several packets.
 
-The kernel limits the size of a packet but not of a message: each packet of a message begins with a byte that says
-whether more follow.
+The kernel limits the size of a packet but not of a message: the first byte of each packet of a message says whether
+more follow.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from dataclasses import dataclass
 
 MAXIMUM_PACKET_BYTES = 16 * 1024
 """On the attach socket, where a packet is a message."""
-# Room for one more descriptor than any request has, so that it is seen and refused. The kernel opens no more than fit.
+# Room for one descriptor more than a request has, so that a second one is noticed. The kernel opens no more than fit.
 _ANCILLARY_BYTES = socket.CMSG_SPACE(2 * array.array("i").itemsize)
 
 
 @dataclass(slots=True)
 class Packet:
-    """What arrived. It owns its descriptors until they are taken out."""
+    """A received packet. It owns its descriptors until they are taken out."""
 
     data: bytes
     descriptors: list[int]
     cut: bool = False
     """The packet was longer than allowed; `data` is only its beginning."""
     descriptors_lost: bool = False
-    """It carried more descriptors than the kernel opened here: too many, or this process has too many files open."""
+    """The kernel did not open all descriptors: there were too many, or this process has too many files open."""
 
     def close(self) -> None:
-        """Closes the descriptors that nobody took."""
+        """Closes the descriptors that were not taken out."""
         while self.descriptors:
             with contextlib.suppress(OSError):
                 os.close(self.descriptors.pop())
@@ -42,7 +42,7 @@ def receive(connection: socket.socket, maximum: int = MAXIMUM_PACKET_BYTES) -> P
     try:
         data, ancillary, flags, _ = connection.recvmsg(maximum, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
-        # The peer closed without reading its last answers. What it sent before (a Goodbye, say) is still there.
+        # The peer closed without reading its last answers. Its last requests, a Goodbye perhaps, can still be read.
         data, ancillary, flags, _ = connection.recvmsg(maximum, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, content in ancillary:
@@ -54,7 +54,7 @@ def receive(connection: socket.socket, maximum: int = MAXIMUM_PACKET_BYTES) -> P
         cut=bool(flags & socket.MSG_TRUNC),
         descriptors_lost=bool(flags & socket.MSG_CTRUNC),
     )
-    if not data:  # the end, or an empty packet, which nobody sends who speaks this protocol
+    if not data:  # the end, or an empty packet, which the protocol does not have
         packet.close()
         return None
     return packet
@@ -81,14 +81,14 @@ def split(message: bytes) -> Iterator[bytes]:
 
 
 class Joiner:
-    """Puts messages together again."""
+    """Joins packets to messages."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
 
     def add(self, packet: bytes) -> bytes | None:
-        """The message that this packet completes, or None. Raises ValueError for what `split` does not make."""
+        """The message that this packet completes, or None. Raises ValueError for a packet that `split` did not make."""
         if packet[:1] not in (_LAST, _MORE):
             raise ValueError(f"a packet begins with {packet[:1]!r}")
         self._parts.append(packet[1:])

@@ -1,4 +1,4 @@
-"""Work that is not to be interrupted, and work that nobody waits for."""
+"""Work that must not be interrupted, and work without a waiter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Awaits `work` to its end, also if the caller is cancelled meanwhile; that is raised afterwards."""
+    """Awaits `work` to its end, also if the caller is cancelled; the cancellation is raised afterwards."""
     task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -29,8 +29,8 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def together(*works: Coroutine[Any, Any, object]) -> None:
-    """Runs all at the same time. If one fails the others are cancelled and, when they have ended, what it raised is
-    raised; so it is if this is cancelled."""
+    """Runs all at the same time. After a failure or a cancellation of the caller the others are cancelled; the error is
+    raised when all have ended."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -48,20 +48,20 @@ async def _ended(tasks: Collection[asyncio.Task[Any]]) -> None:
 
 
 class Background:
-    """Tasks that nobody awaits; what they raise is logged."""
+    """Tasks without a waiter; their errors are logged."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[object]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
-        """Starts it."""
+
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return task
 
     async def close(self) -> None:
-        """Waits for all of it."""
+        """Wait until all tasks have ended."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 

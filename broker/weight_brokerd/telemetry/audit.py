@@ -1,6 +1,6 @@
-"""Audit events: one line in the log for everything that changes what the broker holds, and who did it.
+"""Audit events: one line in the log for every change of what the broker holds, with its author.
 
-They are told apart by the logger's name, `weight_brokerd.audit`, and logged whatever `log.level` says.
+Their logger is `weight_brokerd.audit`. They are logged at every `log.level`.
 """
 
 from __future__ import annotations
@@ -13,5 +13,5 @@ _log = structlog.get_logger(AUDIT_LOGGER)
 
 
 def audit(action: str, **details: object) -> None:
-    """Records that `action` was done; `details` say by whom and to what (`instance_id`, `publication_id`, ...)."""
+    """Record an action; `details` name its author and its object (`instance_id`, `publication_id`, ...)."""
     _log.info(action, **details)

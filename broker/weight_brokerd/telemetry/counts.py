@@ -1,4 +1,4 @@
-"""How much the broker has of everything."""
+"""Numbers of instances, publications and all else that the broker has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The log: one JSON object a line on stderr, or text for people.
 
-What the calling context has bound (`structlog.contextvars`) is in every line. Records of other libraries take the same
-way. Under systemd each line begins with its priority as sd-daemon(3) has it, which journald takes off again.
+Every line has the variables of the calling context (`structlog.contextvars`). Records of other libraries look the same.
+Under systemd each line begins with its priority, as in sd-daemon(3); journald removes the prefix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from structlog.typing import Processor
 # syslog(3): 3 error, 4 warning, 6 informational, 7 debug.
 logger = structlog.get_logger("weight_brokerd")
 AUDIT_LOGGER = "weight_brokerd.audit"
-"""Logs whatever the level is."""
+"""Its records are logged at every level."""
 
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
@@ -54,12 +54,12 @@ def configure(level: str, form: str, *, environment: Mapping[str, str] = os.envi
 
 
 def set_level(level: str) -> None:
-    """Changes what is logged from now on."""
+    """Change the lowest level that is logged."""
     logging.getLogger().setLevel(level.upper())
 
 
 def _is_no_caller_that_left(record: logging.LogRecord) -> bool:
-    """False for what gRPC says at level error, with a traceback, of a caller that goes away while it is answered."""
+    """False for gRPC's traceback about a caller that goes away during its answer."""
     kind = record.exc_info[0] if record.exc_info else None
     return not (record.name.startswith("grpc.") and kind is not None and kind.__name__ == "ExecuteBatchError")
 

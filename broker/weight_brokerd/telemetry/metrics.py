@@ -7,7 +7,7 @@ Names and labels:
 - `weight_broker_cards{state}`: how many cards are ready, degraded, failed.
 - `weight_broker_build_info{version}`, always 1.
 
-prometheus_client is imported only if the endpoint is on: most hosts run without, and it costs start time and memory.
+prometheus_client is imported only if the endpoint is on: it costs start time and memory.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _HELP = {
 
 
 class Metrics:
-    """All metrics of one broker, in a registry of its own, and the HTTP endpoint that shows them."""
+    """All metrics of one broker in a private registry, and their HTTP endpoint."""
 
     def __init__(self, counts: Callable[[], Counts], services: Iterable[str]) -> None:
-        """`counts` is called on the running event loop; methods of `services` are counted by name, others together."""
+        """`counts` is called on the running event loop. Methods of `services` are counted by name, others together."""
         import prometheus_client
 
         self.registry = prometheus_client.CollectorRegistry()
@@ -88,11 +88,11 @@ class Metrics:
             yield family
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: registering must not read the counts, since the loop that reads them is the caller."""
+        """Nothing: registration runs on the event loop, which must not wait for its own counts."""
         return iter(())
 
     def serve(self, host: str, port: int) -> int:
-        """Starts the endpoint; returns its port. Raises `OSError` if the address cannot be had."""
+        """Starts the endpoint; returns its port. Raises `OSError` if the address cannot be bound."""
         import prometheus_client
 
         server, thread = prometheus_client.start_http_server(port, host, registry=self.registry)
@@ -106,13 +106,13 @@ class Metrics:
         return int(server.server_port)
 
     async def close(self) -> None:
-        """Stops the endpoint, without holding up the loop that a last reader may wait for."""
+        """Stop the endpoint in a thread: a last reader may wait for the event loop."""
         if self._close is not None:
             await asyncio.to_thread(self._close)
             self._close = None
 
     def interceptor(self) -> grpc.aio.ServerInterceptor:
-        """Counts and times the calls of a server. Put it first, so that it sees how a call really ended."""
+        """Counts and times the calls of a server. Must be the first interceptor, to see the final status."""
         return _Interceptor(self._observe, self._services)
 
     async def _read(self) -> Counts:
@@ -140,10 +140,10 @@ class Metrics:
 
 
 def _status(context: Any, otherwise: grpc.StatusCode) -> str:
-    """Name of the status that was set on the call; grpc.aio gives it as a number, 0 or None if it was not set."""
+    """Name of the call's status. grpc.aio has a number; 0 or None if no status was set."""
     code = context.code()
     if isinstance(code, int):
-        code = next((one for one in grpc.StatusCode if one.value[0] == code), grpc.StatusCode.UNKNOWN)
+        code = next((status for status in grpc.StatusCode if status.value[0] == code), grpc.StatusCode.UNKNOWN)
     name: str = otherwise.name if code in (None, grpc.StatusCode.OK) else code.name
     return name
 
@@ -164,7 +164,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        # The method exists, since it has a handler: of a known service there are only so many.
+        # The method has a handler, so it exists: labels of known services are bounded.
         name = handler_call_details.method.removeprefix("/")
         name = name if name.partition("/")[0] in self._services else OTHER_METHOD
         make, inner = {

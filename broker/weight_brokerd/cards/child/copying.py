@@ -1,4 +1,4 @@
-"""In a card process: what it does with any kind of card. One that has no engine does nothing else."""
+"""In a card process: the requests of every kind of card. A process without an engine has no others."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class CopyingWork:
         return messages.Done()
 
     def close(self) -> None:
-        """Gives back what can be given back."""
+        """Unmaps and frees all that can be."""
         self._memory.close_all()
 
     def figures(self) -> messages.Figures:
-        """What the process has."""
+        """What the process holds."""
         return messages.Figures(
             regions=self._memory.region_count,
             region_bytes=self._memory.region_bytes,

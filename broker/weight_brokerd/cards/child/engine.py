@@ -1,4 +1,4 @@
-"""In a card process: its one client of the datasystem."""
+"""In a card process: its datasystem client, the engine that moves bytes between cards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TRY_AGAIN = "Try again"
 
 
 class EngineError(Exception):
-    """The engine did not do it; the text has its words."""
+    """A call of the engine failed; the text has its words."""
 
 
-class Engine:
-    """Device objects under keys. Calls let go of the interpreter lock; threads may call at once once it is warm."""
+class DatasystemClient:
+    """Device objects under keys. Calls release the interpreter lock; after `warm_up` threads may call at once."""
 
     def __init__(
         self, host: str, port: int, device: int, *, connect_timeout_ms: int, credentials: Mapping[str, str]
@@ -35,7 +35,7 @@ class Engine:
         self._call("init")
 
     def warm_up(self, acl: Acl) -> None:
-        """Uses the device once, from one thread: a first use by several at once blocks them for a minute."""
+        """Uses the device once, from one thread: a first use by several threads at once blocks them for a minute."""
         address = acl.malloc(WARM_UP_BYTES)
         key = f"warm-up-{secrets.token_hex(16)}"
         self.offer(key, [(address, WARM_UP_BYTES)])
@@ -47,11 +47,11 @@ class Engine:
         self._call("dev_mset", [key], [self._blobs(spans)])
 
     def fetch(self, key: str, spans: Sequence[Span], timeout_ms: int) -> None:
-        """dev_mget. Raises EngineError; then the engine may go on writing."""
+        """dev_mget. Raises EngineError; the engine may go on writing after it."""
         self._call("dev_mget", [key], [self._blobs(spans)], timeout_ms)
 
     def withdraw(self, key: str, seconds: float) -> None:
-        """dev_local_delete, again for so long while a reader's acknowledgement, which comes late, is on its way.
+        """dev_local_delete, repeated for up to `seconds` while the late acknowledgement of a reader is on its way.
         Raises EngineError."""
         deadline = time.monotonic() + seconds
         while True:
@@ -65,7 +65,7 @@ class Engine:
                 return
 
     def disconnect(self) -> None:
-        """Ends the client; the worker then forgets its keys at once rather than after a time-out."""
+        """Ends the client: the worker forgets its keys at once instead of after a time-out."""
         self._client = None
 
     def _blobs(self, spans: Sequence[Span]) -> object:
@@ -76,5 +76,5 @@ class Engine:
             failed = getattr(self._client, method)(*arguments)
         except (RuntimeError, TypeError) as error:
             raise EngineError(f"{method}: {' '.join(str(error).split())}") from error
-        if failed:  # it is the keys, and there is one: success for some has no meaning here
+        if failed:  # the failed keys; each call has one key
             raise EngineError(f"{method}: the engine returned {failed} as failed, without a reason")

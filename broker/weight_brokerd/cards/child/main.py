@@ -1,6 +1,7 @@
 """A card process: `python -m weight_brokerd.cards.child.main --kind npu --role sender --device 0 --socket FD`.
 
-It prints nothing, does what comes over the socket, and ends when the other end is closed, whatever it is doing.
+It prints nothing, carries out the requests on the socket, and ends when the daemon closes the socket, also during a
+request.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _STOP_SECONDS = 1.5
 
 
 class CardWork(Protocol):
-    """The requests of a card process; called from several threads, each of which uses the card."""
+    """Carries out the requests of a card process; called from several threads, each of which uses the card."""
 
     def do(self, request: messages.Request) -> messages.Answer:
         """Raises DriverError, EngineError or NotPossible if nothing was done; RequestRefused says what started."""
 
     def close(self) -> None:
-        """Gives back what can be given back. Raises DriverError, EngineError."""
+        """Unmaps and frees all that can be. Raises DriverError, EngineError."""
 
 
 class Card(Protocol):
-    """A card of whichever kind."""
+    """A card of any kind."""
 
     def use(self) -> None:
         """Makes the card the calling thread's device. Raises DriverError."""
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def _card(kind: str, role: Role, device: int) -> Card:
-    """What the module of the kind opens: another kind's driver is not imported."""
+    """The card, opened by the module of its kind. Drivers of other kinds are not imported."""
     open_card: OpenCard = importlib.import_module(f"weight_brokerd.cards.child.{kind}").open_card
     return open_card(role, device)
 
@@ -103,12 +104,12 @@ class _Child:
             answer = work.do(message)  # type: ignore[arg-type]  # what is no request is refused there
         except (DriverError, EngineError, NotPossible) as error:
             answer = messages.RequestRefused(str(error), by_engine=isinstance(error, EngineError))
-        except BaseException as error:  # noqa: BLE001 - a defect: the daemon is to hear of it rather than to wait
+        except BaseException as error:  # noqa: BLE001 - of any kind: the daemon must get an answer
             answer = messages.RequestRefused(f"a defect in the card process: {error!r}", started=True)
         self._connection.answer(number, answer)
 
     def _stop(self, work: CardWork) -> None:
-        """Gives back what can be given back soon; the end of the process gives back the rest."""
+        """Unmaps and frees what can be within _STOP_SECONDS; the end of the process frees the rest."""
 
         def close() -> None:
             try:

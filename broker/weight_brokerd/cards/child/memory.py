@@ -57,10 +57,10 @@ class _Import:
 
 
 class CardMemory:
-    """The imports and the buffers of this process. Every method needs a thread whose current device is the card."""
+    """The imports and the buffers of this process. Every method needs a thread that uses the card."""
 
     def __init__(self, driver: DeviceDriver, exporter: Exporter | None = None) -> None:
-        """`exporter`: what shares this process's own memory, if it can be shared."""
+        """`exporter` shares this process's own memory; None if the kind cannot."""
         self._driver = driver
         self._exporter = exporter
         self._lock = threading.Lock()
@@ -83,7 +83,7 @@ class CardMemory:
     @property
     def region_bytes(self) -> int:
         """Bytes of all mapped allocations."""
-        return sum(one.size_bytes for one in list(self._imports.values()))
+        return sum(allocation.size_bytes for allocation in list(self._imports.values()))
 
     def open(self, region: ImportRegion) -> None:
         """Maps the region. Again with the same memory changes nothing. Raises DriverError, NotPossible."""
@@ -224,7 +224,7 @@ class Staging:
             self._memory.copy([(part, buffered) for buffered, part in self._scattered])
 
     def free(self) -> None:
-        """Gives the buffers back; the engine must be done with them."""
+        """Frees the buffers; the engine must be done with them."""
         while self._buffers:
             address, size = self._buffers[-1]
             self._driver.free(address)

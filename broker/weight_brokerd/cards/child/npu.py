@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from weight_broker.drivers import acl
 from weight_broker.drivers.acl import EXPORT_TO_ANY_PROCESS, Acl, MemcpyKind, device_id
 from weight_brokerd.cards import messages
-from weight_brokerd.cards.child.engine import Engine
+from weight_brokerd.cards.child.engine import DatasystemClient
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
 from weight_brokerd.cards.child.work import Work
 from weight_brokerd.cards.messages import NOT_SAID, ImportRegion, Role
@@ -51,7 +51,7 @@ class NpuDriver:
         self._acl.free(address)
 
     def export(self, address: int, size: int) -> bytes:
-        """A key for an instance, whose process nobody knows before it imports."""
+        """A key that every process can import: the importing process is not known before."""
         return self._acl.ipc_export_key(address, size, EXPORT_TO_ANY_PROCESS)
 
     def end_export(self, key: bytes) -> None:
@@ -109,7 +109,7 @@ class NpuCard:
         acl.load().set_device(self._device)
 
     def start(self, start: messages.Start) -> tuple[Work, messages.Ready]:
-        """Serially, in one thread: the engine's first use of a device must not happen in several."""
+        """Starts the engine in this thread: its first use of a device must not happen in several threads at once."""
         seconds = {}
         at = time.monotonic()
         runtime = acl.load()
@@ -118,7 +118,7 @@ class NpuCard:
         identity, soc = device_id(runtime, self._device), runtime.soc_name()
         seconds["set_device"] = time.monotonic() - at
         at = time.monotonic()
-        engine = Engine(
+        client = DatasystemClient(
             start.worker_host,
             start.worker_port,
             self._device,
@@ -127,11 +127,11 @@ class NpuCard:
         )
         seconds["connect"] = time.monotonic() - at
         at = time.monotonic()
-        engine.warm_up(runtime)
+        client.warm_up(runtime)
         seconds["warm_up"] = time.monotonic() - at
         ready = messages.Ready(runtime.bare_tgid(), identity, soc, seconds)
         driver = NpuDriver(runtime, self._device)
-        return Work(self._role, CardMemory(driver, driver), engine, self.use), ready
+        return Work(self._role, CardMemory(driver, driver), client, self.use), ready
 
 
 def open_card(role: Role, device: int) -> NpuCard:

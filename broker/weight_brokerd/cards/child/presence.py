@@ -1,7 +1,7 @@
-"""In a card process: has it been running all the time?
+"""In a card process: whether the process has been running all the time.
 
-The datasystem worker takes a client that does not report for dead, and tells nobody. What was stopped, starved or
-suspended for that long has a client that looks as it did before, and waits for ever.
+The datasystem worker silently declares a client dead that does not report. After the process was stopped, starved or
+suspended for that long, its client looks unchanged, but its calls wait for ever.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import threading
 import time
 
 AWAY_SECONDS = 3.0
-"""The least that a worker may be configured to wait for a client."""
+"""The shortest time for which a worker may be configured to wait for a client."""
 _TICK_SECONDS = 1.0
 
 
 class Presence:
-    """Remembers whether this process was away for longer than a worker may wait."""
+    """Remembers whether this process did not run for longer than a worker may wait."""
 
     def __init__(self, away_seconds: float = AWAY_SECONDS) -> None:
         self._away_seconds = away_seconds
@@ -26,7 +26,7 @@ class Presence:
 
     @property
     def away(self) -> float:
-        """For how many seconds this process was away; 0 if it never was for too long."""
+        """The longest time, in seconds, that this process did not run; 0 if it was never too long."""
         return self._look()
 
     def _tick(self) -> None:

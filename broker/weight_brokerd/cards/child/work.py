@@ -1,4 +1,4 @@
-"""In a card process that has an engine: what it does when asked."""
+"""In a card process that has an engine: its requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from weight_broker.drivers.error import DriverError
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child.copying import Clock, CopyingWork
-from weight_brokerd.cards.child.engine import Engine, EngineError
+from weight_brokerd.cards.child.engine import DatasystemClient, EngineError
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Staging
 from weight_brokerd.cards.child.presence import Presence
 from weight_brokerd.cards.messages import Role
@@ -25,17 +25,17 @@ race it and leave an entry behind."""
 class _Offered:
     staging: Staging
     withdrawing: threading.Lock = field(default_factory=threading.Lock)
-    """Whoever asks a second time waits for the first, and finds nothing left to do."""
+    """A second Withdraw waits for the first, and then finds no offer."""
 
 
 class Work(CopyingWork):
     """The requests of a card process that has an engine."""
 
-    def __init__(self, role: Role, memory: CardMemory, engine: Engine, use_card: Callable[[], None]) -> None:
+    def __init__(self, role: Role, memory: CardMemory, client: DatasystemClient, use_card: Callable[[], None]) -> None:
         """`use_card` makes the card the calling thread's device."""
         super().__init__(memory)
         self._role = role
-        self._engine = engine
+        self._client = client
         self._use_card = use_card
         self._offers: dict[str, _Offered] = {}
         self._fetched: list[tuple[float, str]] = []
@@ -67,13 +67,13 @@ class Work(CopyingWork):
         return messages.Done()
 
     def close(self) -> None:
-        """Gives back what can be given back."""
+        """Unmaps and frees all that can be."""
         for key in list(self._offers):
             self._withdraw(key, 200)
         for _, key in self._fetched:
-            self._engine.withdraw(key, 0)
+            self._client.withdraw(key, 0)
         super().close()
-        self._engine.disconnect()
+        self._client.disconnect()
 
     def _offer(self, request: messages.Offer) -> messages.Done:
         if request.key in self._offers:
@@ -85,7 +85,7 @@ class Work(CopyingWork):
             placed = staging.place(request.blobs.blobs, spans)
             staging.pack()
             clock.stop("pack")
-            self._engine.offer(request.key, placed)
+            self._client.offer(request.key, placed)
         self._offers[request.key] = _Offered(staging)
         self._peers.add(request.peer)
         clock.stop("dev_mset")
@@ -104,7 +104,7 @@ class Work(CopyingWork):
             return messages.Done()
         with offered.withdrawing:
             if key in self._offers:
-                self._engine.withdraw(key, wait_ms / 1000)
+                self._client.withdraw(key, wait_ms / 1000)
                 clock.stop("dev_local_delete")
                 offered.staging.free()
                 del self._offers[key]
@@ -115,9 +115,9 @@ class Work(CopyingWork):
         spans = self._memory.resolve(request.blobs)
         with self._memory.staging_undone_on_error() as staging:
             placed = staging.place(request.blobs.blobs, spans)
-        # From here on the engine may write, also when it has failed: then this process is to be ended.
+        # From here on the engine may write, also after a failure: then the daemon kills this process.
         try:
-            self._engine.fetch(request.key, placed, request.timeout_ms)
+            self._client.fetch(request.key, placed, request.timeout_ms)
             clock.stop("dev_mget")
             staging.unpack()
             staging.free()
@@ -131,7 +131,7 @@ class Work(CopyingWork):
         return messages.Done(clock.seconds)
 
     def _forget_fetched(self) -> None:
-        """Takes this process's replica of what it has fetched back, after a while."""
+        """Deletes this process's replicas of fetched keys, after a while."""
         self._use_card()
         while True:
             with self._wake:
@@ -139,10 +139,10 @@ class Work(CopyingWork):
                     self._wake.wait(max(0.01, self._fetched[0][0] - time.monotonic()) if self._fetched else None)
                 _, key = heapq.heappop(self._fetched)
             try:
-                self._engine.withdraw(key, 5)
-            except EngineError:  # nobody will ever ask for this key; the engine forgets it when this process ends
+                self._client.withdraw(key, 5)
+            except EngineError:  # no reader asks for this key again; the engine forgets it when this process ends
                 continue
 
     def figures(self) -> messages.Figures:
-        """What the process has."""
+        """What the process holds."""
         return replace(super().figures(), keys=len(self._offers) + len(self._fetched), peers=len(self._peers - {""}))

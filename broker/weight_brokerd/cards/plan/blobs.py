@@ -1,4 +1,4 @@
-"""What a key consists of, in terms of regions: addresses are known only where the regions are mapped."""
+"""The blobs of a key, by region and offset: addresses are known only in the process that has the regions mapped."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Part(NamedTuple):
 
 
 class Blob(NamedTuple):
-    """Bytes that the engine moves in one go."""
+    """Bytes that the engine moves at once."""
 
     size: int
     parts: tuple[Part, ...]
-    """One part of the blob's size is moved where it lies; anything else goes through a buffer of `size` bytes, whose
-    tail, if the parts are less, means nothing."""
+    """A single part of the blob's size moves in place. Other parts go through a buffer of `size` bytes; its tail, if
+    the parts are smaller, has no meaning."""
 
     @property
     def is_packed(self) -> bool:
@@ -42,15 +42,15 @@ class BlobList(NamedTuple):
 
     @classmethod
     def from_json(cls, value: object) -> BlobList:
-        """Takes apart what `json` makes of a list. Raises ValueError."""
+        """A list from its JSON value. Raises ValueError."""
         try:
-            region_ids, blobs = cast("tuple[list[object], list[tuple[object, Any]]]", value)  # what does not fit raises
-            taken = cls(tuple(map(_text, region_ids)), tuple(_blob(size, parts) for size, parts in blobs))
+            region_ids, blobs = cast("tuple[list[object], list[tuple[object, Any]]]", value)  # a misfit raises below
+            blob_list = cls(tuple(map(_text, region_ids)), tuple(_blob(size, parts) for size, parts in blobs))
         except TypeError as error:
             raise ValueError(f"not a list of blobs: {error}") from error
-        if not taken.blobs:
+        if not blob_list.blobs:
             raise ValueError("a list of no blobs")
-        return taken
+        return blob_list
 
 
 def _blob(size: object, parts: Sequence[Sequence[object]]) -> Blob:

@@ -1,11 +1,11 @@
-"""Which bytes of its memory a tensor consists of."""
+"""The extents of a tensor: the bytes of its memory that belong to it."""
 
 from __future__ import annotations
 
 from weight_broker.layout import ITEM_SIZES, TensorSpec
 
 MAXIMUM_EXTENTS = 1 << 16
-"""Of one tensor. Each is a copy of its own, so a tensor of more would be copied for minutes."""
+"""The most extents of one tensor. Each is a separate copy, so a tensor with more would be copied for minutes."""
 
 Extent = tuple[int, int]
 """Offset from the tensor's first byte, and size; both in bytes."""

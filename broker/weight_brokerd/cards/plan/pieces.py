@@ -1,8 +1,8 @@
-"""What moves where: the same blobs on both sides of a transfer, in a form that the engine moves well.
+"""The pieces and rounds of a transfer: the same blobs on both sides, in a form that the engine moves fast.
 
-The engine sends blob by blob, and merges those of a key through a small buffer of its own if they are 1 MiB or less on
-average. So neighbours that are neighbours on both sides become one blob, and what is small is packed into a buffer of
-the card process on both sides. Bytes that belong to no tensor are never moved.
+The engine sends blob by blob, and merges the blobs of a key through its own small buffer if they have 1 MiB or less on
+average. So pieces that are neighbours on both sides become one blob, and small pieces are packed into a buffer of the
+card process on both sides. Bytes that belong to no tensor never move.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SMALLEST_AVERAGE = 1 << 20
 PACK_BELOW = 64 << 10
 """Pieces of fewer bytes are always packed: a copy on the card costs less than a blob."""
 PACK_BYTES = 64 << 20
-"""The most bytes of a pack: what a transfer takes of both cards' memory beside the weights."""
+"""The most bytes of a pack: the memory that a transfer needs on both cards besides the weights."""
 PADDED_BYTES = SMALLEST_AVERAGE + 4096
-"""The least size of a pack; what is packed may be less."""
+"""The least size of a pack; its content may be smaller."""
 BLOBS_PER_ROUND = 1024
-"""Of one key; the engine makes one send for each."""
+"""The most blobs of one key; the engine makes one send for each."""
 
 Placement = tuple[int, int]
 """Index of a region, and the offset of a tensor's first byte in it."""
@@ -62,7 +62,7 @@ def pieces(layout: Layout, source: Sequence[Placement], destination: Sequence[Pl
 
 
 def rounds(moved: Sequence[Piece]) -> list[Round]:
-    """The transfers that move the pieces; several only if there are very many or very many small ones."""
+    """The rounds that move the pieces; several only for very many pieces or very many small pieces."""
     packed = [piece for piece in moved if piece.size < PACK_BELOW]
     direct = [piece for piece in moved if piece.size >= PACK_BELOW]
     parts: list[list[_Member]] = []
@@ -82,7 +82,7 @@ def rounds(moved: Sequence[Piece]) -> list[Round]:
 
 
 def _merged(found: list[Piece]) -> list[Piece]:
-    """Unites what overlaps or touches and has the same distance between source and destination."""
+    """Merges pieces that overlap or touch and have the same distance between source and destination."""
     found.sort(
         key=lambda piece: (
             piece.source_region,
@@ -112,7 +112,7 @@ def _continues(last: Piece, piece: Piece) -> bool:
 
 
 def _split(group: list[Piece]) -> tuple[list[Piece], list[Piece]]:
-    """The most pieces, the largest, that are more than SMALLEST_AVERAGE on average; and the others."""
+    """As many of the largest pieces as have more than SMALLEST_AVERAGE bytes on average; and the others."""
     ordered = sorted(group, key=lambda piece: piece.size, reverse=True)
     total, number = 0, 0
     for piece in ordered:
@@ -136,7 +136,7 @@ def _packs(packed: Iterable[Piece]) -> list[list[Piece]]:
 
 
 def _member(together: Sequence[Piece], size: int) -> _Member:
-    """A blob of `size` bytes as it is on both sides."""
+    """A blob of `size` bytes, on both sides."""
     return (
         Blob(size, tuple(Part(piece.source_region, piece.source_offset, piece.size) for piece in together)),
         Blob(size, tuple(Part(piece.destination_region, piece.destination_offset, piece.size) for piece in together)),

@@ -32,8 +32,8 @@ Supervise = Callable[[CardsConfiguration, Hooks], GpuSupervisor]
 
 
 class CudaKind:
-    """As `weight_brokerd.kinds.kind.Kind`. Each transfer opens the memory anew, so no `memory_lost` is told: a transfer
-    that cannot open it fails."""
+    """As `weight_brokerd.kinds.kind.Kind`. Every transfer opens the memory for itself and fails if it cannot, so
+    `memory_lost` is never called."""
 
     name: str = MemoryKind.CUDA
 
@@ -45,7 +45,7 @@ class CudaKind:
         is_wanted: bool,
         supervise: Supervise = GpuSupervisor,
     ) -> None:
-        """`is_wanted`: the settings say that there are GPUs, so that it is a problem if there are none."""
+        """`is_wanted`: the settings ask for GPUs, so a host without GPUs is a problem."""
         self._events = events
         self._is_wanted = is_wanted
         self._gpus = supervise(configuration, Hooks(on_health_change=events.health_changed))
@@ -56,7 +56,7 @@ class CudaKind:
 
     @property
     def is_served(self) -> bool:
-        """Until it turns out that this host has no GPU."""
+        """False once this host is known to have no GPU, unless the settings ask for GPUs."""
         is_known = self._started is not None and self._started.done()
         return self._is_wanted or not is_known or bool(self._gpus.health)
 
@@ -92,7 +92,7 @@ class CudaKind:
         return Place(self.name, device_id, regions, placements_of(self.name, request))
 
     def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
-        """Opens and closes the memory, to see that it can be."""
+        """Opens and closes the memory, to check that transfers can."""
         return asyncio.ensure_future(self._hold(publication.publication_id, place))
 
     async def release(self, publication_id: str) -> None:

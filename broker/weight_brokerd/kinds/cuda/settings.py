@@ -1,4 +1,4 @@
-"""From what operators set to what the processes that own GPUs are told, and whether there are any."""
+"""Builds the configuration of the GPU processes from the settings, or says why there are none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from weight_brokerd.config.loading import Config
 
 
 def cuda_configuration(config: Config) -> CardsConfiguration:
-    """For processes that own GPUs."""
     cards = config.cards
     return CardsConfiguration(
         "",
@@ -29,7 +28,7 @@ def cuda_configuration(config: Config) -> CardsConfiguration:
 
 
 def why_no_gpus(config: Config) -> str:
-    """Why no GPU is looked for on this host, for people; empty if one is."""
+    """Why the broker does not look for GPUs on this host, for people; empty if it does."""
     if config.cuda.enabled == "off":
         return "cuda.enabled is 'off'"
     if config.cuda.enabled == "auto" and not has_driver(config.cuda.library_path):
@@ -38,8 +37,7 @@ def why_no_gpus(config: Config) -> str:
 
 
 def has_driver(library_path: str) -> bool:
-    """Whether a process that owns a GPU would find NVIDIA's driver. The library is not initialised here: that is for
-    those processes."""
+    """Whether a GPU process would find NVIDIA's driver. The daemon does not initialise the library."""
     if library_path:
         return any(Path(directory, LIBRARY).exists() for directory in library_path.split(":"))
     try:

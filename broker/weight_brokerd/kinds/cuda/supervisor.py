@@ -1,7 +1,7 @@
 """All GPUs of this host.
 
-A GPU needs no sender: whoever fills memory opens the source's memory too, for the time of one transfer. Between
-transfers nothing is open, so nothing keeps memory from its owner.
+A GPU needs no sender: the process that fills memory opens the source's memory too, for one transfer. Between transfers
+nothing is open, so no process keeps memory from its owner.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Gpu:
     device: Device
     receivers: ReceiverSide
     regions: set[str] = field(default_factory=set)
-    """Of publications."""
+    """Ids of published regions."""
 
 
 class GpuSupervisor:
@@ -40,27 +40,27 @@ class GpuSupervisor:
         self._hooks = hooks or Hooks()
         self._gpus: dict[str, _Gpu] = {}
         self._open: Counter[str] = Counter()
-        """How many transfers have each region open."""
+        """Number of transfers that have a region open, by region."""
         self._stuck: set[str] = set()
-        """Regions of which nobody can say that they are closed: the driver does not let a killed process end."""
+        """Regions that may still be open: the driver does not let a killed process end."""
         self._closed = asyncio.Condition()
         self.problem = ""
         """The driver's words if it could not be asked for its GPUs."""
 
     async def start(self) -> None:
-        """Finds the GPUs. What fails is told by `health` and `problem`; this raises nothing for it."""
+        """Finds the GPUs. Failures show in `health` and `problem`; nothing is raised for them."""
         devices, self.problem = await find_devices(self._configuration)
         for device in devices:
             receivers = ReceiverSide(device, self._configuration, NoWorker(), self._hooks)
             self._gpus[device.identity] = _Gpu(device, receivers)
 
     async def close(self) -> None:
-        """Ends all processes. Running copies are to be cancelled before."""
+        """Ends all processes. Cancel running copies first."""
         await asyncio.gather(*(gpu.receivers.close() for gpu in self._gpus.values()))
 
     async def register(self, card: str, region: ImportRegion) -> None:
-        """Opens and closes a region of a publication, to see that it can be. Idempotent. Raises CardError; then the
-        region is not registered."""
+        """Opens and closes a region of a publication, to check that transfers can. Idempotent. Raises CardError; then
+        the region is not registered."""
         gpu = self._gpu(card)
         if region.region_id in gpu.regions:
             return
@@ -72,8 +72,8 @@ class GpuSupervisor:
             raise
 
     async def unregister(self, card: str, region_id: str) -> None:
-        """Waits until nobody has the region open: it may be freed when this returns. Idempotent. Raises CardError with
-        `quiesced` False if the driver keeps a process that has it."""
+        """Waits until no transfer has the region open: it may be freed when this returns. Idempotent. Raises CardError
+        with `quiesced` False if the driver keeps a process that has it open."""
         async with self._closed:
             await self._closed.wait_for(lambda: not self._open[region_id])
         if region_id in self._stuck:
@@ -92,8 +92,8 @@ class GpuSupervisor:
         timeout: float,
     ) -> messages.Done:
         """Fills `destination`, which is on `card`, from `source`, on any GPU of this host; `regions` are those of both.
-        When this returns or raises, nobody writes any more, unless the error has `quiesced` False. May be cancelled, at
-        the price of the process. Raises CardError."""
+        Nothing writes after this returns or raises, unless the error has `quiesced` False. A cancellation costs the
+        process. Raises CardError."""
         return await self._run(self._gpu(card), messages.CopyWithinCard(source, destination), regions, timeout)
 
     @property
@@ -104,16 +104,16 @@ class GpuSupervisor:
     async def _run(
         self, gpu: _Gpu, request: TransferRequest, regions: Sequence[ImportRegion], timeout: float
     ) -> messages.Done:
-        mine = Counter(region.region_id for region in regions)
-        self._open += mine
+        opened = Counter(region.region_id for region in regions)
+        self._open += opened
         try:
             return await gpu.receivers.run(request, regions, timeout)
         except CardError as error:
             if not error.quiesced:
-                self._stuck.update(mine)
+                self._stuck.update(opened)
             raise
         finally:
-            self._open -= mine
+            self._open -= opened
             await uninterrupted(self._tell_closed())
 
     async def _tell_closed(self) -> None:

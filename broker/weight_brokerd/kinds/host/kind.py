@@ -1,4 +1,4 @@
-"""Host memory: memfds that instances handed over. Receivers copy or map them themselves."""
+"""Host memory: memfds that instances handed over. Receivers copy or map them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class HostKind:
     is_served = True
 
     def __init__(self, regions: RegionTable) -> None:
-        """`regions`: what instances handed over on the attach socket."""
+        """`regions` has the memfds from the attach socket."""
         self._regions = regions
         self._published: dict[str, Place] = {}
 
@@ -40,10 +40,10 @@ class HostKind:
         """At once."""
 
     async def close(self) -> None:
-        """The regions are closed with their table."""
+        """Nothing to do: the table closes the regions."""
 
     def place(self, request: PlaceRequest) -> Place:
-        """Of a publication; receivers copy for themselves and name no place."""
+        """The place of a publication; receivers copy for themselves and name no place."""
         if request.stage is not None:
             field = request.stage.field
             raise InvalidArgument(field, request.stage.stage_id, "not set: host memory is never staged")
@@ -61,19 +61,20 @@ class HostKind:
         return held
 
     async def release(self, publication_id: str) -> None:
-        """Readers that have begun keep the memory open."""
+        """Transfers that were granted keep the memory open."""
         self._published.pop(publication_id, None)
         self._regions.release(publication_id)
 
     def grant(self, transfer: Transfer) -> bytes:
-        """The regions and placements. The transfer holds the memory besides the publication."""
+        """The regions and placements. The transfer holds the memory as the publication does."""
         publication = transfer.publication
         place = self._published[publication.publication_id]
-        self._regions.hold(transfer.transfer_id, publication.instance_id, [one.region_id for one in place.regions])
+        region_ids = [region.region_id for region in place.regions]
+        self._regions.hold(transfer.transfer_id, publication.instance_id, region_ids)
         return place.granted
 
     def end(self, transfer: Transfer) -> None:
-        """The receiver has copied or mapped the memory, or given up."""
+        """The receiver copied or mapped the memory, or gave up."""
         self._regions.release(transfer.transfer_id)
 
     def route(self, source: Place, destination: Place) -> DataPlane:
@@ -86,7 +87,7 @@ class HostKind:
             self._check_size(instance_id, region)
         region_ids = [region.region_id for region in place.regions]
         self._regions.hold(publication_id, instance_id, region_ids)
-        for region_id in region_ids:  # the publication holds them now, and they are closed with it
+        for region_id in region_ids:  # from now on the publication holds the regions
             self._regions.withdraw(instance_id, region_id)
         self._published[publication_id] = place
         return place
@@ -100,5 +101,5 @@ class HostKind:
 
 
 def _import_region(field: str, region_id: str, region: Region) -> ImportRegion:
-    """Under the owner's id: the table tells instances apart."""
+    """The region under the owner's id, because the table knows regions by instance."""
     return ImportRegion(region.region_id, region.size_bytes)

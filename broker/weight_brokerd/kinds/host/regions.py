@@ -17,7 +17,7 @@ from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused, R
 
 MAXIMUM_REGION_ID_LENGTH = 64
 MAXIMUM_REGION_BYTES = 1 << 50
-"""No memory is that large, but a sparse memfd may say so."""
+"""No memory is that large, but a sparse memfd may be."""
 REQUIRED_SEALS = {
     "F_SEAL_SEAL": fcntl.F_SEAL_SEAL,
     "F_SEAL_SHRINK": fcntl.F_SEAL_SHRINK,
@@ -52,7 +52,7 @@ class _Region:
 
 
 class RegionTable:
-    """All host memory regions of this broker. `(instance_id, region_id)` names one as long as it is open."""
+    """All host memory regions of this broker. `(instance_id, region_id)` names a region while it is open."""
 
     def __init__(self, *, regions_per_instance: int) -> None:
         self._regions_per_instance = regions_per_instance
@@ -69,8 +69,8 @@ class RegionTable:
 
     @property
     def region_bytes(self) -> int:
-        """Bytes of the memory behind all open regions. What several instances share counts once: a receiver that
-        publishes what it has read offers the same memfd again."""
+        """Bytes of the memory behind all open regions. Memory that instances share counts once: a receiver that
+        publishes the weights that it mapped offers the same memfd again."""
         return self._bytes
 
     def offer(self, instance_id: str, region_id: str, size_bytes: int, descriptor: int) -> None:
@@ -107,14 +107,14 @@ class RegionTable:
         self._held[holder] = regions
 
     def release(self, holder: str) -> None:
-        """Ends everything that `holder` holds; closes what nobody refers to any more. Idempotent."""
+        """Ends all holds of `holder`; closes regions without an offer or a holder. Idempotent."""
         for region in self._held.pop(holder, ()):
             if holder in region.holders:  # False the second time if the holder names a region twice
                 region.holders.remove(holder)
                 self._close_unless_needed(region)
 
     def descriptor(self, holder: str, index: int) -> int:
-        """Descriptor of the region at `index` of what `holder` holds. It stays the table's: do not close it."""
+        """Descriptor of the region at `index` among those of `holder`. The table owns it: do not close it."""
         regions = self._held.get(holder, ())
         if not 0 <= index < len(regions):
             raise InvalidArgument("claim_region.region_index", index, f"less than {len(regions)}, the source's regions")
@@ -127,7 +127,7 @@ class RegionTable:
         self._close_unless_needed(region)
 
     def drop_instance(self, instance_id: str) -> None:
-        """Ends all offers of an instance. What holders refer to stays open until they release it. Idempotent."""
+        """Ends all offers of an instance. Held regions stay open until their holders release them. Idempotent."""
         for region in list(self._regions.get(instance_id, {}).values()):
             region.offered = False
             self._close_unless_needed(region)
@@ -147,7 +147,7 @@ class RegionTable:
         self._count = self._bytes = 0
 
     def _offered_before(self, instance_id: str, region_id: str, size_bytes: int, descriptor: int) -> bool:
-        """True if this is the same offer again; raises if it cannot be taken."""
+        """True if the same offer was made before; raises if the offer is refused."""
         if not 1 <= len(region_id) <= MAXIMUM_REGION_ID_LENGTH:
             raise InvalidArgument("offer_region.region_id", region_id, f"1 to {MAXIMUM_REGION_ID_LENGTH} characters")
         _check_memory(descriptor, size_bytes)

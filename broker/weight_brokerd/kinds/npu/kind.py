@@ -30,13 +30,14 @@ from weight_brokerd.kinds.place_request import PlaceRequest
 log = structlog.get_logger()
 
 Connect = Callable[[], Awaitable[CardsConfiguration]]
-"""Sees to it that there is a datasystem worker, and says how card processes reach it. Raises OSError, RuntimeError."""
+"""Starts the datasystem worker if the broker runs it; returns how card processes reach it. Raises OSError,
+RuntimeError."""
 Supervise = Callable[[CardsConfiguration, Hooks], CardSupervisor]
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What there is once the worker is known."""
+    """The parts that need the worker's address."""
 
     cards: CardSupervisor
     memory: DeviceMemory
@@ -62,7 +63,7 @@ class NpuKind:
         path: str = "auto",
         supervise: Supervise = CardSupervisor,
     ) -> None:
-        """`staging`: the instances that copy by themselves; `path`: `direct`, `staged` or `auto`."""
+        """`staging`: the instances that copy themselves; `path`: `direct`, `staged` or `auto`."""
         self._connect = connect
         self._worker = worker
         self._staging = staging
@@ -112,7 +113,7 @@ class NpuKind:
         return self._places.place(request, self.health.device_ids)
 
     def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
-        """Maps the memory in the card's sender. What the card refuses is staged if its owner offered that."""
+        """Maps the memory in the card's sender. Memory that the card refuses is staged if its owner offered that."""
         return asyncio.ensure_future(self._hold(publication.publication_id, place))
 
     async def release(self, publication_id: str) -> None:
@@ -155,7 +156,7 @@ class NpuKind:
     async def _start(self) -> None:
         try:
             configuration = await self._connect()
-            # Known before it starts: a broker that stops meanwhile ends what has begun.
+            # Set before the start: a broker that stops meanwhile must end the processes.
             self._parts = self._assemble(configuration)
             cards = self._parts.cards
             await cards.start()

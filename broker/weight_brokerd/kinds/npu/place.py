@@ -1,4 +1,4 @@
-"""Where tensors lie in an NPU's memory: mapped by the broker, or copied by their owner through a staging buffer."""
+"""Places in an NPU's memory: mapped by the broker, or copied by their owner through a staging buffer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STAGES = {"direct": False, "auto": True, "staged": True}
 
 
 class NpuPlaces:
-    """What `cards.path` allows."""
+    """Makes the places that `cards.path` allows."""
 
     def __init__(self, path: str, staging: Asker) -> None:
         """`path`: `direct`, `staged` or `auto`; `staging`: the instances that copy."""
@@ -28,11 +28,11 @@ class NpuPlaces:
         self.maps = _MAPS[path]
         """Whether the broker maps the memory of instances."""
         self.may_stage = _STAGES[path] and self.maps
-        """Whether what cannot be mapped may be staged instead."""
+        """Whether memory that cannot be mapped may be staged instead."""
         self._takes_stages = _STAGES[path]
 
     def place(self, request: PlaceRequest, device_ids: Collection[str]) -> Place:
-        """The ways that both the request and the settings allow: the broker may be offered two and keep one."""
+        """The place, in the ways that both the request and the settings allow: a request may offer two."""
         stage = request.stage if self._takes_stages else None
         is_mapped = request.is_mapped and self.maps
         if not is_mapped and stage is None:
@@ -48,7 +48,7 @@ class NpuPlaces:
         return Place(place.kind, device_id, place.regions, place.placements, self._staged_by(request.owner, stage))
 
     def can_copy(self, owner: str) -> bool:
-        """Whether the instance still serves what it offered to copy."""
+        """Whether the instance still has a stage connection."""
         return self._staging.has(owner)
 
     def _staged_by(self, owner: str, stage: StagingName) -> StagedBy:
@@ -71,7 +71,7 @@ class NpuPlaces:
 
 
 def import_region(field: str, region_id: str, region: Region) -> ImportRegion:
-    """What a card's process imports, an allocation or the chunks of a segment."""
+    """The import request of a region: an allocation or the chunks of a segment."""
     if region.WhichOneof("handle") == "npu_allocation":
         key = region.npu_allocation.export_key
         if not 0 < len(key) <= MAX_EXPORT_KEY_BYTES:

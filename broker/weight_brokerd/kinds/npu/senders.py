@@ -1,4 +1,4 @@
-"""The sending side of a card: one process that has the memory of every publication on the card, and its successors.
+"""The sending side of a card: one process that has the memory of every publication on the card mapped.
 
 A reader that was killed can leave the sender's engine waiting in the driver for half an hour. Such a sender takes no
 new offers: a fresh one imports the same memory, and the old one is ended when the last of its other readers is done.
@@ -42,9 +42,9 @@ class _Sender:
     offers: dict[str, frozenset[str]] = field(default_factory=dict)
     """The regions of each key."""
     buffers: set[str] = field(default_factory=set)
-    """Memory of its own that instances fill; a successor has none of it."""
+    """Ids of its staging buffers, which a successor does not have."""
     is_stuck: bool = False
-    """Its engine waits for a reader that is gone: it would not end by itself."""
+    """The engine waits for a reader that is gone: the process would not end by itself."""
     importing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -102,8 +102,8 @@ class SenderSide:
             raise
 
     async def unregister(self, region_id: str) -> None:
-        """Unmaps a region everywhere; it may be freed when this returns. Its offers end. A process that does not let
-        go is killed. Idempotent. Raises CardError with `quiesced` False if the driver keeps that process."""
+        """Unmaps a region in all senders and ends its offers; the memory may be freed when this returns. A sender that
+        does not unmap is killed. Idempotent. Raises CardError with `quiesced` False if the driver keeps the process."""
         self.regions.pop(region_id, None)
         if self._starting is not None:  # it may be importing the region right now
             await asyncio.wait({self._starting})
@@ -158,10 +158,10 @@ class SenderSide:
         self._end_when_idle()
 
     async def offer(self, key: str, blobs: BlobList, peer: str) -> messages.Done:
-        """Lets one reader have the blobs. Raises CardRefused, CardUnavailable, CardLost, CardTimeout."""
+        """Lets one reader fetch the blobs. Raises CardRefused, CardUnavailable, CardLost, CardTimeout."""
         try:
             return await self._offer(key, blobs, peer)
-        except EngineRefused as error:  # nobody has asked for the key yet
+        except EngineRefused as error:  # no reader has asked for the key yet
             log.warning("offer_refused_by_engine", device=self._device.identity, key=key, error=str(error))
             return await self._offer(key, blobs, peer)
 
@@ -244,7 +244,7 @@ class SenderSide:
         return self._current
 
     async def _start(self) -> _Sender:
-        """A sender that has all regions. One that cannot be imported again is lost, not the others."""
+        """Starts a sender and imports all regions. A region that cannot be imported again is lost, not the others."""
         try:
             if not self._worker.is_there:
                 raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
@@ -271,7 +271,7 @@ class SenderSide:
             try:
                 await self._import(sender, region)
             except CardRefused as error:
-                if self._restarting is not None:  # otherwise whoever registers it hears of it
+                if self._restarting is not None:  # otherwise `register` raises the error
                     self.regions.pop(region.region_id, None)
                     self._hooks.on_region_lost(region.region_id, str(error))
             except (CardLost, CardTimeout) as error:
@@ -302,7 +302,7 @@ class SenderSide:
                 try:
                     await self._ready()
                 except CardError:
-                    await asyncio.sleep(wait if self._worker.is_there else 0.1)  # it is there again soon or never
+                    await asyncio.sleep(wait if self._worker.is_there else 0.1)  # a worker is back soon or never
                     wait = min(2 * wait, most)
                 else:
                     return
@@ -315,7 +315,7 @@ class SenderSide:
         return [*([self._current] if self._current is not None else []), *self._retiring]
 
     def _ended(self, sender: _Sender) -> None:
-        """The process is gone, whoever ended it."""
+        """The process has ended for any reason."""
         if sender in self._retiring:
             self._retiring.remove(sender)
         was_current = sender is self._current

@@ -1,4 +1,4 @@
-"""From what operators set to what card processes are told, and whether there are any."""
+"""Builds the configuration of the NPU processes from the settings, or says why there are none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SYSTEM_BINARIES = "/sbin:/usr/sbin:/bin:/usr/bin"
 
 
 def client_logs(config: Config, state_directory: Path) -> Path:
-    """Where all clients of the datasystem in this broker log."""
+    """The log directory of all datasystem clients in this broker."""
     return Path(config.cards.log_directory) if config.cards.log_directory else state_directory / "datasystem-clients"
 
 
@@ -31,7 +31,7 @@ def hccl_variables() -> dict[str, str]:
 def cards_configuration(
     config: Config, worker_host: str, worker_port: int, state_directory: Path
 ) -> CardsConfiguration:
-    """For card processes that use this worker. Reads the secrets; raises StartError if they cannot be read."""
+    """The configuration of card processes that use this worker. Reads the secrets; raises StartError if it cannot."""
     cards = config.cards
     return CardsConfiguration(
         worker_host,
@@ -54,7 +54,7 @@ def cards_configuration(
 
 
 def why_no_cards(config: Config) -> str:
-    """Why no Ascend card is used on this host, for people; empty if they are used."""
+    """Why the broker uses no Ascend card on this host, for people; empty if it does."""
     if config.cards.enabled == "off":
         return "cards.enabled is 'off'"
     if not config.datasystem.is_configured:
@@ -65,7 +65,7 @@ def why_no_cards(config: Config) -> str:
 
 
 def find_runtime(library_path: str) -> Path | None:
-    """Ascend's runtime library as a card process would find it. It is not loaded: that is for card processes."""
+    """Ascend's runtime library, as a card process would find it. The daemon does not load it."""
     search = library_path or os.environ.get("LD_LIBRARY_PATH", "")
     for directory in filter(None, search.split(":")):
         if (found := Path(directory, LIBRARY)).exists():

@@ -49,7 +49,7 @@ class CardSupervisor:
         """The driver's words if it could not be asked for its cards."""
 
     async def start(self) -> None:
-        """Finds the cards and the worker. What fails is told by `health`; this raises nothing for it."""
+        """Finds the cards and the worker. Failures show in `health`; nothing is raised for them."""
         if self._configuration.log_directory is not None:
             self._configuration.log_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (devices, self.problem), _ = await asyncio.gather(find_devices(self._configuration), self._worker.start())
@@ -59,7 +59,7 @@ class CardSupervisor:
         log.info("cards_found", cards=list(self._cards), problem=self.problem)
 
     async def close(self) -> None:
-        """Ends all processes. Running fetches are to be cancelled before."""
+        """Ends all processes. Cancel running fetches first."""
         await self._worker.close()
         sides = [side for card in self._cards.values() for side in (card.senders, card.receivers)]
         await asyncio.gather(*(side.close() for side in sides))
@@ -72,8 +72,8 @@ class CardSupervisor:
         await self._card(card).senders.register(region)
 
     async def unregister(self, card: str, region_id: str) -> None:
-        """Unmaps a region: its memory may be freed when this returns. Drain its readers first; those that are left are
-        cut off. Idempotent. Raises CardError with `quiesced` False if the driver does not let go."""
+        """Unmaps a region: its memory may be freed when this returns. Drain its readers first; others are cut off.
+        Idempotent. Raises CardError with `quiesced` False if the driver does not let go."""
         await self._card(card).senders.unregister(region_id)
 
     async def offer(self, card: str, key: str, blobs: BlobList, *, peer: str = "") -> messages.Done:
@@ -81,8 +81,8 @@ class CardSupervisor:
         return await self._card(card).senders.offer(_checked(key), blobs, peer)
 
     async def withdraw(self, card: str, key: str, end: OfferEnd) -> messages.Done:
-        """Ends an offer, when its reader has ended as `end` says. Idempotent; never fails. Without times if there was
-        nothing to end or the sender could not."""
+        """Ends an offer whose reader has ended as `end` says. Idempotent; never fails. The answer has no times if there
+        was no offer or the sender failed."""
         return await self._card(card).senders.withdraw(key, end)
 
     async def make_staging_buffer(self, card: str, size: int) -> ImportRegion:
@@ -90,7 +90,7 @@ class CardSupervisor:
         return await self._card(card).senders.make_staging_buffer(size)
 
     async def close_staging_buffer(self, card: str, region_id: str) -> None:
-        """Frees it; whoever has imported it has closed it before. Idempotent; never fails."""
+        """Frees a staging buffer that no instance has imported any more. Idempotent; never fails."""
         await self._card(card).senders.close_staging_buffer(region_id)
 
     # Destinations
@@ -106,10 +106,10 @@ class CardSupervisor:
         peer: str = "",
         reserve: Reserve | None = None,
     ) -> messages.Done:
-        """Fills `blobs`, which lie in `regions`, from an offer of another card. When this returns or raises, nobody
-        writes to the regions any more, unless the error has `quiesced` False. May be cancelled, at the price of the
-        receiver. `reserve` has the key offered; it runs once a receiver is free, while the regions are mapped, so that
-        neither waits for the other. Raises CardError, and what `reserve` raises. Withdraw the key in any case."""
+        """Fills `blobs`, which lie in `regions`, from an offer of another card. Nothing writes to the regions after
+        this returns or raises, unless the error has `quiesced` False. A cancellation costs the receiver. `reserve` has
+        the key offered; it runs once a receiver is free, while the regions are mapped, so that neither waits for the
+        other. Raises CardError, and the error of `reserve`. Withdraw the key in any case."""
         milliseconds = int(min(timeout, MAXIMUM_TIMEOUT_SECONDS) * 1000)
         request = messages.Fetch(_checked(key), blobs, milliseconds, peer)
         return await self._card(card).receivers.run(request, regions, timeout, reserve)
@@ -199,7 +199,7 @@ class CardSupervisor:
         return card
 
     def _worker_changed(self, is_there: bool) -> None:
-        """A worker that came back knows nothing of the clients of the one before: they would wait for a minute."""
+        """A restarted worker does not know the clients of its predecessor: they would wait for a minute."""
         if is_there:
             for card in self._cards.values():
                 card.senders.replace()

@@ -1,4 +1,4 @@
-"""The datasystem worker that moves bytes between NPUs, whoever runs it."""
+"""The datasystem worker that moves bytes between NPUs, run by the broker or by the operator."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class DatasystemWorker(Protocol):
 
     @property
     def problem(self) -> str:
-        """Why it is not there, where that is known; empty otherwise."""
+        """Why the worker does not serve, if known; empty otherwise."""
 
     async def start(self) -> tuple[str, int]:
         """Host and port. Raises OSError, RuntimeError."""
         ...
 
     async def close(self) -> None:
-        """End it if it is managed."""
+        """End the worker if it is managed."""
 
 
 class ExternalWorker:
@@ -36,8 +36,8 @@ class ExternalWorker:
         self._address = address
 
     async def start(self) -> tuple[str, int]:
-        """Host and port; it runs already."""
+        """Host and port of the running worker."""
         return split_address(self._address)
 
     async def close(self) -> None:
-        """It is the operator's."""
+        """Nothing to do: the operator owns the worker."""
