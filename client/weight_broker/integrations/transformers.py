@@ -220,7 +220,7 @@ def _loaded(load: Load, source: _Source, zero_copy: Literal["auto"] | bool) -> P
         if attached is not None:
             return _with_views(source, attached)
         is_hopeless = issubclass(load.failure or type(None), _HOPELESS)
-        if zero_copy is True or load.is_told_to_load or is_hopeless:
+        if zero_copy is True or load.has_lease or is_hopeless:
             with suppress(CheckpointError, OSError):  # not one whose size is known before it is read
                 load.prepare_memory(sum(file.stat().st_size for file in checkpoint_files(source.directory)))
             return _from_disk(source)
