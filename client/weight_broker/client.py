@@ -37,15 +37,14 @@ _logger = logging.getLogger("weight_broker")
 class BrokerClient:
     """This process's way to its host's broker.
 
-    Creating one does nothing but remember its arguments. The first call attaches to the broker; one session is then
-    used by all threads. A forked child has to itself a client in the state of a new one: what the parent has published
-    stays the parent's.
+    The constructor only stores its arguments. The first call attaches to the broker; all threads then use one session.
+    A forked child has a client in the state of a new one; publications stay with the parent.
 
     `runtime_directory` is where the broker's sockets are (None: the usual places); `name` is shown to people;
     `connect_timeout` bounds the time, in seconds, that an unresponsive broker can cost; `digest_mode` says how much of
     the content is verified: "full", "sampled", or "auto" for full where that is cheap; `device_path` how device memory
-    is read and filled: "direct" where it is, "staged" through a staging buffer of the broker's, "auto" for direct where
-    that is possible (None: WEIGHT_BROKER_DEVICE_PATH, or "auto").
+    is read and filled: "direct" in place, "staged" through a staging buffer of the broker, "auto" for direct where that
+    is possible (None: WEIGHT_BROKER_DEVICE_PATH, or "auto").
     """
 
     def __init__(
@@ -75,10 +74,9 @@ class BrokerClient:
         """Fills `tensors` from a source: returns with every byte written and verified, or raises a `BrokerError` that
         says whether they were touched.
 
-        If nobody holds the weight set: `WeightsNotFound`, at once unless somebody is loading it and `wait` is True.
-        `timeout` is in seconds and bounds the whole call. `group` is the engine that this process is a rank of: its
-        ranks are all filled from the ranks of one other engine, or none is.
-        """
+        Without a source: `WeightsNotFound`, at once unless another process is loading the weight set and `wait` is
+        True. `timeout` is in seconds and bounds the whole call. `group` is the engine that this process is a rank of:
+        its ranks are all filled from the ranks of one other engine, or none is."""
         filled = self._exchange.fill(Request(key, timeout, _if_absent(wait), group), tensors)
         if isinstance(filled, ColdLoadLease):
             raise _unasked(filled)
@@ -92,9 +90,9 @@ class BrokerClient:
         timeout: float = 300.0,
         group: LoadGroup | None = None,
     ) -> AcquireReport | ColdLoadLease:
-        """Like `acquire`, but if nobody holds the weight set, one process of all is told to load it: it gets the
-        lease, loads, and calls `publish` with it (or `give_up` on it). All others wait for that. Use the lease as a
-        context manager: if the block ends without either, it is given up."""
+        """Like `acquire`, but without a source exactly one process gets the lease: it loads from disk and calls
+        `publish` with the lease (or `give_up` on it). All others wait for that. Use the lease as a context manager: a
+        block that ends without either gives the lease up."""
         filled = self._exchange.fill(Request(key, timeout, "load", group), tensors)
         return filled if isinstance(filled, ColdLoadLease) else filled.report
 
@@ -129,8 +127,8 @@ class BrokerClient:
         wait: bool = True,
     ) -> AttachedTensors:
         """Tensors (of `framework` "torch" or "numpy") that are copy-on-write views of the resident memory: takes
-        milliseconds, whatever the size, and no memory until something is written. A sample of each is verified
-        (with digest mode "full", everything): the memory is sealed since it was published."""
+        milliseconds at any size, and no memory before the first write. A sample of each tensor is verified (with
+        digest mode "full", everything): the memory is sealed since it was published."""
         mapped = self._exchange.map(Request(key, timeout, _if_absent(wait)), framework)
         if isinstance(mapped, ColdLoadLease):
             raise _unasked(mapped)
@@ -154,9 +152,8 @@ class BrokerClient:
         return self._exchange.publish(key, tensors, lease=lease, group=group, timeout=timeout)
 
     def close(self) -> None:
-        """Retracts everything that was published through this client and leaves the broker. Idempotent; safe in a
-        forked child, where it ends nothing of the parent's. `RetractTimeout`: device memory is still read and must not
-        be freed; call again."""
+        """Retract all publications of this client and detach from the broker. Idempotent; in a forked child it ends
+        nothing of the parent's. `RetractTimeout`: device memory is still read and must not be freed; call again."""
         publications = publications_of(self._attachment)
         for publication in publications:
             if publication.needs_retraction:
@@ -195,7 +192,7 @@ def _if_absent(wait: bool) -> IfAbsent:
 
 
 def _unasked(lease: ColdLoadLease) -> BrokerError:
-    """The next waiter is told to load: this caller does not know that it could."""
+    """Give the lease to the next waiter: this caller cannot load."""
     with contextlib.suppress(BrokerError):
         lease.give_up("not asked for")
     return BrokerError("the broker granted a cold-load lease that was not asked for", touched=lease.touched)

@@ -1,9 +1,9 @@
-"""Content digests: do the bytes that arrived equal the bytes that were published?
+"""Content digests, by which the bytes that arrived are compared with the published bytes.
 
 A digest covers a tensor block by block and then the block digests in order, so that a flipped bit, two exchanged
 blocks and two exchanged tensors all change it. Full coverage uses XXH3 where the xxhash package is installed: hashing
 a block that a copy has just brought into the cache costs a fraction of the copy (benchmarks/ has the ratio). Without
-it, CRC-32 from the standard library covers a sample. Device memory is digested where it is, with MULTILINEAR_64.
+it, CRC-32 from the standard library covers a sample. Device memory is digested in place, with MULTILINEAR_64.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ SAMPLE_BLOCKS = 8
 
 
 class DigestAlgorithm(enum.StrEnum):
-    """The function."""
-
     XXH3_64 = "xxh3_64"
     CRC32 = "crc32"
     MULTILINEAR_64 = "multilinear_64"
@@ -83,7 +81,7 @@ def combine(algorithm: DigestAlgorithm, blocks: Sequence[int]) -> int:
 
 def sampled_blocks(content_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of the blocks of a sample: all of a small tensor; else the first, the last and evenly spaced
-    ones between them."""
+    blocks between them."""
     count = -(-content_bytes // block_bytes)
     if count <= SAMPLE_BLOCKS:
         indices: Sequence[int] = range(count)

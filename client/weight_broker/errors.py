@@ -1,7 +1,7 @@
-"""Everything that can go wrong, in one tree and one table.
+"""All errors, in one tree and one table.
 
 `Reason` is the wire's vocabulary (`google.rpc.ErrorInfo.reason`); `TABLE` says for each reason which gRPC status
-carries it, which exception a caller sees and what to do about it. docs/ERRORS.md is checked against the table.
+carries it, which exception the caller gets and what to do. docs/ERRORS.md is checked against the table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ERROR_DOMAIN = "weight-broker"
 TOUCHED_METADATA = "touched"
 """In ErrorInfo: "true" if the broker may have written to the receiver's memory."""
 QUIESCED_METADATA = "quiesced"
-"""In ErrorInfo: "false" if somebody may still write to it."""
+"""In ErrorInfo: "false" if a transfer may still write to that memory."""
 
 
 class Reason(enum.StrEnum):
@@ -46,9 +46,9 @@ class Reason(enum.StrEnum):
 class BrokerError(RuntimeError):
     """Base of everything the client raises for a failed call.
 
-    `touched` says whether any byte of the caller's tensors may have been written: if it is True their content is
-    undefined and must be loaded anew. `quiesced` says whether it is certain that nobody writes to them any more: if it
-    is False the storages must be discarded, not reused. `metadata` has the details by name (for example the field).
+    `touched` says whether any byte of the caller's tensors may have been written: if True, their content is
+    undefined and must be loaded again. `quiesced` says whether all writing to them has certainly ended: if False, the
+    storages must be discarded, not reused. `metadata` has the details by name (for example the field).
     """
 
     default_reason: ClassVar[Reason] = Reason.INTERNAL
@@ -101,7 +101,7 @@ class NotAdministrator(BrokerError):
 
 
 class WeightsNotFound(BrokerError):
-    """Nobody holds the weight set. Load from disk."""
+    """No instance holds the weight set. Load from disk."""
 
     default_reason = Reason.WEIGHTS_NOT_FOUND
 
@@ -161,14 +161,14 @@ class DrainTimeout(BrokerError):
 
 
 class LeaseLost(BrokerError):
-    """The cold-load lease is not the caller's any more."""
+    """The caller does not hold the cold-load lease any more."""
 
     default_reason = Reason.LEASE_LOST
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """How one reason travels and what to do about it."""
+    """One reason: its gRPC status, its exception, and what to do."""
 
     code: str
     """Name of the gRPC status code."""
@@ -240,7 +240,7 @@ TABLE: Mapping[Reason, TableRow] = {
         "DEADLINE_EXCEEDED", DrainTimeout, "Wait and call again, or stop the broker: it ends the transfers."
     ),
     Reason.LEASE_LOST: TableRow(
-        "FAILED_PRECONDITION", LeaseLost, "Somebody else loads now, or has loaded. Publishing remains allowed."
+        "FAILED_PRECONDITION", LeaseLost, "Another instance loads now, or has loaded. Publishing remains allowed."
     ),
     Reason.INTERNAL: TableRow("INTERNAL", BrokerError, "A defect in the broker: load from disk and report its log."),
 }
@@ -254,7 +254,7 @@ def from_reason(
     touched: bool = False,
     quiesced: bool = True,
 ) -> BrokerError:
-    """The exception that a caller sees for `reason`."""
+    """The exception for `reason`."""
     exception = TABLE[reason].exception
     if exception is InvalidArgument:
         error: BrokerError = InvalidArgument.__new__(InvalidArgument)

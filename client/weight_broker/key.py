@@ -31,7 +31,7 @@ class Role(enum.StrEnum):
 
 
 class Stage(enum.StrEnum):
-    """When the tensors were taken: before or after the engine's weight post-processing."""
+    """The state of the tensors: before or after the engine's weight post-processing."""
 
     LOADED = "loaded"
     RUNTIME = "runtime"

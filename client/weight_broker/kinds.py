@@ -1,8 +1,8 @@
 """Kinds of memory: the vocabulary that client and daemon share.
 
-Everything that follows from the kind alone stands in `TRAITS`. What a kind *does* is in a folder of its own, below
-`weight_broker.memory` for the process that has the tensors and below `weight_brokerd.kinds` for the daemon. No other
-module compares the name of a kind with anything.
+`TRAITS` has everything that follows from the kind alone. What a kind *does* is in its folder: below
+`weight_broker.memory` for the process that has the tensors, below `weight_brokerd.kinds` for the daemon. No other
+module compares the name of a kind.
 """
 
 from __future__ import annotations

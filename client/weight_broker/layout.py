@@ -91,7 +91,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """True if the elements fill their memory without gaps, in whatever order."""
+        """True if the elements fill their memory without gaps, in any order."""
         return (
             self.memory_format is not MemoryFormat.STRIDED
             or self.element_count * ITEM_SIZES[self.dtype] == self.storage_bytes
@@ -203,7 +203,7 @@ def _validate(tensors: Sequence[TensorSpec]) -> None:
 
 
 def _validate_spec(spec: TensorSpec) -> None:
-    # On the way of every acquire, once for each tensor.
+    # Runs in every acquire, once for each tensor.
     name, dtype, shape, stride, storage_bytes, storage_offset, memory_format, _ = spec
     if not name or len(name) > MAX_NAME_CHARACTERS:
         raise InvalidArgument("layout.tensors.name", name, f"a text of 1 to {MAX_NAME_CHARACTERS} characters")

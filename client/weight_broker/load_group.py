@@ -13,16 +13,16 @@ MAX_SIZE = 4096
 
 @dataclass(frozen=True, slots=True)
 class LoadGroup:
-    """Which rank of which engine this process is; for an engine of several ranks on this host."""
+    """This process's rank, for an engine of several ranks on this host."""
 
     group_id: str
     """Names the engine; no other engine uses it."""
     member: int
     """This rank, from 0."""
     size: int
-    """How many there are."""
+    """Number of ranks."""
     assembly_timeout: float = 60.0
-    """Seconds that the other ranks may take to ask too."""
+    """Seconds to wait for the other ranks' acquires."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.group_id, str) or not 0 < len(self.group_id) <= MAX_ID_CHARACTERS:

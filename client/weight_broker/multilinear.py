@@ -5,9 +5,9 @@ multipliers m0, m1, ... (the sequence of splitmix64 from `SEED`, lowest bit set)
 
     digest = (length * m0 + word0 * m1 + word1 * m2 + ...) mod 2**64
 
-Every position has a multiplier of its own, so bytes that arrive at the wrong place count as much as wrong bytes. Words
+Every position has its own multiplier, so bytes that arrive at the wrong place count as much as wrong bytes. Words
 have half the multipliers' width on purpose: the product of a 64-bit word's highest bit with any odd number is the same,
-so that two flipped sign bits would cancel out. It finds errors; it does not withstand somebody who means to collide.
+so that two flipped sign bits would cancel out. It finds errors; it does not resist deliberate collisions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the broker's sockets are: the rule that both sides follow.
+"""The directory of the broker's sockets, by a rule that both sides follow.
 
 The first of these: `$WEIGHT_BROKER_RUNTIME_DIRECTORY`; the first entry of `$RUNTIME_DIRECTORY` (systemd);
 /run/weight-broker if it can be entered; `$XDG_RUNTIME_DIR/weight-broker`; /tmp/weight-broker-<uid>.
@@ -18,7 +18,7 @@ GRPC_SOCKET = "broker.sock"
 ATTACH_SOCKET = "attach.sock"
 LOCK_FILE = "lock"
 MAXIMUM_SOCKET_PATH_BYTES = 107
-"""What the kernel takes as the address of a unix socket, without the terminating zero."""
+"""The kernel's limit for the path of a unix socket, without the terminating zero."""
 
 _SYSTEM_DIRECTORY = Path("/run/weight-broker")
 _TEMPORARY_DIRECTORY = Path("/tmp")
@@ -27,14 +27,14 @@ _TEMPORARY_DIRECTORY = Path("/tmp")
 def runtime_directory(*, serving: bool = False) -> Path:
     """The directory with the broker's sockets; it need not exist.
 
-    `serving` is True in the broker. An instance may itself be a systemd service with a `$RUNTIME_DIRECTORY` of its own,
-    so there it counts only if a broker's socket is in it. Raises `BrokerUnavailable` if the directory below /tmp was
-    made by somebody else: whoever owns it could stand in for the broker.
+    `serving` is True in the broker. An instance may itself be a systemd service with its own `$RUNTIME_DIRECTORY`, so
+    there the variable counts only if a broker's socket is in the directory. Raises `BrokerUnavailable` if another user
+    owns the directory below /tmp: the owner could stand in for the broker.
     """
     if chosen := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(chosen)
-    if given := os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]:
-        directory = Path(given)
+    if service_directory := os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]:
+        directory = Path(service_directory)
         if serving or (directory / ATTACH_SOCKET).exists():
             return directory
     if os.access(_SYSTEM_DIRECTORY, os.X_OK):
@@ -57,7 +57,7 @@ def _not_admitted(directory: Path) -> BrokerUnavailable:
         group = f"gid {found.st_gid}"
     return BrokerUnavailable(
         f"the host's broker is in {directory}, which uid {os.geteuid()} may not enter. Add the user to group {group} "
-        "and start the process anew (see `id` and `ls -ld`)",
+        "and start the process again (see `id` and `ls -ld`)",
         metadata={"path": str(directory), "group": group},
     )
 

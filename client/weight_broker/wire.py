@@ -1,7 +1,7 @@
 """Translation between the domain types and the wire's messages, in both directions, with the wire's values checked.
 
-Both sides use it: the client to ask, the broker to answer. Whatever comes in from the wire is validated here; a value
-that does not fit raises `InvalidArgument` naming the field.
+Client and broker use it. Every value from the wire is validated here; a wrong value raises `InvalidArgument` with the
+field.
 """
 
 from __future__ import annotations
@@ -58,21 +58,18 @@ _COVERAGE_VALUES = {coverage: value for value, coverage in _COVERAGES.items()}
 
 _KEPT_TENSORS = 20_000
 _last_layout: tuple[weakref.ref[Layout], bytes] | None = None
-"""The layout that was translated last, and its message: the same one is asked for many times in a row."""
+"""The last translated layout and its message: the same layout is often translated many times in a row."""
 
 
 def device_kind_to_wire(kind: str) -> pb.DeviceKind.ValueType:
-    """The kind of memory as a message value."""
     return cast("pb.DeviceKind.ValueType", TRAITS[kind].wire_number)
 
 
 def load_group_to_wire(group: LoadGroup) -> pb.LoadGroup:
-    """A rank of an engine as a message."""
     return pb.LoadGroup(group_id=group.group_id, member=group.member, size=group.size)
 
 
 def key_to_wire(key: WeightSetKey) -> pb.WeightSetKey:
-    """The key as a message."""
     return pb.WeightSetKey(
         model=key.model,
         revision=key.revision,
@@ -87,7 +84,7 @@ def key_to_wire(key: WeightSetKey) -> pb.WeightSetKey:
 
 
 def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
-    """The key in a message; raises `InvalidArgument`."""
+    """Raises `InvalidArgument`."""
     role, stage = _ROLES.get(message.role), _STAGES.get(message.stage)
     if role is None:
         raise InvalidArgument("key.role", message.role, "ROLE_TARGET or ROLE_DRAFT")
@@ -112,7 +109,7 @@ def key_from_wire(message: pb.WeightSetKey) -> WeightSetKey:
 
 
 def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layout:
-    """The layout as a message, in an empty one if that is given."""
+    """`message`: an empty message to write to."""
     global _last_layout
     if message is None:
         message = pb.Layout()
@@ -123,7 +120,7 @@ def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layou
     message.fingerprint = layout.fingerprint
     add = message.tensors.add
     for name, dtype, shape, stride, storage_bytes, storage_offset, memory_format, alias_of in layout.tensors:
-        # Field by field takes less time than a call with keywords, and this is on the way of every acquire.
+        # Assignments take less time than a call with keywords, and every acquire runs this.
         tensor = add()
         tensor.name = name
         tensor.dtype = dtype
@@ -141,7 +138,7 @@ def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layou
 
 
 def layout_from_wire(message: pb.Layout) -> Layout:
-    """The layout in a message; raises `InvalidArgument`, also if order or fingerprint are not the canonical ones."""
+    """Raises `InvalidArgument`, also for an order or a fingerprint that is not canonical."""
     specs: list[TensorSpec] = []
     for tensor in message.tensors:
         memory_format = _FORMATS.get(tensor.memory_format)
@@ -170,7 +167,6 @@ def layout_from_wire(message: pb.Layout) -> Layout:
 
 
 def digests_to_wire(digests: ContentDigests) -> pb.ContentDigests:
-    """The digests as a message."""
     return pb.ContentDigests(
         algorithm=_ALGORITHM_VALUES[digests.algorithm],
         coverage=_COVERAGE_VALUES[digests.coverage],
@@ -182,8 +178,8 @@ def digests_to_wire(digests: ContentDigests) -> pb.ContentDigests:
 def digests_from_wire(
     messages: Iterable[pb.ContentDigests], tensor_count: int, *, pass_over_unknown: bool = False
 ) -> tuple[ContentDigests, ...]:
-    """The digests in messages; raises `InvalidArgument`. `pass_over_unknown` leaves sets out that are of a kind only a
-    newer version knows: for a reader, who needs one set that it can verify with."""
+    """Raises `InvalidArgument`. `pass_over_unknown` skips sets that only a newer version knows: a reader needs just one
+    set that it can verify with."""
     found: list[ContentDigests] = []
     for index, message in enumerate(messages):
         field = f"digests[{index}]"
@@ -207,12 +203,11 @@ def digests_from_wire(
 
 
 def coverage_to_wire(coverage: DigestCoverage | None) -> pb.DigestCoverage.ValueType:
-    """The coverage as a message value."""
     return _COVERAGE_VALUES[coverage] if coverage is not None else pb.DIGEST_COVERAGE_UNSPECIFIED
 
 
 def coverage_from_wire(value: pb.DigestCoverage.ValueType) -> DigestCoverage | None:
-    """The coverage in a message value; None if it is not set or not known."""
+    """None if the coverage is unset or unknown."""
     return _COVERAGES.get(value)
 
 
@@ -222,7 +217,7 @@ def placements_to_wire(placements: Iterable[tuple[int, int]]) -> list[pb.TensorP
 
 
 def lease_end(lease: resources_pb2.ColdLoadLease) -> float:
-    """When a lease ends, in seconds since the epoch by this process's clock: the broker's own may be set otherwise."""
+    """When a lease ends, in seconds since the epoch by this process's clock: the broker's may differ."""
     if lease.HasField("remaining"):
         return time.time() + lease.remaining.ToNanoseconds() / 1e9
     return lease.expire_time.ToNanoseconds() / 1e9

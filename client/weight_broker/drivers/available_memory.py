@@ -1,7 +1,7 @@
 """How much host memory this process may still use.
 
-Memory that runs out while pages are being filled ends in the kernel's out-of-memory killer, not in an error, so it is
-asked for before.
+Memory that runs out while pages are being filled ends in the kernel's out-of-memory killer, not in an error, so callers
+ask first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _UNLIMITED = 1 << 60
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """What the host has left, or the tightest of this process's control groups if that is less; None if unknown."""
+    """The host's available memory, or that of this process's tightest control group if less; None if unknown."""
     found = [_host_bytes(root), *_group_bytes(root)]
     return min((value for value in found if value is not None), default=None)
 
@@ -45,7 +45,7 @@ def _left_in_group(group: Path, limit: str, usage: str) -> int | None:
     most, used = _read(group / limit).strip(), _read(group / usage).strip()
     if not most.isdigit() or not used.isdigit() or int(most) >= _UNLIMITED:
         return None
-    # File pages that nobody has used lately go before anything is refused.
+    # The kernel drops file pages that were not used lately before it refuses memory.
     return max(0, int(most) - int(used) + _fields(group / "memory.stat").get("inactive_file", 0))
 
 

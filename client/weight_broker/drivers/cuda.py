@@ -78,7 +78,7 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
 
 
 class CudaError(DriverError):
-    """A call failed. `call` is the driver's name of it, `code` its CUresult, `words` what it says about it."""
+    """A call failed. `call` is the driver's function, `code` its CUresult, `words` the driver's text."""
 
 
 class CudaUnavailable(CudaError):
@@ -129,16 +129,16 @@ class Cuda:
         return self._out(_POINTER(), "cuDevicePrimaryCtxRetain", self._device(device))
 
     def release_primary_context(self, device: int) -> None:
-        """One reference less; the last one destroys what is in it."""
+        """Drop one reference; the last destroys the context and its memory."""
         self._call("cuDevicePrimaryCtxRelease_v2", self._device(device))
 
     def set_current(self, context: int) -> None:
-        """Makes the context the calling thread's."""
+        """Make the context current in the calling thread."""
         self._call("cuCtxSetCurrent", context)
 
     @contextmanager
     def in_context(self, context: int) -> Iterator[None]:
-        """The context is the calling thread's within the block."""
+        """The context is current in the calling thread within the block."""
         self._call("cuCtxPushCurrent_v2", context)
         try:
             yield
@@ -147,7 +147,7 @@ class Cuda:
 
     @contextmanager
     def on_device(self, device: int) -> Iterator[None]:
-        """The calling thread uses the device's primary context within the block."""
+        """The device's primary context is current in the calling thread within the block."""
         context = self.retain_primary_context(device)
         try:
             with self.in_context(context):
@@ -156,7 +156,7 @@ class Cuda:
             self.release_primary_context(device)
 
     def enable_peer_access(self, context: int) -> None:
-        """Lets the current context reach the memory of another device's context. Again changes nothing."""
+        """Lets the current context reach the memory of another device's context. Idempotent."""
         try:
             self._call("cuCtxEnablePeerAccess", context, 0)
         except CudaError as error:
@@ -173,7 +173,7 @@ class Cuda:
         return self._out(_ADDRESS(), "cuMemAlloc_v2", size)
 
     def free(self, address: int) -> None:
-        """Of `malloc`. What a process that has it open would see then is not defined: it closes first."""
+        """Frees memory of `malloc`. Other processes must have closed it: their view would be undefined."""
         self._call("cuMemFree_v2", address)
 
     def allocation_of(self, address: int) -> tuple[int, int]:
@@ -188,7 +188,7 @@ class Cuda:
 
     # ---- sharing whole allocations
     def ipc_handle(self, base: int) -> bytes:
-        """The handle of the allocation that begins at `base`. There is no call that ends it."""
+        """The handle of the allocation that begins at `base`. It cannot be revoked."""
         handle = IpcHandle()
         self._call("cuIpcGetMemHandle", ctypes.byref(handle), base)
         return bytes(handle)
@@ -199,16 +199,15 @@ class Cuda:
         return self._out(_ADDRESS(), "cuIpcOpenMemHandle_v2", value, IPC_LAZY_PEER_ACCESS)
 
     def ipc_close(self, address: int) -> None:
-        """Of `ipc_open`."""
         self._call("cuIpcCloseMemHandle", address)
 
     # ---- copies
     def copy_async(self, destination: int, source: int, size: int, stream: int) -> None:
-        """Copies `size` bytes of device memory, between devices too, after what is in the stream already."""
+        """Copies `size` bytes of device memory, between devices too, in the order of the stream."""
         self._call("cuMemcpyAsync", destination, source, size, stream)
 
     def read(self, host: int, source: int, size: int) -> None:
-        """Copies device memory to a host address and waits. Lets go of the interpreter lock."""
+        """Copies device memory to a host address and waits. Releases the interpreter lock."""
         self._call("cuMemcpyDtoH_v2", host, source, size)
 
     def write(self, destination: int, host: int, size: int) -> None:
@@ -216,15 +215,14 @@ class Cuda:
         self._call("cuMemcpyHtoD_v2", destination, host, size)
 
     def create_stream(self) -> int:
-        """A stream of the current context that waits for no other one."""
+        """A stream of the current context that waits for no other stream."""
         return self._out(_POINTER(), "cuStreamCreate", STREAM_NON_BLOCKING)
 
     def synchronize_stream(self, stream: int) -> None:
-        """Waits for everything in the stream. Lets go of the interpreter lock."""
+        """Waits for everything in the stream. Releases the interpreter lock."""
         self._call("cuStreamSynchronize", stream)
 
     def destroy_stream(self, stream: int) -> None:
-        """Of `create_stream`."""
         self._call("cuStreamDestroy_v2", stream)
 
     # ---- how calls are made
@@ -247,7 +245,7 @@ class Cuda:
             raise CudaError(name, code, self._words(code))
 
     def _out(self, result: Any, name: str, *arguments: object) -> int:
-        """What the call gives through its first argument."""
+        """The value that the call stores through its first argument."""
         self._call(name, ctypes.byref(result), *arguments)
         return int(result.value or 0)
 

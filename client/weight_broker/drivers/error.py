@@ -1,13 +1,13 @@
-"""How a call of a device's driver fails, whichever driver it is."""
+"""The error of a call of any device's driver."""
 
 from __future__ import annotations
 
 
 class DriverError(Exception):
-    """A call failed. `call` is the driver's name of it, `code` its error, `words` what it says about it."""
+    """A call failed. `call` is the driver's function, `code` its error code, `words` the driver's text."""
 
     def __init__(self, call: str, code: int, words: str) -> None:
-        super().__init__(call, code, words)  # all three, so that it survives pickling
+        super().__init__(call, code, words)  # all three, for pickling
         self.call = call
         self.code = code
         self.words = words

@@ -33,7 +33,7 @@ _READERS = 8
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _HUB_SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/(?P<revision>[^/]+)$")
-# Written by whoever saved the checkpoint last; it says nothing about the weights.
+# Written at the last save; independent of the weights.
 _VOLATILE_SETTINGS = ("transformers_version", "_name_or_path")
 
 
@@ -169,9 +169,9 @@ def _compute(directory: Path, files: Sequence[Path], full: bool, *, repeated: bo
     rows = sorted(
         (tensor.name, tensor.dtype, tensor.shape, content) for tensor, content in zip(tensors, contents, strict=True)
     )
-    for one, other in itertools.pairwise(rows):
-        if one[0] == other[0] and not repeated:
-            raise CheckpointError(f"{directory} has tensor {one[0]!r} in more than one file")
+    for row, next_row in itertools.pairwise(rows):
+        if row[0] == next_row[0] and not repeated:
+            raise CheckpointError(f"{directory} has tensor {row[0]!r} in more than one file")
     if len({row[0] for row in rows}) < len(rows):  # the file that is read last decides
         rows.append(("", "", (), " ".join(file.name for file in files)))
     coverage = "full" if full else "sampled"

@@ -1,10 +1,9 @@
 """A small per-user file that remembers the digests of checkpoints whose files have not changed.
 
-A file counts as unchanged while device, inode, size, modification time and change time are what they were. The cache
-is only ever a short cut: one that is damaged, belongs to somebody else or cannot be written is ignored. Writers replace
-it as a whole, so that a reader never sees half of it; of two that write at once one may be forgotten, which costs a
-computation. `WEIGHT_BROKER_CHECKPOINT_CACHE=off` turns it off, a path in that variable moves it.
-"""
+A file counts as unchanged while device, inode, size, modification time and change time are what they were. The cache is
+only a short cut: a file that is damaged, belongs to another user or cannot be written is ignored. Writers replace it as
+a whole, so that a reader never sees half of it; of two concurrent writes one may be lost, which costs a computation.
+`WEIGHT_BROKER_CHECKPOINT_CACHE=off` turns it off, a path in that variable moves it."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def cache_directory() -> Path:
 
 @dataclass(frozen=True)
 class CheckpointCache:
-    """The cache in `path`; None is a cache that forgets everything."""
+    """The cache in `path`; with None, a cache that stores nothing."""
 
     path: Path | None
 
@@ -107,7 +106,7 @@ class CheckpointCache:
             return {}
         with os.fdopen(descriptor, "rb") as stream:
             status = os.fstat(stream.fileno())
-            # Whoever can write this file can make a wrong checkpoint look like the right one.
+            # A user who can write this file can make a wrong checkpoint look like the right one.
             trusted = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
             if not trusted or not stat.S_ISREG(status.st_mode):
                 return {}

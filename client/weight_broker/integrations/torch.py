@@ -44,7 +44,7 @@ def load_module(
     """Fills the module's own memory: from a resident copy, else with `load`, which is then published.
 
     `load` fills the module in place or gives it new tensors, as `load_state_dict` does with `assign=False` and
-    `assign=True`. What it raises passes through, and somebody else is told to load. Without a broker only `load` runs.
+    `assign=True`. Its exceptions pass through, and another process gets the lease. Without a broker only `load` runs.
     """
     return client.acquire_or_load(key, lambda: tensors_of(module), load, timeout=timeout, publish=publish)
 
@@ -52,7 +52,7 @@ def load_module(
 def attach_module(
     module: nn.Module, key: WeightSetKey, client: BrokerClient, *, timeout: float = 300.0, wait: bool = True
 ) -> AcquireReport:
-    """Gives a module that was built on the meta device the resident weights without copying them.
+    """Assigns the resident weights to a module that was built on the meta device, without copying.
 
     The weights are copy-on-write views of memory that all instances of the host share: reading costs nothing, writing
     copies the page. They do not require gradients. Raises like `BrokerClient.attach_tensors`, and `LayoutMismatch`,
@@ -69,14 +69,13 @@ def materialise_empty(module: nn.Module) -> None:
     tensors = tensors_of(module)
     for tensor in tensors.values():
         if tensor.is_meta and id(tensor) not in empty_of:
-            # No page of it exists before it is written, so a large one costs no time and no memory yet.
+            # Pages exist only after the first write: a large tensor costs neither time nor memory yet.
             empty_of[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     assign_tensors(module, {name: empty_of.get(id(tensor), tensor) for name, tensor in tensors.items()})
 
 
 def copy_tensors(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]) -> None:
-    """Copies the content of every tensor of `source` into that of the same name, in parallel; shapes and types are the
-    same."""
+    """Copies every tensor of `source` into the tensor of the same name, in parallel. Shapes and types must be equal."""
     pieces: list[Piece] = []
     done: set[int] = set()
     with torch.no_grad():
@@ -96,33 +95,33 @@ def assign_tensors(module: nn.Module, tensors: Mapping[str, object]) -> None:
     """Makes `tensors` the module's parameters and buffers, without copying.
 
     Every name, type and shape has to fit (`LayoutMismatch`, module unchanged). Names whose tensors are the same memory
-    become one parameter, as tied weights are; names that are not stop being tied. Parameters do not require gradients.
+    become one parameter, as tied weights are; other names stop being tied. Parameters do not require gradients.
     """
     wanted = tensors_of(module)
-    tensors_given = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
-    _check_fit(wanted, tensors_given)
+    by_name = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    _check_fit(wanted, by_name)
     refused = [name for name, tensor in wanted.items() if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)]
     if refused:
         raise InvalidArgument(
             f"module.{refused[0]}", type(wanted[refused[0]]).__name__, "plain parameters and buffers",
-            hint="Load this module into memory of its own.",
+            hint="Load this module into its own memory.",
         )  # fmt: skip
     shared: dict[tuple[object, ...], torch.Tensor] = {}
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for leaf, old in [*owner._parameters.items(), *owner._buffers.items()]:
             if old is None:
                 continue
-            new = tensors_given[f"{prefix}.{leaf}" if prefix else leaf]
+            new = by_name[f"{prefix}.{leaf}" if prefix else leaf]
             if isinstance(old, nn.Parameter):
                 new = shared.setdefault(_identity(new), nn.Parameter(new.detach(), requires_grad=False))
                 vars(new).update(vars(old))
-            # Not through setattr, which would forget that a buffer is not persistent.
+            # setattr would lose that a buffer is not persistent.
             (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = new
-    left = list(_meta_attributes(module))
-    if left:
+    remaining = list(_meta_attributes(module))
+    if remaining:
         raise InvalidArgument(
-            f"module.{left[0]}", "a tensor on the meta device", "tensors that are parameters or buffers",
-            hint="Load this module into memory of its own.",
+            f"module.{remaining[0]}", "a tensor on the meta device", "tensors that are parameters or buffers",
+            hint="Load this module into its own memory.",
         )  # fmt: skip
 
 
@@ -131,23 +130,23 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     return where, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _check_fit(wanted: Mapping[str, torch.Tensor], tensors_given: Mapping[str, torch.Tensor]) -> None:
-    found = [f"{name}: not in the given tensors" for name in wanted if name not in tensors_given]
-    found += [f"{name}: not in the module" for name in tensors_given if name not in wanted]
+def _check_fit(wanted: Mapping[str, torch.Tensor], by_name: Mapping[str, torch.Tensor]) -> None:
+    found = [f"{name}: not among the tensors" for name in wanted if name not in by_name]
+    found += [f"{name}: not in the module" for name in by_name if name not in wanted]
     for name, tensor in wanted.items():
-        other = tensors_given.get(name)
+        other = by_name.get(name)
         if other is None:
             continue
         if tensor.dtype != other.dtype:
-            found.append(f"{name}.dtype: given {other.dtype}, wanted {tensor.dtype}")
+            found.append(f"{name}.dtype: has {other.dtype}, wanted {tensor.dtype}")
         if tensor.shape != other.shape:
-            found.append(f"{name}.shape: given {tuple(other.shape)}, wanted {tuple(tensor.shape)}")
+            found.append(f"{name}.shape: has {tuple(other.shape)}, wanted {tuple(tensor.shape)}")
     if found:
         shown = found[:_SHOWN_DIFFERENCES]
         if len(found) > len(shown):
             shown.append(f"and {len(found) - len(shown)} more")
         text = "; ".join(shown)
-        raise LayoutMismatch(f"the given tensors do not fit the module: {text}", metadata={"differences": text})
+        raise LayoutMismatch(f"the tensors do not fit the module: {text}", metadata={"differences": text})
 
 
 def _meta_attributes(module: nn.Module) -> Iterator[str]:

@@ -2,13 +2,11 @@
 
 The model is built on the meta device, so nothing is initialised at random. Then its weights are the resident ones of
 another instance on this host (mapped copy-on-write, or copied), or they are read from disk and offered to others.
-Weights read from disk are copied out of the checkpoint's mapping into memory of their own, because some kernels give
-other last bits for other alignments: this way the logits are the same bit for bit, wherever the weights came from.
+Weights read from disk are copied out of the checkpoint's mapping into allocated memory, because some kernels give
+different last bits for different alignments: the logits are then equal bit for bit for every source of the weights.
 
-What the broker cannot serve is loaded as `from_pretrained` loads it, without the broker: quantized checkpoints, ones
-that lack weights, and models whose weights on disk do not fit the model on the meta device. `LoadReport.acquire_error`
-then says why.
-"""
+`from_pretrained` loads what the broker cannot serve: quantized checkpoints, checkpoints that lack weights, and models
+whose weights on disk do not fit the model on the meta device. `LoadReport.acquire_error` then says why."""
 
 from __future__ import annotations
 
@@ -73,12 +71,12 @@ def load_causal_lm(
 ) -> tuple[PreTrainedModel, LoadReport]:
     """The model in `model_dir` in evaluation mode, none of its weights requiring gradients, and how it was loaded.
 
-    `key` replaces the one of `weight_set_key`; `dtype` is the checkpoint's own unless given. With `zero_copy` the
+    `key` replaces the one of `weight_set_key`; `dtype` is by default the checkpoint's own. With `zero_copy` the
     weights are copy-on-write views of the resident ones, which takes milliseconds and no memory; "auto" falls back to a
     copy where that is refused, True to disk, False always copies. `timeout` bounds the wait for the broker and for
     another instance's cold load, in seconds. `client=None`, or no broker, loads from disk.
 
-    Raises what loading from disk raises; a failure of the broker never does more than lead there.
+    Raises what loading from disk raises. A failure of the broker only leads to a load from disk.
     """
     begun = time.monotonic()
     source = _Source(Path(model_dir), dtype, attn_implementation, trust_remote_code)
@@ -97,7 +95,7 @@ def load_causal_lm(
         model = source.model_as_read()
         report = LoadReport("disk", 0.0, 0.0, time.monotonic() - started, acquire_error=str(error))
     model.train(False).requires_grad_(False)
-    # Measured from the caller's first word: the key and the empty model are part of what a start waits for.
+    # Measured from the call: the key and the empty model are part of a start's waiting time.
     seconds = time.monotonic() - begun
     waited = max(seconds - report.load_seconds - report.publish_seconds, 0.0)
     return model, replace(report, seconds=seconds, acquire_seconds=waited)
@@ -138,7 +136,6 @@ class _Source:
             raise _NotServable("quantized checkpoints are not served")
 
     def key(self) -> WeightSetKey:
-        """See `weight_set_key`."""
         name, revision = checkpoint_name(self.directory)
         return WeightSetKey(
             model=name,
@@ -220,8 +217,8 @@ def _loaded(load: Load, source: _Source, zero_copy: Literal["auto"] | bool) -> P
         if attached is not None:
             return _with_views(source, attached)
         is_hopeless = issubclass(load.failure or type(None), _HOPELESS)
-        if zero_copy is True or load.is_told_to_load or is_hopeless:
-            with suppress(CheckpointError, OSError):  # not one whose size is known before it is read
+        if zero_copy is True or load.has_lease or is_hopeless:
+            with suppress(CheckpointError, OSError):  # no checkpoint whose size is known before it is read
                 load.prepare_memory(sum(file.stat().st_size for file in checkpoint_files(source.directory)))
             return _from_disk(source)
     model = source.model_to_fill()
@@ -246,7 +243,7 @@ def _from_disk(source: _Source) -> PreTrainedModel:
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[object, ...]]:
-    """What has to be equal for one set of weights to take the other's place; a tie is the name of its first tensor."""
+    """Equal for two sets of weights that can replace each other; a tie is the name of its first tensor."""
     first: dict[int, str] = {}
     return {
         name: (tensor.dtype, tensor.shape, tensor.stride(), first.setdefault(id(tensor), name))

@@ -1,5 +1,5 @@
-"""How this process shares its tensors: what they are (`describe`), how they get into host memory (`export`), out of it
-(`copy_in`) or into view (`map_tensors`). What a kind of memory can do: `weight_broker.memory.kind`."""
+"""The memory of this process: describe tensors, copy them into sealed host memory (`export`), out of it (`copy_in`), or
+map it (`map_tensors`). What a kind of memory can do: `weight_broker.memory.kind`."""
 
 from weight_broker.memory.described import DescribedTensor, DescribedTensors
 from weight_broker.memory.digest_mode import DigestMode

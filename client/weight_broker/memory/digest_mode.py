@@ -9,12 +9,12 @@ from weight_broker.digest import ContentDigests, DigestAlgorithm, DigestCoverage
 
 
 class DigestMode(enum.StrEnum):
-    """What the caller wants."""
+    """The caller's choice."""
 
     AUTO = "auto"
     """Everything where that costs less than a third of the copy (XXH3; see digest_cost.py), else a sample."""
     FULL = "full"
-    """Everything, whatever it costs."""
+    """Everything, at any cost."""
     SAMPLED = "sampled"
     """A sample of each tensor."""
 
@@ -25,7 +25,7 @@ class DigestMode(enum.StrEnum):
         return DigestAlgorithm.CRC32 if self is DigestMode.FULL else None
 
     def choose(self, offered: Sequence[ContentDigests]) -> ContentDigests | None:
-        """Which of the offered digests to verify against; None if none of them will do here."""
+        """The digests to verify against; None if this process can use none of the offered."""
         usable = [digests for digests in offered if is_available(digests.algorithm)]
         full = [digests for digests in usable if digests.coverage is DigestCoverage.FULL]
         full.sort(key=lambda digests: digests.algorithm is not DigestAlgorithm.XXH3_64)
@@ -39,7 +39,7 @@ class DigestMode(enum.StrEnum):
         return order[0] if order else None
 
     def sample_instead(self, expected: ContentDigests, offered: Sequence[ContentDigests]) -> ContentDigests | None:
-        """The sample to verify instead of everything if everything costs too much; None if it is not to be."""
+        """The sample to verify if full verification costs too much; None if full verification is a must."""
         if self is not DigestMode.AUTO or expected.coverage is not DigestCoverage.FULL:
             return None
         return DigestMode.SAMPLED.choose(

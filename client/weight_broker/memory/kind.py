@@ -36,17 +36,17 @@ class DeadlinePassed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the caller asked for, once for all of its memory."""
+    """The caller's options, the same for all of its memory."""
 
     digest_mode: DigestMode = DigestMode.AUTO
     staging: StagingPolicy = StagingPolicy.AUTO
 
 
 class Prepared(Protocol):
-    """Host memory that the kernel was asked for in advance."""
+    """Host memory that is allocated in advance."""
 
     def take(self) -> int | None:
-        """Its descriptor, which is the caller's from here on; None if there is none."""
+        """Its descriptor, which the caller then owns; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class Received:
     seconds: dict[str, float]
     """Seconds of the phases map, transfer and verify, as far as this process took part in them."""
     tensors: dict[str, Any] = field(default_factory=dict)
-    """The mapped tensors, if the destination had none of its own."""
+    """The mapped tensors; empty if the destination filled the caller's."""
     touched: bool = True
-    """Whether tensors of the caller's were written."""
+    """Whether the caller's tensors were written."""
 
 
 class Shared(Protocol):
@@ -69,7 +69,7 @@ class Shared(Protocol):
 
     @property
     def layout(self) -> Layout:
-        """What is in it."""
+        """The layout of the content."""
 
     @property
     def placements(self) -> Sequence[tuple[int, int]]:
@@ -81,29 +81,30 @@ class Shared(Protocol):
 
     @property
     def needs_retraction(self) -> bool:
-        """Whether others read the publisher's own memory, which must not change before they are done."""
+        """Whether others read the publisher's own memory, which must not change before they have finished."""
 
     def regions(self, batch: str) -> list[pb.Region]:
-        """The regions as they are published. `batch` makes ids unique among the publications of this process."""
+        """The published regions. `batch` makes ids unique among the publications of this process."""
 
     @property
     def is_served(self) -> bool:
-        """Whether the broker still reaches it, provided that its session is not over."""
+        """Whether the broker still reaches the memory, provided that the session is not over."""
 
     def stage(self, session: Session) -> pb.StagedMemory | None:
-        """Serves the memory in this session and returns its name there; None if this process copies nothing."""
+        """Serve staged copies in this session and return the memory's name there; None if this process copies
+        nothing."""
 
     def note(self, publication: resources_pb2.Publication) -> None:
-        """The broker's answer: it says in which way the broker reads the memory."""
+        """Take the broker's answer, which says whether the broker maps the memory or has it staged."""
 
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
-        """Gives the broker what it needs beside the message to reach a region."""
+        """Give the broker what it needs to reach a region besides the message."""
 
     def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
-        """Undoes `hand_over`. Raises `BrokerError`."""
+        """Undo `hand_over`. Raises `BrokerError`."""
 
     def close(self) -> None:
-        """Ends the sharing; idempotent. Raises `RetractTimeout` while the memory is still mapped: call again."""
+        """Idempotent. Raises `RetractTimeout` while the memory is still mapped: call again."""
 
 
 class Destination(Protocol):
@@ -118,46 +119,46 @@ class Destination(Protocol):
         """How long the broker may take after the deadline to end its writing; 0 where it never writes."""
 
     def fill_request(self, request: service_pb.AcquireRequest, session: Session) -> None:
-        """Says where the bytes are to go; exports the memory if the broker writes to it. May be called again, for a new
-        session. Raises `TransferFailed`."""
+        """Add where the bytes go; export the memory if the broker writes to it. Called again for a new session. Raises
+        `TransferFailed`."""
 
     def take(self, granted: service_pb.Granted, claim: ClaimRegion, deadline: float) -> Received | None:
-        """Copies or maps from the source before `deadline` (monotonic seconds). None: the broker brings the bytes, and
-        `verify` follows. Raises a `BrokerError` that says whether anything was touched; nothing writes then."""
+        """Copy or map from the source before `deadline` (monotonic seconds). None: the broker brings the bytes, and
+        `verify` follows. Raises a `BrokerError` with `touched`; nothing writes then."""
 
     def verify(self, granted: service_pb.Granted, moved: service_pb.Moved, deadline: float) -> Received:
-        """Compares what the broker brought with what was published. Raises `IntegrityError`, `TransferFailed`,
-        `AcquireTimeout`."""
+        """Compare the bytes that the broker brought with the published digests. Raises `IntegrityError`,
+        `TransferFailed`, `AcquireTimeout`."""
 
     def stop(self) -> bool:
-        """Ends what this process itself writes to the memory. True if nothing else writes to it: `close` may follow
+        """End this process's own writing to the memory. True if nothing else writes to it: then `close` may follow
         although the broker does not know."""
 
     def keep(self) -> Shared:
-        """What arrived, to be published again; its `close` is the caller's from here on."""
+        """The memory that arrived, for publishing. The caller closes it."""
 
     def close(self) -> None:
-        """Lets go of the memory: nothing writes to it any more. Idempotent. Raises a `BrokerError` with `quiesced`
-        False if that is not known."""
+        """Nothing writes to the memory after this returns. Idempotent. Raises a `BrokerError` with `quiesced` False if
+        that is not known."""
 
 
 class Kind(Protocol[Described]):
     """One kind of memory, in the process that has the tensors."""
 
     def describe(self, tensors: Mapping[str, object]) -> Described:
-        """The tensors by name, all of them in this kind of memory. Raises `InvalidArgument` that names the tensor."""
+        """All tensors must be in this kind of memory. Raises `InvalidArgument` that names the tensor."""
 
     def share(self, tensors: Described, terms: Terms, deadline: float, prepared: Prepared | None = None) -> Shared:
-        """The tensors, for others to read. Raises `PublishRefused`; nothing is shared then."""
+        """Make the tensors readable for others. Raises `PublishRefused`; nothing is shared then."""
 
     def prepared_bytes(self, layout: Layout) -> int:
-        """How much host memory `share` takes; 0 if none."""
+        """Host memory that `share` takes; 0 if none."""
 
     def destination(self, tensors: Described, terms: Terms) -> Destination:
-        """The tensors, to be filled."""
+        """The tensors as the destination of one acquisition."""
 
     def digests(self, tensors: Described, deadline: float | None = None) -> ContentDigests:
-        """Digests of the content as it is now, of every byte where this host can, after waiting for the device. Raises
+        """Digests of the present content, of every byte if this host can, after waiting for the device. Raises
         `DeadlinePassed` and `BrokerError`, never a driver's error."""
 
 
@@ -166,11 +167,11 @@ MODULES: dict[str, str] = {
     MemoryKind.NPU: "weight_broker.memory.npu.kind",
     MemoryKind.CUDA: "weight_broker.memory.cuda.kind",
 }
-"""Where each kind is; imported when it is used."""
+"""The module of each kind; imported on use."""
 
 
 def kind_of(name: str) -> Kind[Any]:
-    """The kind of this name. Raises `InvalidArgument`."""
+    """Raises `InvalidArgument`."""
     module = MODULES.get(name)
     if module is None:
         raise InvalidArgument("tensors.device", name, "memory of kind " + " or ".join(MODULES))

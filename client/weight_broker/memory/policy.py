@@ -1,4 +1,4 @@
-"""How device memory is read and filled: where it is, or through a staging buffer of the broker's."""
+"""How device memory is read and filled: in place, or through a staging buffer of the broker."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class StagingPolicy(enum.StrEnum):
     """How device memory may be read and filled."""
 
     AUTO = "auto"
-    """Where it is, or staged: the broker picks."""
+    """In place or staged: the broker picks."""
     DIRECT = "direct"
-    """Where it is."""
+    """In place."""
     STAGED = "staged"
     """Through a staging buffer."""
 
@@ -32,7 +32,7 @@ class StagingPolicy(enum.StrEnum):
 
 
 def staging_policy(device_path: str | None) -> StagingPolicy:
-    """The policy that the caller names, else the one in the environment, else `auto`. Raises `InvalidArgument`."""
+    """`device_path`, else the environment's policy, else `auto`. Raises `InvalidArgument`."""
     name, value = "device_path", device_path
     if value is None:
         name, value = PATH_VARIABLE, os.environ.get(PATH_VARIABLE, StagingPolicy.AUTO)

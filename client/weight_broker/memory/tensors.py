@@ -1,6 +1,6 @@
-"""Describing the caller's tensors: which kind of memory they are in, and what that kind says of them.
+"""Describes the caller's tensors: finds their kind of memory, then asks that kind.
 
-PyTorch and NumPy are used only if the caller passes their tensors; nothing here imports them first.
+PyTorch and NumPy are used only if the caller passes their tensors; this module imports neither.
 """
 
 from __future__ import annotations

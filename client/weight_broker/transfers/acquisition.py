@@ -1,4 +1,4 @@
-"""One acquire call on one session: read the stream, take the bytes from each granted source, say how it went."""
+"""One acquire call on one session: read the stream, take the bytes from each granted source, report each transfer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.wire import key_to_wire, layout_to_wire, load_group_to_wire
 
 IF_ABSENT = {"fail": pb.IF_ABSENT_FAIL, "wait": pb.IF_ABSENT_WAIT, "load": pb.IF_ABSENT_LOAD}
-"""What to do if nobody holds the weight set."""
+"""What the broker does if there is no source."""
 
 _LAST_WORD_SECONDS = 1.0
 _PHASE_NAMES = {value: name for name, value in calls.PHASES.items()}
@@ -43,7 +43,7 @@ _PATHS = {
     resources_pb2.TRANSFER_PATH_STAGED: "staged",
 }
 
-# With every byte in place and verified, these say something about the broker, not about the weights.
+# Once every byte is in place and verified, these concern the broker, not the weights.
 _BROKER_GONE = (Reason.BROKER_UNAVAILABLE, Reason.NOT_ATTACHED, Reason.ACQUIRE_TIMEOUT, Reason.INTERNAL)
 
 _logger = logging.getLogger("weight_broker")
@@ -51,15 +51,13 @@ _logger = logging.getLogger("weight_broker")
 
 @dataclass(slots=True)
 class Acquired:
-    """The weights are in place."""
-
     report: AcquireReport
     received: Received
 
 
 @dataclass(frozen=True, slots=True)
-class ColdLoadTold:
-    """This process is to load from disk."""
+class LeaseGranted:
+    """This process must load from disk."""
 
     lease: resources_pb2.ColdLoadLease
     touched: bool
@@ -78,7 +76,7 @@ class Acquisition:
     begun: float
     """When the caller's call began, in monotonic seconds."""
     phases: dict[str, float]
-    """Seconds by phase; what the caller did before is in it already."""
+    """Seconds by phase, the caller's own phases included."""
     group: LoadGroup | None = None
     """The engine that this process is a rank of."""
     _touched: bool = False
@@ -88,13 +86,13 @@ class Acquisition:
     _mark: float = field(default_factory=time.monotonic)
     _waiting: bool = False
     _own_lease: bool = False
-    """Whether the lease that is waited for is this very session's."""
+    """Whether the call waits for a lease that this very session holds."""
     _is_filled: bool = False
-    """Whether the broker may write to this process's memory now."""
+    """Whether the broker may be writing to this process's memory."""
 
-    def run(self) -> Acquired | ColdLoadTold:
-        """Returns with every byte in place and verified or with the lease; raises a `BrokerError` otherwise. On any
-        exception the stream is cancelled, which frees the source's reader slot. The destination stays the caller's."""
+    def run(self) -> Acquired | LeaseGranted:
+        """Return with every byte in place and verified, or with the lease; raise a `BrokerError` otherwise. Any
+        exception cancels the stream, which frees the source's reader slot. The caller keeps the destination."""
         self._mark = time.monotonic()
         stub, metadata = self.session.stub, self.session.metadata
         stream = None
@@ -105,13 +103,13 @@ class Acquisition:
             return self._follow(stream)
         finally:
             try:
-                if self._is_filled:  # an interruption: whoever caught it would use the memory
+                if self._is_filled:  # an interruption: the caller may use the memory next
                     self._stop_filling()
             finally:
                 if stream is not None:
                     stream.cancel()
 
-    def _follow(self, stream: Iterator[pb.AcquireResponse]) -> Acquired | ColdLoadTold:
+    def _follow(self, stream: Iterator[pb.AcquireResponse]) -> Acquired | LeaseGranted:
         try:
             for response in stream:
                 match response.WhichOneof("event"):
@@ -122,24 +120,24 @@ class Acquisition:
                     case "granted":
                         self._end_wait()
                         self._waiting = self._own_lease = False
-                        unheard = self._transfer(response.granted)
-                        if unheard is not None:
-                            return self._without_answer(unheard)
+                        report_error = self._transfer(response.granted)
+                        if report_error is not None:
+                            return self._without_answer(report_error)
                     case "moved":
-                        unheard = self._verify(response.moved)
-                        if unheard is not None:
-                            return self._without_answer(unheard)
+                        report_error = self._verify(response.moved)
+                        if report_error is not None:
+                            return self._without_answer(report_error)
                     case "done":
                         self._pass("confirm")
                         return self._finished(response.done.report)
                     case "cold_load":
                         self._end_wait()
                         lease = response.cold_load.cold_load_lease
-                        # Only now that nobody writes any more is this told; a source that was lost may have written.
+                        # The broker sends this once nothing writes any more; a source that was lost may have written.
                         self._touched, self._is_filled = self._touched or self._is_filled, False
                         self._confirm_lease(stream, lease)
-                        return ColdLoadTold(lease, self._touched)
-                    case _:  # progress of a transfer that the broker carries out, or news of a newer broker
+                        return LeaseGranted(lease, self._touched)
+                    case _:  # progress of a transfer by the broker, or an event of a newer broker
                         pass
         except grpc.RpcError as error:
             filled, self._is_filled = self._is_filled, False
@@ -151,19 +149,19 @@ class Acquisition:
                     broker_writes=filled,
                 )
             )
-        return self._without_answer(BrokerError("the broker ended the acquisition without an answer"))
+        return self._without_answer(BrokerError("the broker ended the acquisition without an answer; report its log"))
 
     def _confirm_lease(self, stream: Iterator[pb.AcquireResponse], lease: resources_pb2.ColdLoadLease) -> None:
-        """Reads to the end of the stream: it tells the broker an answer that arrived from a call that was cancelled.
-        If that fails this process does not load, and so the next one is to be told."""
+        """Read to the end of the stream, by which the broker tells a lease that arrived from a cancelled call. If that
+        fails, this process does not load: the lease goes to the next waiter."""
         try:
             for _ in stream:
                 pass
         except BaseException:
-            with contextlib.suppress(BrokerError):  # most likely the broker has ended the lease with the call
-                calls.give_up_lease(
-                    self.session, lease.weight_set_id, lease.fencing_token, "unheard", timeout=_LAST_WORD_SECONDS
-                )
+            weight_set_id, token = lease.weight_set_id, lease.fencing_token
+            reason = "the grant did not arrive"
+            with contextlib.suppress(BrokerError):  # usually the broker has ended the lease with the call
+                calls.give_up_lease(self.session, weight_set_id, token, reason, timeout=_LAST_WORD_SECONDS)
             raise
 
     def _note_holder(self, waiting: pb.Waiting) -> None:
@@ -184,16 +182,16 @@ class Acquisition:
         return request
 
     def _transfer(self, granted: pb.Granted) -> BrokerError | None:
-        """Takes the bytes from one source and reports how it went, unless the broker brings them: then `moved` follows.
-        Returns why the report was not heard, if so."""
+        """Take the bytes from one source and report, unless the broker brings the bytes: then `moved` follows. Returns
+        why the broker did not take the report, if it did not."""
         self._granted, self._received = granted, None
         return self._report(granted, lambda: self.destination.take(granted, self._claim, self.deadline))
 
     def _verify(self, moved: pb.Moved) -> BrokerError | None:
-        """The broker has brought the bytes and writes no more."""
+        """The broker has brought the bytes; nothing writes any more."""
         granted = self._granted
         if granted is None or not self._is_filled:
-            raise BrokerError("the broker moved what was never granted", touched=self._touched)
+            raise BrokerError("the broker moved a transfer without a grant; report its log", touched=self._touched)
         self._is_filled = False
         self._touched = True
         for phase_time in moved.phase_times:
@@ -203,8 +201,8 @@ class Acquisition:
         return self._report(granted, lambda: self.destination.verify(granted, moved, self.deadline))
 
     def _report(self, granted: pb.Granted, take: Callable[[], Received | None]) -> BrokerError | None:
-        """Tells the broker what became of a transfer. A failure that another source may cure is kept in mind: the
-        broker's next word decides. Any other is raised."""
+        """Report how a transfer ended. After a failure that another source may cure, the broker's next event decides;
+        any other failure is raised."""
         try:
             received = take()
         except (NotAttached, BrokerUnavailable) as error:
@@ -213,9 +211,9 @@ class Acquisition:
         except BrokerError as error:
             self._touched = self._touched or error.touched
             cause, is_curable = _blame(error)
-            unheard = self._fail(cause, error)
+            report_error = self._fail(cause, error)
             if is_curable:
-                return unheard
+                return report_error
             raise
         if received is None:
             self._is_filled = True
@@ -225,7 +223,7 @@ class Acquisition:
         for name, seconds in received.seconds.items():
             self._add(name, seconds)
         self._mark = time.monotonic()
-        return self._tell(
+        return self._send_report(
             lambda: calls.report_success(
                 self.session,
                 granted.transfer_id,
@@ -236,7 +234,7 @@ class Acquisition:
         )
 
     def _stop_filling(self) -> None:
-        """Returns when the broker writes no more, if it can be told."""
+        """Return when the broker writes no more, or cannot be reached."""
         self._is_filled = False
         granted = self._granted
         if granted is None:
@@ -250,10 +248,10 @@ class Acquisition:
                 timeout=calls.GIVE_UP_TIMEOUT_SECONDS,
             )
         except BrokerError as error:
-            _logger.error("the broker may still write to the tensors: %s", error)
+            _logger.error("the broker may still write to the tensors; discard their storages: %s", error)
 
     def _claim(self, index: int) -> int:
-        """Opens a region of the source that was granted last."""
+        """Open a region of the last granted source."""
         if self._granted is None:
             raise AssertionError("nothing is granted")
         try:
@@ -273,15 +271,15 @@ class Acquisition:
         _logger.warning("transfer %s from publication %s failed: %s", granted.transfer_id, source, error)
         detail = f"tensors {error.metadata['tensors']}" if error.metadata.get("tensors") else str(error)
         timeout = min(max(self._remaining(), _LAST_WORD_SECONDS), calls.REPORT_TIMEOUT_SECONDS)
-        unheard = self._tell(
+        report_error = self._send_report(
             lambda: calls.report_failure(self.session, granted.transfer_id, cause=cause, detail=detail, timeout=timeout)
         )
         self._mark = time.monotonic()
-        return unheard
+        return report_error
 
-    def _tell(self, report: Callable[[], None]) -> BrokerError | None:
-        """Makes a report. Returns why the broker did not take it, unless it has ended the transfer on its own: then the
-        stream says how."""
+    def _send_report(self, report: Callable[[], None]) -> BrokerError | None:
+        """Returns why the broker did not take the report; None also if the broker has ended the transfer itself: then
+        the stream says how."""
         try:
             report()
         except BrokerError as error:
@@ -293,7 +291,7 @@ class Acquisition:
 
     def _without_answer(self, error: BrokerError) -> Acquired:
         """The stream ended without `Done`."""
-        # A rank of an engine is not done before the others are, and whether they are is the broker's to say.
+        # A rank of an engine is done only together with the others, which only the broker can confirm.
         if self._received is not None and self.group is None and error.reason in _BROKER_GONE:
             _logger.warning("every byte is in place and verified, but the broker did not confirm it: %s", error)
             return self._finished(None)
@@ -301,7 +299,7 @@ class Acquisition:
         if self._own_lease and error.reason is Reason.ACQUIRE_TIMEOUT:
             error = AcquireTimeout(
                 f"{error.message}; it waited for a cold-load lease that this very process holds: publish with it, or "
-                "give it up, before asking again",
+                "give it up, before the next acquire",
                 touched=error.touched,
                 metadata=error.metadata,
             )
@@ -313,7 +311,9 @@ class Acquisition:
     def _finished(self, report: resources_pb2.TransferReport | None) -> Acquired:
         granted, received = self._granted, self._received
         if granted is None or received is None:
-            raise BrokerError("the broker called an acquisition done that moved nothing", touched=self._touched)
+            raise BrokerError(
+                "the broker completed an acquisition without a transfer; report its log", touched=self._touched
+            )
         source = granted.source
         return Acquired(
             AcquireReport(
@@ -350,7 +350,7 @@ class Acquisition:
 
 
 def _blame(error: BrokerError) -> tuple[pb.TransferFailed.Cause.ValueType, bool]:
-    """The cause that is reported, and whether another source may cure it."""
+    """The cause to report, and whether another source may cure the failure."""
     if isinstance(error, IntegrityError):
         return pb.TransferFailed.CAUSE_DIGEST_MISMATCH, True
     if isinstance(error, TransferFailed) and not error.touched:  # the source's memory is not what it should be

@@ -1,6 +1,6 @@
 """The unary calls of the service: build the message, call, turn a failure into an exception.
 
-Only this module, `channel`, `acquisition` and `wire` import gRPC or protobuf; everything else imports them when needed.
+Only this module, `channel`, `acquisition` and `wire` import gRPC or protobuf at module level.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from weight_broker.wire import (
 
 REPORT_TIMEOUT_SECONDS = 10.0
 GIVE_UP_TIMEOUT_SECONDS = 30.0
-"""For the broker to end what writes to this process's memory."""
+"""Time for the broker to end its writing to this process's memory."""
 PHASES = {
     "describe": resources_pb2.PHASE_DESCRIBE,
     "wait": resources_pb2.PHASE_WAIT,
@@ -53,7 +53,7 @@ def publish(
     timeout: float,
     group: LoadGroup | None = None,
 ) -> resources_pb2.Publication:
-    """Offers a weight set whose regions were handed over before."""
+    """The regions must have been handed over before."""
     request = pb.PublishRequest(
         key=key_to_wire(key),
         layout=layout_to_wire(shared.layout),
@@ -72,7 +72,7 @@ def publish(
 
 
 def retract(session: Session, publication_id: str, *, timeout: float) -> None:
-    """Withdraws a publication; returns when no reader is left."""
+    """Returns when no reader is left."""
     request = pb.RetractRequest(publication_id=publication_id)
     try:
         session.stub.Retract(request, timeout=timeout, metadata=session.metadata)
@@ -83,7 +83,7 @@ def retract(session: Session, publication_id: str, *, timeout: float) -> None:
 def report_success(
     session: Session, transfer_id: str, *, size_bytes: int, phases: Mapping[str, float], verified: DigestCoverage
 ) -> None:
-    """Reports that every byte of a transfer arrived."""
+    """Every byte of the transfer arrived."""
     succeeded = pb.TransferSucceeded(size_bytes=size_bytes, verified=coverage_to_wire(verified))
     for name, seconds in phases.items():
         if name in PHASES:
@@ -100,7 +100,6 @@ def report_failure(
     detail: str,
     timeout: float = REPORT_TIMEOUT_SECONDS,
 ) -> None:
-    """Reports that a transfer did not complete."""
     failed = pb.TransferFailed(cause=cause, detail=detail[:MAX_REASON_CHARACTERS])
     _report_transfer(session, pb.ReportTransferRequest(transfer_id=transfer_id, failed=failed), timeout)
 
@@ -114,7 +113,7 @@ def give_up_lease(
     unpublishable: bool = False,
     timeout: float = REPORT_TIMEOUT_SECONDS,
 ) -> None:
-    """Gives a cold-load lease up: the next waiter is told to load or, if the weights are `unpublishable`, all are."""
+    """The next waiter gets the lease; if the weights are `unpublishable`, all waiters load from disk."""
     _report_load(
         session,
         pb.ReportLoadRequest(
@@ -127,7 +126,7 @@ def give_up_lease(
 
 
 def extend_lease(session: Session, weight_set_id: str, fencing_token: int, seconds: float | None) -> float:
-    """Extends a cold-load lease; the time at which it now ends, in seconds since the epoch."""
+    """Returns the new end of the lease, in seconds since the epoch."""
     request = pb.ReportLoadRequest(weight_set_id=weight_set_id, fencing_token=fencing_token)
     request.extend.SetInParent()
     if seconds is not None:

@@ -1,4 +1,4 @@
-"""What this process does with its broker: fill tensors, map them, publish them. One for each client."""
+"""Fills, maps and publishes tensors through the broker. One exchange for each client."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 PUBLISH_TIMEOUT_SECONDS = 60.0
 Framework = Literal["torch", "numpy"]
 IfAbsent = Literal["fail", "wait", "load"]
-"""What to do if nobody holds the weight set."""
+"""What the broker does if there is no source: refuse, wait for a load, or grant the lease to load."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one acquisition is asked for with."""
+    """The caller's part of one acquisition."""
 
     key: WeightSetKey
     timeout: float = 300.0
@@ -39,25 +39,21 @@ class Request:
     group: LoadGroup | None = None
     """The engine that this process is a rank of."""
     keep: bool = False
-    """Whether what arrived is kept, to be published as it is."""
+    """Whether the filled or mapped memory is kept, to be published."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """The weights are in place."""
-
     report: AcquireReport
     shared: Shared | None
-    """What can be published again, if it was asked for; the caller closes it."""
+    """The memory to publish, if `Request.keep`; the caller closes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """The weights are views of the resident memory."""
-
     tensors: AttachedTensors
     shared: Shared | None
-    """See `Filled`."""
+    """As in `Filled`."""
 
 
 class Exchange:
@@ -110,11 +106,11 @@ class Exchange:
         deadline = time.monotonic() + checked_seconds("timeout", timeout)
         _check_key(key)
         described = describe(tensors)
-        self.attachment.session()  # without a broker there is no point in copying
+        self.attachment.session()  # without a broker the copy would be in vain
         prepared = lease.prepared if lease is not None else None
         shared = kind_of(described.device_kind).share(described, self.terms, deadline, prepared)
-        left = max(deadline - time.monotonic(), 0.001)
-        return self.publish_shared(key, shared, lease=lease, group=group, timeout=left)
+        remaining = max(deadline - time.monotonic(), 0.001)
+        return self.publish_shared(key, shared, lease=lease, group=group, timeout=remaining)
 
     def publish_shared(
         self,
@@ -125,7 +121,7 @@ class Exchange:
         group: LoadGroup | None = None,
         timeout: float = PUBLISH_TIMEOUT_SECONDS,
     ) -> Publication:
-        """Offers memory that is shared already, and takes it over: closes it if the publication fails."""
+        """Publish memory that is shared already. The exchange takes `shared` over and closes it if publishing fails."""
         deadline = time.monotonic() + timeout
         publication = Publication(self.attachment, key, shared, group=group)
         publication.announce(deadline=deadline, fencing_token=lease.fencing_token if lease is not None else 0)
@@ -165,7 +161,7 @@ def _run(
     begun: float,
     phases: dict[str, float],
 ) -> Acquired | ColdLoadLease:
-    from weight_broker.transfers.acquisition import IF_ABSENT, Acquisition, ColdLoadTold
+    from weight_broker.transfers.acquisition import IF_ABSENT, Acquisition, LeaseGranted
 
     if_absent = IF_ABSENT[request.if_absent]
     from weight_broker.wire import lease_end
@@ -174,7 +170,7 @@ def _run(
         session, request.key, destination, if_absent, deadline, begun, phases, request.group
     )  # fmt: skip
     outcome = acquisition.run()
-    if not isinstance(outcome, ColdLoadTold):
+    if not isinstance(outcome, LeaseGranted):
         return outcome
     lease = outcome.lease
     return ColdLoadLease(
@@ -203,11 +199,11 @@ def _close_after(destination: Destination, error: BaseException) -> None:
 
 
 def _close_or_give_up(destination: Destination, lease: ColdLoadLease) -> None:
-    """A caller that gets an error instead of its lease cannot load: the next waiter is told to."""
+    """If closing fails, the caller gets an error instead of its lease, and the lease goes to the next waiter."""
     try:
         destination.close()
     except BaseException:
-        with contextlib.suppress(BrokerError):  # most likely it has ended with the session
+        with contextlib.suppress(BrokerError):  # usually the lease has ended with the session
             lease.give_up("the memory to be filled cannot be used")
         raise
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class ColdLoadLease:
-    """Held by one process for each weight set; the others wait until it has published, given up or died.
+    """Held by one process for each weight set; the others wait until the holder has published, given up or ended.
 
-    A context manager: a block that is left without `publish(..., lease=lease)` or `give_up`, also by an exception,
-    gives the lease up.
+    A context manager: a block that ends without `publish(..., lease=lease)` or `give_up`, also by an exception, gives
+    the lease up.
 
     `touched` says whether an earlier source failed half way, so that the tensors have undefined content.
     """
@@ -43,9 +43,9 @@ class ColdLoadLease:
         self._prepared: PreparedMemory | None = None
 
     def prepare_memory(self, size_bytes: int) -> bool:
-        """Has the kernel give out memory for publishing about `size_bytes` of host memory with this lease, in the
-        background, while they are being loaded: whoever waits for the weights gets them sooner. `acquire_or_load` does
-        so by itself. False if there is not plenty of memory: publishing asks for it in its own time then."""
+        """Allocate memory for publishing about `size_bytes` in the background, while the weights are loaded: the
+        waiters get the weights sooner. `acquire_or_load` does so by itself. False if memory is not plentiful:
+        publishing allocates then."""
         from weight_broker.memory.host.memfd import prepare
 
         if size_bytes <= 0:
@@ -57,13 +57,12 @@ class ColdLoadLease:
 
     @property
     def prepared(self) -> PreparedMemory | None:
-        """What `prepare_memory` asked for. For `BrokerClient.publish`."""
+        """The memory of `prepare_memory`. For `BrokerClient.publish`."""
         return self._prepared
 
     def give_up(self, reason: str = "", *, unpublishable: bool = False) -> None:
-        """Ends the lease so that the next waiter is told to load. If nobody can publish the weights (`unpublishable`,
-        and `reason` says why), all waiters are told to, and whoever asks later. Raises `LeaseLost` if it had ended
-        already."""
+        """End the lease; the next waiter gets it. `unpublishable`: no process can publish these weights, `reason` says
+        why, and all waiters and later callers load from disk. Raises `LeaseLost` if the lease has ended already."""
         from weight_broker.transfers import calls
 
         self._discard_prepared()
@@ -77,7 +76,7 @@ class ColdLoadLease:
         self._settled = True
 
     def extend(self, seconds: float | None = None) -> None:
-        """Makes the lease last at least `seconds` from now (the broker's default if None). Raises `LeaseLost`."""
+        """The lease then lasts at least `seconds` from now (None: the broker's default). Raises `LeaseLost`."""
         from weight_broker.transfers import calls
 
         self._check_session()
@@ -87,7 +86,7 @@ class ColdLoadLease:
             raise self._lost() from error
 
     def fulfilled(self) -> None:
-        """Notes that a publication with this lease has ended it. Called by `BrokerClient.publish`."""
+        """A publication has ended the lease. Called by `BrokerClient.publish`."""
         self._settled = True
         self._discard_prepared()
 
@@ -100,7 +99,7 @@ class ColdLoadLease:
         self._discard_prepared()
         if self._settled:
             return
-        with contextlib.suppress(BrokerError):  # it has ended, or does so with the broker or in its own time
+        with contextlib.suppress(BrokerError):  # it has ended already, or ends with the broker or at its time limit
             self.give_up("nothing was published" if kind is None else f"the loader raised {kind.__name__}")
 
     def __repr__(self) -> str:
@@ -117,7 +116,7 @@ class ColdLoadLease:
 
     def _lost(self) -> BrokerError:
         return LeaseLost(
-            f"cold-load lease {self.fencing_token} of weight set {self.weight_set_id!r} ended with the broker or the "
-            "process that it was granted by or to",
+            f"cold-load lease {self.fencing_token} of weight set {self.weight_set_id!r} ended with its "
+            "broker or with the process that held it; load without it, and publish",
             metadata={"weight_set_id": self.weight_set_id, "fencing_token": str(self.fencing_token)},
         )

@@ -1,7 +1,7 @@
 """One load of one weight set: from a peer if there is one, from disk if not, and then a source for the next instance.
 
-The steps are the same for whoever loads: `fill` or `map`; if that came to nothing, the caller reads from disk;
-`publish`. `BrokerClient.acquire_or_load` and the integrations are callers of it.
+Every caller takes the same steps: `fill` or `map`; without success it reads from disk; `publish`. The callers are
+`BrokerClient.acquire_or_load` and the integrations.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TensorSource = Mapping[str, object] | Callable[[], Mapping[str, object]]
 """Tensors by name, or a function that returns them: for loaders that replace tensors while they load."""
 
 SURVIVABLE = (BrokerError, DriverError, DeadlinePassed, OSError, MemoryError, ImportError, RuntimeError)
-"""What no load fails for: the broker or a driver said no, or this process has no descriptor, memory or thread left (for
-sockets, for modules that are imported only now, for gRPC). The disk may well do without."""
+"""Failures that end in a load from disk: the broker or a driver refused, or this process has no descriptor, memory or
+thread left (for sockets, late imports, gRPC), which the disk may not need."""
 
 _EXPECTED = (BrokerError, DriverError, OSError, MemoryError)
 Outcome = TypeVar("Outcome", Filled, Mapped)
@@ -40,18 +40,18 @@ _logger = logging.getLogger("weight_broker")
 
 
 class Load:
-    """Used as a context: whatever is left at its end, a lease or shared memory, is given back.
+    """A context manager: at its end, a lease or shared memory that is left is given back.
 
-    With `publish` this process may be told to load from disk, by a lease, and all others wait for it. `wait`: whether
-    to wait for another process that was told to. `timeout`: seconds for the acquisition, from the beginning of the
-    load. `strict`: `fill` and `map` raise what they would survive.
+    With `publish` the broker may grant this process the lease, and all others wait for its load. `wait`: whether to
+    wait for another process's load. `timeout`: seconds for the acquisition, from the beginning of the load. `strict`:
+    `fill` and `map` raise the failures that they would survive.
     """
 
     touched = False
     """Whether a source failed half way: the content of the tensors is undefined."""
     failure: type[Exception] | None = None
-    """Why nothing came from a peer, if something went wrong. Not the error itself, whose traceback would keep the
-    tensors alive."""
+    """The error that kept the weights from coming from a peer. Only its type: a traceback would keep the tensors
+    alive."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Load:
         return True
 
     def map(self, framework: Framework, like: Mapping[str, object] | None = None) -> AttachedTensors | None:
-        """Views of the resident memory, which has to have the layout of the tensors `like`. None: load from disk, or
+        """Views of the resident memory, which must have the layout of the tensors `like`. None: load from disk, or
         `fill`."""
 
         def mapped(request: Request) -> Mapped | ColdLoadLease:
@@ -110,24 +110,24 @@ class Load:
         return outcome.tensors
 
     @property
-    def is_told_to_load(self) -> bool:
-        """Whether all others wait for this process to load from disk."""
+    def has_lease(self) -> bool:
+        """Whether all others wait for this process's load from disk."""
         return self._lease is not None
 
     @property
     def shares_own_memory(self) -> bool:
-        """Whether what arrived is to be read from the very tensors that were filled."""
+        """Whether readers will read the very tensors that were filled."""
         return self._shared is not None and self._shared.needs_retraction
 
     def prepare_memory(self, size_bytes: int) -> None:
-        """Has the kernel give out memory for publishing while the weights are read, if they are to be published."""
+        """Allocate memory for publishing while the weights are read. Does nothing without a lease."""
         if self._lease is not None and size_bytes > 0:
             with contextlib.suppress(*SURVIVABLE):
                 self._lease.prepare_memory(size_bytes)
 
     def publish(self, tensors: TensorSource) -> Publication | None:
-        """Offers the weights, unless that is not wanted or there is no broker. Never raises: they are loaded. The
-        report says why not."""
+        """Publish, unless publishing is off or there is no broker. Never raises, as the weights are loaded; the report
+        says why there is no publication."""
         self._publish_begun = time.monotonic()
         failure = self.failure or type(None)
         if self._publish and not issubclass(failure, BrokerUnavailable):
@@ -135,7 +135,7 @@ class Load:
                 self._logger.warning("publishing %s with another layout than the resident one", self._key.model)
             try:
                 self._publication = self._offer(tensors)
-            except Exception as error:  # the weights are loaded: whatever goes wrong now must not undo that
+            except Exception as error:  # the weights are loaded: no failure may undo that
                 text, self._publish_error = "%s is loaded but not published: %s", _text(error)
                 self._logger.warning(text, self._key.model, error, exc_info=not isinstance(error, _EXPECTED))
                 self.give_up(f"publishing failed: {self._publish_error}")
@@ -143,26 +143,25 @@ class Load:
         return self._publication
 
     def discard(self) -> None:
-        """What arrived is not used after all."""
+        """The caller does not use the weights that arrived."""
         self._acquired = None
         shared, self._shared = self._shared, None
         if shared is not None:
             shared.close()
 
     def give_up(self, reason: str, *, unpublishable: bool = False) -> None:
-        """Ends the lease, if there is one, so that the next waiter is told to load; if the weights are `unpublishable`,
-        all are. Never raises."""
+        """End the lease, if there is one: the next waiter gets it; if the weights are `unpublishable`, all waiters load
+        from disk. Never raises."""
         lease, self._lease = self._lease, None
         if lease is None:
             return
         try:
             lease.give_up(reason, unpublishable=unpublishable)
         except SURVIVABLE as error:
-            self._logger.warning("%r could not be given up: %s", lease, error)
+            self._logger.warning("%r could not be given up; it ends at its time limit: %s", lease, error)
 
     @property
     def report(self) -> LoadReport:
-        """How the load went."""
         ended = self._ended or time.monotonic()
         acquire_ended = self._acquire_ended or self._begun
         publish_begun = self._publish_begun or ended
@@ -180,7 +179,7 @@ class Load:
         )
 
     def close(self, reason: str = "nothing was published") -> None:
-        """Gives back whatever is left. Idempotent."""
+        """Give back the lease and the shared memory. Idempotent."""
         self.give_up(reason)
         self._ended = self._ended or time.monotonic()
         shared, self._shared = self._shared, None
@@ -205,7 +204,7 @@ class Load:
             outcome = ask(self._request())
         except SURVIVABLE as error:
             if self._strict or not getattr(error, "quiesced", True):
-                raise  # if something may still write to the tensors, nothing may be loaded into them
+                raise  # a transfer may still write to the tensors: loading into them is not safe
             self.touched = self.touched or bool(getattr(error, "touched", False))
             self.failure, self._acquire_error = type(error), _text(error)
             shown = error if isinstance(error, BrokerError) else repr(error)
@@ -228,13 +227,13 @@ class Load:
     def _prepare_for(self, tensors: Mapping[str, object]) -> None:
         from weight_broker.memory.tensors import describe
 
-        with contextlib.suppress(*SURVIVABLE):  # what cannot be shared: publishing says so
+        with contextlib.suppress(*SURVIVABLE):  # publishing reports tensors that cannot be shared
             described = describe(tensors)
             self.prepare_memory(kind_of(described.device_kind).prepared_bytes(described.layout))
 
     def _offer(self, tensors: TensorSource) -> Publication:
         shared, self._shared = self._shared, None
-        if shared is not None:  # verified when it was read: nothing needs to be copied
+        if shared is not None:  # verified on arrival: nothing needs to be copied
             return self._exchange.publish_shared(self._key, shared, group=self._group)
         publication = self._exchange.publish(self._key, current(tensors), lease=self._lease, group=self._group)
         self._lease = None
@@ -242,7 +241,6 @@ class Load:
 
 
 def current(tensors: TensorSource) -> Mapping[str, object]:
-    """The tensors as they are now."""
     return tensors() if callable(tensors) else tensors
 
 

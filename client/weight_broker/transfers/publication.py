@@ -40,10 +40,10 @@ _logger = logging.getLogger("weight_broker")
 
 
 class Publication:
-    """Resident until `retract`, the client's `close` or the end of the process. After a restart of the broker it is
-    published again, by reference and without a hand moving; `id` and `generation` are then new ones.
+    """Resident until `retract`, the client's `close` or the end of the process. After a restart of the broker the
+    client publishes it again, by reference; `id` and `generation` then change.
 
-    A context manager: it is retracted at the end of the block.
+    A context manager: retracted at the end of the block.
     """
 
     def __init__(
@@ -76,24 +76,24 @@ class Publication:
 
     @property
     def is_retracted(self) -> bool:
-        """True once it is given up, and in a forked child: it is the parent's."""
+        """True after the retraction, and in a forked child: the publication belongs to the parent."""
         return self._closed or self._process != os.getpid()
 
     def announce(self, *, deadline: float, fencing_token: int = 0) -> None:
-        """Publishes for the first time; on any exception nothing stays behind. `deadline` in monotonic seconds."""
+        """Publish for the first time; on an exception nothing stays published. `deadline` in monotonic seconds."""
         try:
             with self._lock:
                 self._attachment.run(lambda session: self._announce(session, deadline, fencing_token))
         except BaseException:
-            with contextlib.suppress(RetractTimeout):  # what was raised first says more
+            with contextlib.suppress(RetractTimeout):  # the first error says more
                 self._let_go(time.monotonic() + _UNDO_TIMEOUT_SECONDS)
             raise
         KEEPER.add(self)
 
     def restore(self) -> None:
-        """Publishes again if the session in which that was done last is over. Called by the keeper."""
+        """Publish again if the session of the publication is over. Called by the keeper."""
         if not self._lock.acquire(blocking=False):
-            return  # it is being retracted
+            return  # a retraction is running
         try:
             if not self._wanted or (self._attachment.is_current(self._session) and self._shared.is_served):
                 return
@@ -105,7 +105,7 @@ class Publication:
 
     @property
     def route(self) -> object:
-        """What it reaches the broker through."""
+        """The attachment."""
         return self._attachment
 
     def fileno(self) -> int:
@@ -113,11 +113,11 @@ class Publication:
         return self._attachment.fileno()
 
     def retract(self, timeout: float = 60.0) -> None:
-        """Stops being a source; returns when no reader is left. Idempotent. `RetractTimeout`: readers are still running
-        after `timeout` seconds; no new ones are let in; call again."""
+        """Returns when no reader is left. Idempotent. `RetractTimeout`: readers still run after `timeout` seconds; new
+        readers are refused; call again."""
         if self._process != os.getpid():
             raise PublicationNotFound(
-                f"publication {self.id} is process {self._process}'s; only that process can retract it",
+                f"publication {self.id} belongs to process {self._process}; only that process can retract it",
                 metadata={"publication_id": self.id},
             )
         deadline = time.monotonic() + timeout
@@ -128,23 +128,22 @@ class Publication:
             session = self._session
             if session is not None and self._attachment.is_current(session):
                 self._retract(session, timeout)
-            # Otherwise the broker that knew it is gone, and with it the publication. Readers that hold the sealed
-            # memory still can finish: it is theirs as much as ours.
+            # Otherwise the publication is gone with its broker. Readers that hold sealed memory can finish.
             self._let_go(deadline)
 
     @property
     def needs_retraction(self) -> bool:
-        """Whether others read this process's own memory, so that it has to be retracted before that may change."""
+        """Whether others read this process's own memory, which may change only after a retraction."""
         return self._shared.needs_retraction and not self.is_retracted
 
     def abandon(self) -> None:
-        """Lets go of the memory; for a client that ends its session, which retracts everything."""
+        """Close the memory. For a client that has ended its session, which retracts everything."""
         with self._lock:
             self._wanted = False
             self._let_go()
 
     def forget_after_fork(self) -> None:
-        """For a forked child: it is the parent's; some thread of the parent may hold the lock."""
+        """For a forked child: the publication belongs to the parent, whose threads may hold the lock."""
         self._lock = threading.Lock()
         self._wanted = False
 
@@ -198,7 +197,7 @@ class Publication:
         try:
             calls.retract(session, self.id, timeout=timeout)
         except (PublicationNotFound, NotAttached):
-            pass  # gone already
+            pass  # the publication has ended already
         except BrokerUnavailable:
             if not session.is_over:
                 raise
@@ -206,12 +205,12 @@ class Publication:
 
     def _take_back(self, session: Session, regions: list[weight_set_pb2.Region]) -> None:
         for region in regions:
-            with contextlib.suppress(BrokerError):  # the session may be over; then so are its regions
+            with contextlib.suppress(BrokerError):  # a session that is over has no regions
                 self._shared.take_back(session.connection, region)
 
     def _let_go(self, deadline: float = 0.0) -> None:
-        """Ends the sharing. Whoever has device memory mapped gets until `deadline` (monotonic seconds) to let go of it:
-        a broker's processes end soon after the broker."""
+        """End the sharing. Processes that have device memory mapped get until `deadline` (monotonic seconds) to unmap
+        it: a broker's processes end soon after the broker."""
         self._wanted = False
         KEEPER.remove(self)
         while True:
@@ -226,7 +225,7 @@ class Publication:
 
 
 def publications_of(attachment: Attachment) -> list[Publication]:
-    """What this process has published through `attachment`."""
+    """The publications of this process through `attachment`."""
     return [
         publication
         for publication in list(_publications)
@@ -235,10 +234,10 @@ def publications_of(attachment: Attachment) -> list[Publication]:
 
 
 def _undo(session: Session, publish: Callable[..., resources_pb2.Publication]) -> None:
-    """For a request whose answer was lost: asks again, which tells what became of it, and takes that back."""
+    """For a request whose answer was lost: ask again, which returns the publication, and retract it."""
     from weight_broker.transfers import calls
 
-    with contextlib.suppress(BrokerError):  # it cannot be known; the end of the session ends it too
+    with contextlib.suppress(BrokerError):  # the end of the session ends the publication too
         calls.retract(session, publish(timeout=_UNDO_TIMEOUT_SECONDS).publication_id, timeout=_UNDO_TIMEOUT_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""What the client tells about a finished call."""
+"""Reports of finished calls."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class AcquireReport:
     """A finished acquisition: every byte is in place."""
 
     weight_set_id: str
-    """The weight set."""
+    """Id of the weight set."""
     transfer_id: str
     """The transfer, as in logs and listings."""
     source_instance: str
     """Id of the instance that the weights came from."""
     source_instance_name: str
-    """The name that instance gave itself."""
+    """The instance's name."""
     source_publication_id: str
     """The publication that was read."""
     source_generation: int
@@ -39,7 +39,7 @@ class AcquireReport:
     seconds: float
     """Duration of the whole call."""
     verified: DigestCoverage
-    """How much of the content was compared with its digests."""
+    """How much of the content was compared with the published digests."""
     data_plane: str
     """What moved the bytes: "local" or "datasystem"."""
     path: str
@@ -71,14 +71,14 @@ class LoadReport:
     publication: Publication | None = field(default=None, repr=False)
     """The publication, if this process is a source now."""
     acquire_error: str | None = None
-    """Why the broker could not help, if that is why the weights came from disk."""
+    """Why the weights did not come from a peer, if the acquisition failed."""
     publish_error: str | None = None
-    """Why this process did not become a source although it was asked to."""
+    """Why this process did not become a source, if the caller wanted that."""
 
 
 class AttachedTensors(Mapping[str, Any]):
-    """Tensors by name whose memory is the resident weight set's, copy-on-write: what is written to them stays in this
-    process. The memory lives as long as any of the tensors, whatever becomes of the publication."""
+    """Tensors by name whose memory is the resident weight set's, copy-on-write: writes stay in this process. The
+    memory lives as long as any of the tensors, also after the publication has ended."""
 
     def __init__(self, tensors: Mapping[str, Any], layout: Layout, report: AcquireReport) -> None:
         self._tensors = dict(tensors)

@@ -142,7 +142,7 @@ def test_after_a_transfer_that_broke_off_the_model_is_made_anew(
     assert "broken off by a test" in only(second)["acquire_error"]
     assert only(second)["publication_id"], "what it read from disk is a source"
     assert second["digest"] == first["digest"]
-    assert "the model is made anew" in engine.log or model == "moe"
+    assert "the model is created again" in engine.log or model == "moe"
 
 
 def test_half_the_ranks_unservable_sends_all_to_the_disk(

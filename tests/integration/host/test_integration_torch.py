@@ -132,7 +132,7 @@ def test_a_module_that_does_not_fit_stays_as_it_is(new_client: NewClient) -> Non
     client.publish(KEY, tensors_of(trained()))
     with torch.device("meta"):
         module = Tied(width=7)
-    with pytest.raises(LayoutMismatch, match=r"norm\.weight\.shape: given \(6,\), wanted \(7,\)"):
+    with pytest.raises(LayoutMismatch, match=r"norm\.weight\.shape: has \(6,\), wanted \(7,\)"):
         attach_module(module, KEY, new_client())
     assert all(tensor.is_meta for tensor in tensors_of(module).values())
 
@@ -151,7 +151,7 @@ def test_missing_extra_and_wrong_tensors_are_named() -> None:
     before = answers(module)
     with pytest.raises(LayoutMismatch) as caught:
         assign_tensors(module, given)
-    for text in ("scale: not in the given", "more: not in the module", "norm.bias.dtype: given torch.float64"):
+    for text in ("scale: not among the tensors", "more: not in the module", "norm.bias.dtype: has torch.float64"):
         assert text in caught.value.metadata["differences"]
     assert torch.equal(answers(module), before)
 

@@ -1,3 +1,2 @@
-"""What the loaders of inference engines have in common: when weights may be taken from a peer, and when they may be
-published. Each engine has a package beside this one with what is its own (`weight_broker.integrations.engine.engine`).
-"""
+"""The common part of the loaders of inference engines: when weights may come from a peer, and when they may be
+published. Each engine has a package beside this one with its `Engine` (`weight_broker.integrations.engine.engine`)."""

@@ -1,4 +1,4 @@
-"""Methods of an engine's classes that change weights: what is published is retracted first."""
+"""Methods of an engine's classes that change weights: they retract publications first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""May these weights be published? Decided by looking at them before and after the engine has post-processed them."""
+"""Decides whether weights may be published, by comparing them before and after the engine's post-processing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from weight_broker.integrations.engine.engine import Engine
+from weight_broker.integrations.engine.stage import processed_refusal
 from weight_broker.memory.kind import kind_of
 from weight_broker.memory.tensors import describe
+from weight_broker.transfers.load import SURVIVABLE
 
 _SHOWN = 4
 
@@ -18,17 +22,17 @@ Place = tuple[int, str, tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Where tensors were and what they held."""
+    """Places of tensors and, for comparisons of content, their digests."""
 
     places: dict[str, Place]
     sizes: dict[str, int]
-    """Bytes of each; of tied ones of the first."""
+    """Bytes of each tensor; tied tensors count under the first name."""
     contents: dict[str, int] | None
     """A digest of each; None if only the places are compared."""
 
 
 def snapshot(tensors: Mapping[str, torch.Tensor], *, contents: bool) -> Snapshot:
-    """The tensors as they are now. Waits for their device; raises `InvalidArgument` for what cannot be shared."""
+    """The present state of the tensors. Waits for their device. Raises `InvalidArgument` for unshareable tensors."""
     places = {
         name: (tensor.data_ptr(), str(tensor.dtype), tuple(tensor.shape), tuple(tensor.stride()))
         for name, tensor in tensors.items()
@@ -38,21 +42,61 @@ def snapshot(tensors: Mapping[str, torch.Tensor], *, contents: bool) -> Snapshot
     return Snapshot(places, sizes, content_digests(tensors) if contents else None)
 
 
+class Comparison:
+    """One model's weights before and after post-processing."""
+
+    def __init__(self) -> None:
+        self.refused = ""
+        """Why the weights cannot be published, once that is known."""
+        self._before: Snapshot | None = None
+
+    def note_before(self, tensors: Mapping[str, torch.Tensor], *, contents: bool) -> None:
+        """Take the snapshot before post-processing. A failure refuses publishing."""
+        self._before = None
+        try:
+            self._before = snapshot(tensors, contents=contents)
+        except SURVIVABLE as error:
+            self.refused = self.refused or str(error)
+
+    def noted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors that the first snapshot has."""
+        assert self._before is not None
+        return {name: tensors[name] for name in self._before.places}
+
+    def missing(self) -> str:
+        """Why there is nothing to compare with; empty if there is."""
+        return "" if self._before is not None else "the weights were not seen before post-processing"
+
+    def refusal(self, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Why weights in the stage `loaded` cannot be published; empty if they can."""
+        if self._before is None:
+            return self.missing()
+        kept = {name: tensor for name, tensor in tensors.items() if name in self._before.places}
+        return refusal(self._before, snapshot(kept, contents=self._before.contents is not None))
+
+    def processed_refusal(self, model: nn.Module, engine: Engine, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Why weights in the stage `runtime` cannot be published; empty if they can."""
+        if self._before is None:
+            return self.missing()
+        moved, vanished = moved_and_vanished(self._before, snapshot(tensors, contents=False))
+        return processed_refusal(model, engine, moved, vanished)
+
+
 def moved_and_vanished(before: Snapshot, after: Snapshot) -> tuple[list[str], int]:
-    """Names of the tensors that are not where they were, and how many bytes are in no tensor any more."""
+    """Names of the tensors that moved, and the bytes that are in no tensor any more."""
     moved = [name for name, place in before.places.items() if after.places.get(name) != place]
     return moved, sum(before.sizes.values()) - sum(after.sizes.values())
 
 
 def refusal(before: Snapshot, after: Snapshot) -> str:
-    """Why what was there before post-processing cannot stand for what is there after it; empty if it can."""
+    """Why the weights before post-processing do not equal those after it; empty if they do."""
     moved, gone = moved_and_vanished(before, after)
     if moved:
         text = f"post-processing moved or replaced {len(moved)} of {len(before.places)} tensors ({_some(moved)})"
         if gone > 0:
             text += f", and {gone} of {sum(before.sizes.values())} bytes are in no tensor any more"
         return text
-    # What post-processing has added is no matter: a receiver's own post-processing adds it there too.
+    # Tensors that post-processing added do not count: a receiver's own post-processing adds them too.
     if before.contents is not None and after.contents is not None:
         changed = [name for name, digest in before.contents.items() if after.contents[name] != digest]
         if changed:
@@ -61,7 +105,7 @@ def refusal(before: Snapshot, after: Snapshot) -> str:
 
 
 def state_refusal(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """Why a receiver, which fills the weight set instead of loading, would lack something; empty if it would not."""
+    """Why a receiver, which fills the weight set instead of loading, would lack state; empty if it would not."""
     changed = [name for name, value in after.items() if before.get(name, value) != value or name not in before]
     if not changed:
         return ""

@@ -1,4 +1,4 @@
-"""What an engine's configuration says, as far as keys and ranks need it."""
+"""Reads an engine's configuration for keys and ranks."""
 
 from __future__ import annotations
 

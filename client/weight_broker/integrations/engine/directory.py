@@ -10,8 +10,8 @@ from weight_broker.integrations.engine.engine import NotServable
 
 
 def local_directory(model: str, revision: str | None, cache_directory: str | None) -> Path | None:
-    """Where the checkpoint of `model`, a directory or a repository of the hub, is; None if it is not there yet. Raises
-    `NotServable`."""
+    """The directory of `model`, which is a path or a repository of the hub; None if it is not on this machine yet.
+    Raises `NotServable`."""
     if os.path.isdir(model):
         return Path(model)
     if os.path.exists(model):
@@ -20,7 +20,7 @@ def local_directory(model: str, revision: str | None, cache_directory: str | Non
         from huggingface_hub import snapshot_download
 
         found = snapshot_download(model, revision=revision, cache_dir=cache_directory, local_files_only=True)
-    except (ImportError, OSError, ValueError):  # the hub's own errors are both of the latter
+    except (ImportError, OSError, ValueError):  # the hub's own errors derive from these
         return None
     return Path(found)
 
@@ -30,4 +30,4 @@ def files_read(directory: Path) -> tuple[Path, ...]:
     if (directory / "model.safetensors.index.json").is_file():
         return checkpoint_files(directory, index_first=True)
     files = tuple(sorted(path for path in directory.glob("*.safetensors") if path.is_file()))
-    return files or checkpoint_files(directory)  # which says what is missing
+    return files or checkpoint_files(directory)  # whose error names the missing file

@@ -15,6 +15,7 @@ from weight_broker.client import BrokerClient
 from weight_broker.errors import BrokerError, BrokerUnavailable, TransferFailed
 from weight_broker.integrations.checkpoint import CheckpointError
 from weight_broker.integrations.engine import completeness, published, stage
+from weight_broker.integrations.engine.completeness import Comparison
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.engine.report import EngineLoad
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class Reinitialise(Exception):
-    """A transfer failed half way: the model is to be made anew before it is loaded from disk."""
+    """A transfer failed half way: the model must be created again before it is loaded from disk."""
 
 
 class WeightsNotQuiesced(RuntimeError):
-    """Somebody may still write to the memory of this process's weights: it must end."""
+    """A transfer may still write to the memory of this process's weights: the process must end."""
 
 
 class Load:
@@ -48,20 +49,19 @@ class Load:
         self._key: WeightSetKey | None = None
         self._group: LoadGroup | None = None
         self._load: loading.Load | None = None
-        self._before: completeness.Snapshot | None = None
-        self._unpublishable = ""
+        self._comparison = Comparison()
         self._disk_only = ""
         self._is_runtime = False
 
     def without_broker(self, why: str) -> None:
-        """Decides for the disk."""
+        """Load from disk. Raises `NotServable` with the option `strict`."""
         self._disk_only = why
         self.report.acquire_error = why
-        self._unpublishable = why
+        self._comparison.refused = why
         self._complain(why)
 
     def prepare(self) -> None:
-        """Makes the key, before the model is made: that changes the engine's configuration."""
+        """Make the key. Called before the model is created, which changes the engine's configuration."""
         with self._timed("key"):
             try:
                 self._key = self._engine.make_key(self._options)
@@ -88,7 +88,7 @@ class Load:
         )
 
     def weights(self, model: nn.Module) -> None:
-        """Fills `model`. Raises `Reinitialise` once, if it has to be made anew for that."""
+        """Fill `model`. Raises `Reinitialise` once, if the model must be created again."""
         if not self._disk_only and self._key is not None:
             missing = without_memory(model)
             if missing:
@@ -102,30 +102,30 @@ class Load:
                 self._engine.load_dummy_weights(model)
                 return
             elif self._filled(weight_tensors(model)):
-                # Of host memory others read a sealed copy, whatever becomes of this process's own.
+                # Others read a sealed copy of host memory, so that this process's own may change.
                 own = self._load is not None and self._load.shares_own_memory
-                self._before = self._snapshot(weight_tensors(model), contents=own)
+                self._note_before(weight_tensors(model), contents=own)
                 return
         state = other_state(model)
         with self._timed("load"):
             self._engine.load_weights(model)
-        if self._publishing and not self._unpublishable:
-            if not self._is_runtime:  # whatever loading left besides weights is compared after post-processing
-                self._unpublishable = completeness.state_refusal(state, other_state(model))
-            self._before = self._snapshot(weight_tensors(model), contents=not self._is_runtime)
+        if self._publishing and not self._comparison.refused:
+            if not self._is_runtime:  # in the stage `runtime` the rest of the state is published with the weights
+                self._comparison.refused = completeness.state_refusal(state, other_state(model))
+            self._note_before(weight_tensors(model), contents=not self._is_runtime)
 
     @property
     def is_to_fill(self) -> bool:
-        """Whether the model was made without its weights, which are to be had as post-processing left them."""
+        """Whether the model was created without its weights and awaits processed ones."""
         return self._is_runtime and not self._disk_only
 
     def fill(self, model: nn.Module) -> bool:
-        """Puts processed weights into a processed model. False if it has to be made anew, and read from disk."""
+        """Put processed weights into a processed model. False: create the model again and read from disk."""
         try:
             tensors = stage.processed_tensors(model)
             if self._filled(tensors):
                 self._check_state(model, tensors)
-                self._before = self._snapshot(tensors, contents=False)
+                self._note_before(tensors, contents=False)
                 return True
             self._disk_only = "the broker has no processed weights"
         except Reinitialise:
@@ -133,33 +133,20 @@ class Load:
         return False
 
     def finish(self, model: nn.Module) -> None:
-        """The engine has post-processed: publishes, or refuses to."""
+        """Publish after post-processing, or say in the report why not. Never raises."""
         published.note(self.report)
         try:
             if self._publishing:
                 self._publish(model)
-        except Exception as error:  # the model is loaded: whatever goes wrong now must not undo that
+        except Exception as error:  # the model is loaded: no failure may undo that
             self.report.not_published = f"{type(error).__name__}: {error}"
             self._logger.warning("%s is loaded but not published: %s", self._engine.model, error, exc_info=True)
         finally:
             self._close()
-        times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.report.seconds.items())
-        self._logger.info(
-            "loaded %s from %s: weight set %s, %d tensors, %d bytes%s; %s; %s",
-            self._engine.model,
-            self.report.source,
-            self.report.weight_set_id or "unknown",
-            self.report.tensor_count,
-            self.report.size_bytes,
-            f" (verified: {self.report.verified})" if self.report.verified else "",
-            times,
-            f"offered as {self.report.publication_id}"
-            if self.report.publication_id
-            else f"not offered: {self.report.not_published}",
-        )
+        self._logger.info("%s", self.report.summary())
 
     def abandon(self, error: BaseException) -> None:
-        """The engine could not make the model: the next one is told to load."""
+        """The engine could not create the model. The lease goes to the next waiter."""
         self._close(f"the engine raised {type(error).__name__}")
 
     # Filling
@@ -175,7 +162,7 @@ class Load:
         self._reinitialise("its objects are in another state than those of the source")
 
     def _filled(self, tensors: dict[str, torch.Tensor]) -> bool:
-        """True if the tensors are filled from a peer; False if the model is to be read from disk."""
+        """True if the tensors are filled from a peer; False if the model must be read from disk."""
         load = self._begun()
         with self._timed("acquire"):
             try:
@@ -192,14 +179,14 @@ class Load:
             return True
         self.report.acquire_error = load.report.acquire_error or ""
         if issubclass(load.failure or type(None), BrokerUnavailable):
-            # Harmless: there is none, or it has gone. One that comes later is none of this load's business.
-            self._unpublishable = self.report.acquire_error
+            # There is no broker, or it has ended. This load does not publish with a later one.
+            self._comparison.refused = self.report.acquire_error
         if load.touched:
             self._reinitialise(self.report.acquire_error or "a source failed half way")
         return False
 
     def _begun(self) -> loading.Load:
-        """The load of the key, which is known by now."""
+        """The load of the key. Only after `prepare` has succeeded."""
         if self._load is None:
             assert self._client is not None
             assert self._key is not None
@@ -216,7 +203,7 @@ class Load:
         return self._load
 
     def _fill_or_map(self, load: loading.Load, tensors: dict[str, torch.Tensor]) -> bool:
-        if not self._options.zero_copy or self._is_runtime:  # kernels may have noted where their weights are
+        if not self._options.zero_copy or self._is_runtime:  # kernels may have stored addresses of weights
             return load.fill(tensors)
         attached = load.map("torch", like=tensors)
         if attached is None:
@@ -249,29 +236,23 @@ class Load:
     def _publishing(self) -> bool:
         return self._options.publish and self._client is not None and self._key is not None
 
-    def _snapshot(self, tensors: dict[str, torch.Tensor], *, contents: bool) -> completeness.Snapshot | None:
-        if not self._publishing:
-            return None
-        with self._timed("check"):
-            try:
-                return completeness.snapshot(tensors, contents=contents)
-            except SURVIVABLE as error:  # what cannot be shared
-                self._unpublishable = self._unpublishable or str(error)
-                return None
+    def _note_before(self, tensors: dict[str, torch.Tensor], *, contents: bool) -> None:
+        if self._publishing:
+            with self._timed("check"):
+                self._comparison.note_before(tensors, contents=contents)
 
     def _publish(self, model: nn.Module) -> None:
         assert self._client is not None
         assert self._key is not None
         tensors = stage.processed_tensors(model) if self._is_runtime else weight_tensors(model)
-        refusal = self._unpublishable or self._refusal(model, tensors)
+        refusal = self._comparison.refused or self._refusal(model, tensors)
         if refusal:
             self.report.not_published = refusal
-            if refusal != self.report.acquire_error:  # that has been said
+            if refusal != self.report.acquire_error:  # logged already
                 self._logger.warning("%s is loaded but not published: %s", self._engine.model, refusal)
             self._begun().give_up(refusal, unpublishable=True)
             return
-        assert self._before is not None
-        offered = tensors if self._is_runtime else {name: tensors[name] for name in self._before.places}
+        offered = tensors if self._is_runtime else self._comparison.noted(tensors)
         with self._timed("publish"):
             load = self._begun()
             publication = load.publish(offered)
@@ -297,23 +278,15 @@ class Load:
     def _refusal(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> str:
         if self._options.stage == "runtime" and not self._is_runtime:
             return "no quantization method of this model is on the list of those shared in the stage runtime"
-        if self._before is None:
-            return "the weights were not seen before post-processing"
-        if self._is_runtime:
-            moved, vanished = completeness.moved_and_vanished(
-                self._before, completeness.snapshot(weight_tensors(model), contents=False)
-            )
-            if self.report.source == "peer":  # it was post-processed before it was filled
-                return ""
-            return stage.processed_refusal(model, self._engine, moved, vanished)
         with self._timed("check"):
-            contents = self._before.contents is not None
-            kept = {name: tensor for name, tensor in tensors.items() if name in self._before.places}
-            after = completeness.snapshot(kept, contents=contents)
-        return completeness.refusal(self._before, after)
+            if not self._is_runtime:
+                return self._comparison.refusal(tensors)
+            if self.report.source == "peer":  # the model was post-processed before it was filled
+                return self._comparison.missing()
+            return self._comparison.processed_refusal(model, self._engine, weight_tensors(model))
 
     def _close(self, reason: str = "nothing was published") -> None:
-        """Gives back what is left; the client too, unless something is published through it."""
+        """Give back the lease; close the client too, unless a publication needs it."""
         if self._load is not None:
             self._load.close(reason)
         if self._client is None or self.report.publication_id:

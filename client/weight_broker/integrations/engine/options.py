@@ -1,4 +1,4 @@
-"""What `--model-loader-extra-config` may say to the load format `weight_broker`."""
+"""The options of the load format `weight_broker` in `--model-loader-extra-config`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SECONDS = ("timeout", "connect_timeout", "rank_timeout")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Each field is an option of that name."""
+    """Each field is an option."""
 
     runtime_directory: str = ""
     """Where the broker's sockets are; empty for the usual places."""
     name: str = ""
-    """What the broker calls this instance in its listings; empty for the model's name and the rank."""
+    """This instance's name in the broker's listings; empty for the model's name and the rank."""
     timeout: float = 300.0
     """Seconds for the whole acquisition, the wait for another instance's cold load included."""
     connect_timeout: float = 2.0
@@ -50,25 +50,25 @@ class Options:
     checkpoint_digest: str = "sampled"
     """How much of the checkpoint its digest covers: both ends of every tensor, or (`full`) every byte."""
     engine_version: str = "compatible"
-    """Which versions of the engine may share weights: those that are known to lay them out alike, those with the same
-    minor version, or only exactly the same one."""
+    """Which versions of the engine may share weights: versions that are known to lay them out alike, versions with
+    the same minor version, or only the same version."""
     fallback_load_format: str = "auto"
     """The load format that reads from disk."""
     fallback_extra_config: Mapping[str, Any] = field(default_factory=dict)
     """Its `model_loader_extra_config`."""
 
 
-def parse(given: object) -> Options:
-    """The options in `model_loader_extra_config`. Raises `InvalidArgument`, which names the option and, if there is no
-    such option, those that there are."""
-    if isinstance(given, str):
-        given = _from_json(given)
-    if given is None:
-        given = {}
-    if not isinstance(given, Mapping):
-        raise InvalidArgument(_FIELD, given, "an object of options")
+def parse(config: object) -> Options:
+    """The options in `model_loader_extra_config`. Raises `InvalidArgument` that names the option; for an unknown option
+    it lists the known ones."""
+    if isinstance(config, str):
+        config = _from_json(config)
+    if config is None:
+        config = {}
+    if not isinstance(config, Mapping):
+        raise InvalidArgument(_FIELD, config, "an object of options")
     known = {option.name: option for option in fields(Options)}
-    for name, value in given.items():
+    for name, value in config.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, 1)
             raise InvalidArgument(
@@ -76,7 +76,7 @@ def parse(given: object) -> Options:
                 hint=f"Did you mean {close[0]}?" if close else "",
             )  # fmt: skip
         _check(name, value, str(known[name].type))
-    values: dict[str, Any] = {name: float(value) if name in _SECONDS else value for name, value in given.items()}
+    values: dict[str, Any] = {name: float(value) if name in _SECONDS else value for name, value in config.items()}
     return Options(**values)
 
 

@@ -26,7 +26,7 @@ RETRACT_TIMEOUT_SECONDS = 120.0
 
 @dataclass(eq=False)
 class PublishedModel:
-    """One model whose weights are offered, or were before it went to sleep."""
+    """A model whose weights are published, or were before its sleep."""
 
     model: weakref.ref[nn.Module]
     client: BrokerClient
@@ -38,28 +38,28 @@ class PublishedModel:
     logger: logging.Logger
     publication: Publication | None
     asleep: Mapping[str, int] | None = None
-    """Digests of the tensors before they went to sleep; None if they are not to be published again."""
+    """Digests of the tensors before the sleep; None if they will not be published again."""
 
 
 def note(report: EngineLoad) -> None:
-    """Remembers how a model was loaded."""
+    """Keep the report for `reports`."""
     _reports.append(report)
 
 
 def reports() -> tuple[EngineLoad, ...]:
-    """How the models of this process were loaded, oldest first."""
+    """The loads of this process, oldest first."""
     return tuple(_reports)
 
 
 def add(published: PublishedModel) -> None:
-    """Remembers what is offered, so that it is retracted in time."""
+    """Register a publication for `retract` and `republish`."""
     _published.append(published)
 
 
 def retract(reason: str = "asked to", *, model: nn.Module | None = None, for_sleep: bool = False) -> int:
-    """Stops offering the weights of `model`, or of all models of this process, and returns when nobody reads them any
-    more; the number of publications that ended. To be called before weights change: the engine's own ways to change
-    them do so by themselves. Raises `RetractTimeout` if readers are still running; the weights must not change then."""
+    """Retract the weights of `model`, or of all models of this process. Returns the number of ended publications, once
+    no reader is left. Call it before weights change; the engine's own ways to change them do so by themselves. Raises
+    `RetractTimeout` if readers still run: the weights must not change then."""
     ended = 0
     for entry in list(_published):
         if model is not None and entry.model() is not model:
@@ -79,7 +79,7 @@ def retract(reason: str = "asked to", *, model: nn.Module | None = None, for_sle
 
 
 def republish() -> int:
-    """Offers again what was retracted for a sleep, if it is what it was then; the number of publications."""
+    """Publish weights again that were retracted for a sleep, if their content is unchanged. Returns how many."""
     done = 0
     for entry in list(_published):
         if entry.publication is None and entry.asleep is not None:
@@ -105,7 +105,7 @@ def _contents(entry: PublishedModel) -> dict[str, int]:
 
 
 def _note_contents(entry: PublishedModel) -> bool:
-    """Whether it is known what goes to sleep, so that it can be published again."""
+    """Whether the content before the sleep is known, so that the weights can be published again."""
     try:
         entry.asleep = entry.asleep or _contents(entry)
     except SURVIVABLE as error:
@@ -119,7 +119,7 @@ def _republish(entry: PublishedModel) -> int:
     tensors = _tensors(entry)
     try:
         if len(tensors) < len(entry.names) or _contents(entry) != entry.asleep:
-            entry.report.not_published = "after the sleep the weights are not what they were before it"
+            entry.report.not_published = "the sleep changed the weights"
             entry.logger.warning("weight set %s is not published again: %s", entry.key.id, entry.report.not_published)
             return 0
         entry.publication = entry.client.publish(entry.key, tensors, group=entry.group)
@@ -137,5 +137,5 @@ _published: list[PublishedModel] = []
 
 
 def is_published(model: Any) -> bool:
-    """Whether weights of `model` are offered now."""
+    """Whether weights of `model` are published now."""
     return any(entry.publication is not None and entry.model() is model for entry in _published)

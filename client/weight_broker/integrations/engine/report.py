@@ -1,4 +1,4 @@
-"""What became of one load."""
+"""The report of one load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EngineLoad:
     weight_set_id: str = ""
     """Empty if no key could be made."""
     source_publication_id: str = ""
-    """What was read, if they came from a peer."""
+    """The publication that was read, if the weights came from a peer."""
     source_generation: int = 0
     """Its generation."""
     size_bytes: int = 0
@@ -26,13 +26,23 @@ class EngineLoad:
     verified: str = ""
     """How much was verified on arrival."""
     acquire_error: str = ""
-    """Why the broker did not serve, if it was asked and did not."""
+    """Why the weights did not come from a peer, if that failed."""
     publication_id: str = ""
-    """What this process offers, if it does."""
+    """The publication of this process; empty if there is none."""
     not_published: str = ""
-    """Why it does not."""
+    """Why this process has no publication."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By step: key, acquire, load, check, publish."""
+
+    def summary(self) -> str:
+        """One line for the log."""
+        verified = f" (verified: {self.verified})" if self.verified else ""
+        times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.seconds.items())
+        offered = f"offered as {self.publication_id}" if self.publication_id else f"not offered: {self.not_published}"
+        return (
+            f"loaded {self.model} from {self.source}: weight set {self.weight_set_id or 'unknown'}, "
+            f"{self.tensor_count} tensors, {self.size_bytes} bytes{verified}; {times}; {offered}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For logs and other processes."""

@@ -1,8 +1,8 @@
-"""In which stage weights are shared: as loading left them, or as post-processing did.
+"""The stage in which weights are shared: `loaded`, before post-processing, or `runtime`, after it.
 
-As loading left them wherever that is possible, since every engine then does its own post-processing. Some methods
-replace weights by packed ones, whose form is the same in every engine of the same version on the same platform. Those
-on the list are shared packed: a test shows for each that an engine that is filled so gives the same answers.
+`loaded` wherever possible, since every engine then does its own post-processing. Some methods replace weights by packed
+ones, whose form is the same in every engine of the same version on the same platform. Methods on the list are shared
+packed: a test shows for each that an engine filled with packed weights gives the same answers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from weight_broker.integrations.engine.engine import Engine
 from weight_broker.integrations.engine.tensors import hidden_tensors, plain_state, weight_tensors
 
 STATE = "weight_broker.state"
-"""A digest of what post-processing left besides tensors travels with the weights under this name."""
+"""Name of the tensor with the digest of the state that post-processing left besides tensors."""
 
 
 def is_shared_as_processed(model: nn.Module, methods: Set[str]) -> bool:

@@ -1,9 +1,9 @@
-"""Which tensors make a vLLM model's weight set, and what else its objects hold.
+"""Which tensors make an engine's weight set, and what else the model's objects hold.
 
-The weight set is the parameters and buffers under every name that they have. Not: what a module computes from the
-configuration alone (rotary caches, which models share besides), and what has no memory. Modules, attention backends and
-quantization methods also keep tensors as plain attributes. Before post-processing those are what making the model left
-there, so that every process has them; that loading did not touch them is checked, not assumed.
+The weight set is the parameters and buffers under every name that they have, without tensors that a module computes
+from the configuration alone (rotary caches, which models share besides) and tensors without memory. Modules, attention
+backends and quantization methods also keep tensors as plain attributes. Before post-processing, the model's
+construction alone determines those, so every process has them; a check shows that loading did not touch them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def without_memory(model: nn.Module) -> list[str]:
-    """Names of the parameters that have no memory (yet)."""
+    """Names of the parameters on the meta device."""
     return [name for name, parameter in model.named_parameters() if parameter.is_meta]
 
 
@@ -60,12 +60,12 @@ def plain_state(model: nn.Module) -> dict[str, str]:
 
 
 def other_state(model: nn.Module) -> dict[str, str]:
-    """What the model's objects hold besides the weight set, by name: numbers, flags and texts, and of hidden tensors
-    type, shape and a digest."""
+    """The state of the model's objects besides the weight set, by name: numbers, flags, texts, and the type, shape and
+    digest of hidden tensors."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in weight_tensors(model).values()}
     found = plain_state(model)
     for name, tensor in hidden_tensors(model):
-        # One that is another view of a weight changes with it.
+        # Another view of a weight changes with the weight.
         if tensor.numel() and tensor.untyped_storage().data_ptr() not in weights:
             found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {_digest(tensor)}"
     return found
@@ -112,7 +112,7 @@ def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple
 
 
 def _is_engines(value: object) -> bool:
-    """An object of the engine's with attributes, that is not a configuration."""
+    """Whether the object is of the engine, has attributes and is no configuration."""
     package, _, rest = type(value).__module__.partition(".")
     is_configuration = rest.removeprefix("srt.").startswith(("config", "transformers_utils", "server_args"))
     return package in _ENGINES and not is_configuration and hasattr(value, "__dict__")

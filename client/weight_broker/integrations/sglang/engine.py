@@ -35,7 +35,7 @@ class SglangEngine(Engine):
 
     @contextmanager
     def reading(self, read: Callable[[], None]) -> Iterator[None]:
-        """While the model is being filled: what reads its weights from disk."""
+        """Reads the weights from disk; set while the model is being filled."""
         self._read = read
         try:
             yield
@@ -43,7 +43,6 @@ class SglangEngine(Engine):
             self._read = None
 
     def make_key(self, options: Options) -> WeightSetKey:
-        """See `Engine`."""
         config = self._model_config
         where = (self.model, getattr(config, "revision", None), self._load_config.download_dir)
         directory = local_directory(*where)
@@ -55,15 +54,12 @@ class SglangEngine(Engine):
         return weight_set_key(config, options, directory, self.platform, self._load_config)
 
     def ranks(self, key: WeightSetKey) -> tuple[str, int, int] | None:
-        """See `Engine`."""
         return engine_ranks(key.model, str(key.role))
 
     def load_weights(self, model: nn.Module) -> None:
-        """See `Engine`."""
         if self._read is None:
             raise AssertionError(f"{self.model} is filled outside of its load")
         self._read()
 
     def watch(self, model: nn.Module) -> None:
-        """See `Engine`."""
         hooks.install(model)

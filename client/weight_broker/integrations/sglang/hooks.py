@@ -1,4 +1,4 @@
-"""The engine's ways to change weights, each made to retract what is published first; once each."""
+"""The engine's ways to change weights, wrapped once so that each retracts publications first."""
 
 from __future__ import annotations
 

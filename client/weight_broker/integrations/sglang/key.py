@@ -1,6 +1,6 @@
 """The key of a SGLang model's weight set: everything that decides which bytes this rank holds.
 
-It is made before the model is. The weights are not read for it (see `weight_broker.integrations.checkpoint`).
+The key is made before the model. The weights are not read for it (see `weight_broker.integrations.checkpoint`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ARGUMENTS = (
     "moe_runner_backend",
     "torchao_config",
 )
-"""Arguments of the server on which it depends what a rank holds, or in which order."""
+"""Arguments of the server that decide what a rank holds and in which order."""
 _USUAL = (None, False, 0, "", "auto", "none", "trivial")
 
 
@@ -73,13 +73,13 @@ def _engine(policy: str) -> str:
 
 
 def _overrides(model_config: Any) -> dict[str, str]:
-    given = getattr(model_config, "model_override_args", None)
-    return {"model_override_args": digest(given)} if given else {}
+    overrides = getattr(model_config, "model_override_args", None)
+    return {"model_override_args": digest(overrides)} if overrides else {}
 
 
 def _arguments() -> dict[str, str]:
-    given = server_arguments()
-    values = {name: getattr(given, name, None) for name in _ARGUMENTS}
+    arguments = server_arguments()
+    values = {name: getattr(arguments, name, None) for name in _ARGUMENTS}
     return {name: str(value) for name, value in values.items() if value not in _USUAL}
 
 

@@ -24,7 +24,7 @@ class BrokerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang may
 
     def __init__(self, load_config: Any) -> None:
         self.options = parse(load_config.model_loader_extra_config)
-        # Only formats that the command line would not take may be anything but a text.
+        # Only formats that the command line does not accept may be anything but a text.
         disk = dataclasses.replace(
             load_config,
             load_format=self.options.fallback_load_format,
@@ -41,24 +41,28 @@ class BrokerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang may
         engine = SglangEngine(model_config, device_config, self._disk_config, self.download_model)
         load = Load(self.options, engine)
         if type(disk_loader) is not DefaultModelLoader:
-            load.without_broker(f"{type(disk_loader).__name__} makes models in a way of its own")
-            model: nn.Module = disk_loader.load_model(model_config=model_config, device_config=device_config, **options)
-            load.finish(model)
-            return model
+            load.without_broker(
+                f"{type(disk_loader).__name__} creates models differently; choose another load format for the disk"
+            )
+            loaded: nn.Module = disk_loader.load_model(
+                model_config=model_config, device_config=device_config, **options
+            )
+            load.finish(loaded)
+            return loaded
         load.prepare()
         self._load, self._engine = load, engine
         try:
-            made = self._load_or_none(model_config, device_config, options)
-            if made is None:
+            model = self._load_or_none(model_config, device_config, options)
+            if model is None:
                 gc.collect()  # the model whose weights are undefined
-                made = self._load_model(model_config, device_config, options)
+                model = self._load_model(model_config, device_config, options)
         except BaseException as error:
             load.abandon(error)
             raise
         finally:
             self._load = self._engine = None
-        load.finish(made)
-        return made
+        load.finish(model)
+        return model
 
     def load_weights_and_postprocess(self, model: nn.Module, weights: Any, target_device: Any) -> None:
         """SGLang's own, in which the model is filled from a peer or from `weights`. Outside of `load_model` (a reload)
@@ -84,9 +88,9 @@ class BrokerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang may
         return model
 
     def _load_or_none(self, model_config: Any, device_config: Any, options: Any) -> nn.Module | None:
-        """None if the model has to be made anew: the traceback, which holds it, has gone with the exception."""
+        """None if the model must be created again. Then the exception is gone, whose traceback holds the model."""
         try:
             return self._load_model(model_config, device_config, options)
         except Reinitialise as again:
-            SglangEngine.logger.warning("the model is made anew: %s", again)
+            SglangEngine.logger.warning("the model is created again: %s", again)
             return None

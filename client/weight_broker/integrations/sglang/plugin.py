@@ -14,8 +14,8 @@ _logger = logging.getLogger("sglang.weight_broker")
 
 
 def register() -> None:
-    """The entry point. Idempotent; opens no connection, starts no thread. A SGLang that it does not know how to
-    register with is left as it is, with one line in the log.
+    """The entry point. Idempotent; opens no connection, starts no thread. An unknown version of SGLang stays unchanged,
+    with one line in the log.
 
     A load format is a choice of the command line, and may be a loader's class wherever SGLang chooses a loader:
     `LoadConfig` turns the one into the other.

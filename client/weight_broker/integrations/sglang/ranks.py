@@ -26,7 +26,7 @@ def server_arguments() -> Any:
 
 def parallel_rank(model_config: Any) -> ParallelRank:
     """The rank within its groups, as far as it decides what a rank holds. Replicas (`--dp-size` without attention that
-    is data parallel) are engines of their own and hold the same weights."""
+    is data parallel) count as separate engines and hold the same weights."""
     from sglang.srt.distributed import parallel_state
 
     tensor, pipeline = parallel_state.get_tp_group(), parallel_state.get_pp_group()
@@ -53,7 +53,7 @@ def attention_ranks() -> str:
 
 
 def engine_ranks(model: str, role: str) -> tuple[str, int, int] | None:
-    """The engine that this process is a rank of, as all its ranks on this host call it (see `Engine.ranks`)."""
+    """The engine that this process is a rank of (see `Engine.ranks`)."""
     from sglang.srt.distributed import parallel_state
 
     tensor, pipeline = parallel_state.get_tp_group(), parallel_state.get_pp_group()

@@ -37,7 +37,6 @@ class VllmEngine(Engine):
         self._load_config = load_config
 
     def make_key(self, options: Options) -> WeightSetKey:
-        """See `Engine`."""
         directory = checkpoint_directory(self._model_config, self._load_config)
         if directory is None:
             self._disk_loader.download_model(self._model_config)
@@ -47,24 +46,19 @@ class VllmEngine(Engine):
         return weight_set_key(self._vllm_config, self._model_config, options, directory)
 
     def runtime_key(self, key: WeightSetKey) -> WeightSetKey:
-        """See `Engine`."""
         return runtime_key(key, self._vllm_config)
 
     def ranks(self, key: WeightSetKey) -> tuple[str, int, int] | None:
-        """See `Engine`."""
         return engine_ranks(self._vllm_config, key.model, str(key.role))
 
     def load_weights(self, model: nn.Module) -> None:
-        """See `Engine`."""
         self._disk_loader.load_weights(model, self._model_config)
 
     def load_dummy_weights(self, model: nn.Module) -> None:
-        """See `Engine`."""
         from vllm.model_executor.model_loader import get_model_loader
 
         config = dataclasses.replace(self._load_config, load_format="dummy", model_loader_extra_config={})
         get_model_loader(config).load_weights(model, self._model_config)
 
     def watch(self, model: nn.Module) -> None:
-        """See `Engine`."""
         hooks.install(model)

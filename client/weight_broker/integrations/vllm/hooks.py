@@ -1,4 +1,4 @@
-"""The engine's ways to change weights, each made to retract what is published first.
+"""The engine's ways to change weights, wrapped so that each retracts publications first.
 
 The methods are wrapped on the classes that are there when something is published, those of vllm-ascend and of worker
 extensions included; once each.
@@ -23,7 +23,7 @@ _CHANGES = (
     "discard",
     "checkpoint_prepare",
 )
-"""Methods of workers after which the weights are others, or elsewhere."""
+"""Methods of workers that change or move the weights."""
 
 _logger = logging.getLogger("vllm.weight_broker")
 

@@ -1,6 +1,6 @@
 """The key of a vLLM model's weight set: everything that decides which bytes this rank holds.
 
-It is made before the model is, because loading changes vLLM's configuration objects. The weights are not read for it:
+The key is made before the model, because loading changes vLLM's configuration objects. The weights are not read for it:
 the checkpoint's digest covers the configuration, every tensor's name, type and shape, and both ends of its content (or
 all of it), and is remembered for as long as the files do not change.
 """
@@ -75,7 +75,7 @@ def is_draft(vllm_config: Any, model_config: Any) -> bool:
 
 
 def checkpoint_directory(model_config: Any, load_config: Any) -> Path | None:
-    """Where the checkpoint is on this machine; None if it is not there yet. Raises `NotServable`."""
+    """The checkpoint's directory; None if it is not on this machine yet. Raises `NotServable`."""
     model = str(model_config.model)
     elsewhere = getattr(model_config, "model_weights", "")
     if elsewhere and str(elsewhere) != model:
@@ -102,7 +102,7 @@ def _engine(policy: str, stage: Stage) -> str:
 
 
 def platform_name() -> str:
-    """The kind of device that the engine runs on, as vLLM calls it."""
+    """The kind of device that the engine runs on, in vLLM's words."""
     from vllm.platforms import current_platform
 
     return str(current_platform.device_type)
@@ -110,10 +110,10 @@ def platform_name() -> str:
 
 def _overrides(model_config: Any) -> dict[str, str]:
     """What the command line changes in the model's own configuration, which the checkpoint's digest covers."""
-    given = getattr(model_config, "hf_overrides", None)
-    if not given:
+    overrides = getattr(model_config, "hf_overrides", None)
+    if not overrides:
         return {}
-    return {"hf_overrides": digest(given if isinstance(given, Mapping) else repr(given))}
+    return {"hf_overrides": digest(overrides if isinstance(overrides, Mapping) else repr(overrides))}
 
 
 def _quantization_digest(model_config: Any) -> str:
@@ -124,7 +124,7 @@ def _quantization_digest(model_config: Any) -> str:
 
 
 def _experts(vllm_config: Any) -> dict[str, str]:
-    """How experts are placed, where that is not the plain way."""
+    """The placement of experts, if it is not the default."""
     parallel = vllm_config.parallel_config
     if not getattr(parallel, "enable_expert_parallel", False):
         return {}
@@ -140,7 +140,7 @@ def _experts(vllm_config: Any) -> dict[str, str]:
 
 
 def _runtime_attributes(vllm_config: Any) -> dict[str, str]:
-    """What decides how weights look after post-processing: the kernels, and on an NPU its formats."""
+    """The attributes that decide the form of processed weights: kernels and, on an NPU, formats."""
     found = {f"version_{name}": installed_version(name) for name in ("torch", "torch_npu", "vllm_ascend")}
     kernels = getattr(vllm_config, "kernel_config", None)
     if kernels is not None:

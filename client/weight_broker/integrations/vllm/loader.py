@@ -44,45 +44,47 @@ class BrokerModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM may not 
         return self._disk_loader
 
     def download_model(self, model_config: Any) -> None:
-        """Makes sure that the checkpoint is on this machine."""
+        """For vLLM: downloads the checkpoint if necessary."""
         self.disk_loader.download_model(model_config)
 
     def load_model(self, vllm_config: Any, model_config: Any, **options: Any) -> nn.Module:
-        """The model with its weights, post-processed. `options` are what this version of vLLM passes on (`prefix`)."""
+        """The model with its weights, post-processed. `options`: further arguments of this version of vLLM
+        (`prefix`)."""
         load = Load(self.options, VllmEngine(self.disk_loader, vllm_config, model_config, self.load_config))
         if type(self.disk_loader).load_model is not BaseModelLoader.load_model:
-            load.without_broker(f"load format {self.options.fallback_load_format!r} makes models in a way of its own")
-            model: nn.Module = self.disk_loader.load_model(vllm_config, model_config, **options)
-            load.finish(model)
-            return model
+            disk_format = self.options.fallback_load_format
+            load.without_broker(f"load format {disk_format!r} creates models differently; set fallback_load_format")
+            loaded: nn.Module = self.disk_loader.load_model(vllm_config, model_config, **options)
+            load.finish(loaded)
+            return loaded
         load.prepare()
         remembered = _Registries(vllm_config)
         self._load = load
         try:
-            made = self._load_or_none(vllm_config, model_config, options)
-            if made is not None and load.is_to_fill and not load.fill(made):
-                made = None
-            if made is None:
+            model = self._load_or_none(vllm_config, model_config, options)
+            if model is not None and load.is_to_fill and not load.fill(model):
+                model = None
+            if model is None:
                 gc.collect()  # the model whose weights are undefined
                 remembered.restore()
-                made = self._load_model(vllm_config, model_config, options)
+                model = self._load_model(vllm_config, model_config, options)
         except BaseException as error:
             load.abandon(error)
             raise
         finally:
             self._load = None
-        load.finish(made)
-        return made
+        load.finish(model)
+        return model
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Fills the model. Outside of `load_model` (a reload) always from disk."""
+        """Outside of `load_model` (a reload) always from disk."""
         if self._load is None:
             self.disk_loader.load_weights(model, model_config)
         else:
             self._load.weights(model)
 
     def __getattr__(self, name: str) -> Any:
-        # What later versions of vLLM ask of their own loaders, for example `get_all_weights` for a reload.
+        # Methods that later versions of vLLM call on their loaders, for example `get_all_weights` for a reload.
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.disk_loader, name)
@@ -92,16 +94,16 @@ class BrokerModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM may not 
         return model
 
     def _load_or_none(self, vllm_config: Any, model_config: Any, options: Any) -> nn.Module | None:
-        """None if the model has to be made anew: the traceback, which holds it, has gone with the exception."""
+        """None if the model must be created again. Then the exception is gone, whose traceback holds the model."""
         try:
             return self._load_model(vllm_config, model_config, options)
         except Reinitialise as again:
-            _logger.warning("the model is made anew: %s", again)
+            _logger.warning("the model is created again: %s", again)
             return None
 
 
 class _Registries:
-    """Where the layers of a model enter themselves when they are made; entered twice, they would be refused."""
+    """The registries of a model's layers, as they were before the model. vLLM refuses to register a layer twice."""
 
     def __init__(self, vllm_config: Any) -> None:
         self._config = vllm_config.compilation_config
@@ -109,7 +111,6 @@ class _Registries:
         self._experts = list(getattr(self._config, "static_all_moe_layers", []))
 
     def restore(self) -> None:
-        """Makes them what they were."""
         if hasattr(self._config, "static_forward_context"):
             self._config.static_forward_context.clear()
             self._config.static_forward_context.update(self._context)

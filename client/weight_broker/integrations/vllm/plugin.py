@@ -12,8 +12,8 @@ _logger = logging.getLogger("vllm.weight_broker")
 
 
 def register() -> None:
-    """The entry point. Idempotent; opens no connection, starts no thread. A vLLM that it does not know how to register
-    with is left as it is, with one line in the log."""
+    """The entry point. Idempotent; opens no connection, starts no thread. An unknown version of vLLM stays unchanged,
+    with one line in the log."""
     try:
         from vllm.model_executor import model_loader
     except ImportError as error:
@@ -36,7 +36,7 @@ def _register(model_loader: Any) -> None:
 
 
 def _register_without_registry() -> None:
-    """vLLM 0.10.0 knows load formats as members of an enumeration, and loaders as classes given in their place: the
+    """vLLM 0.10.0 knows load formats as members of an enumeration, and accepts loader classes in their place: the
     name becomes a choice of the command line, and `LoadConfig` turns it into the class, which `get_model_loader` takes
     and workers can unpickle."""
     from vllm import config

@@ -33,8 +33,7 @@ def parallel_rank(vllm_config: Any, model_config: Any) -> ParallelRank:
 
 
 def engine_ranks(vllm_config: Any, model: str, role: str) -> tuple[str, int, int] | None:
-    """The engine that this process is a rank of, as all its ranks on this host call it: a name that no other engine
-    has, this rank's number among them, and how many there are. None for an engine of one rank."""
+    """The engine that this process is a rank of (see `Engine.ranks`)."""
     from vllm.distributed import parallel_state
 
     parallel = vllm_config.parallel_config

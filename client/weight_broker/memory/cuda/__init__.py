@@ -1,1 +1,1 @@
-"""cuda."""
+"""The memory of NVIDIA's GPUs."""

@@ -1,7 +1,7 @@
-"""Sharing the allocations that tensors lie in, with the broker's card processes, which open them for each transfer.
+"""Shares the allocations that hold tensors with the broker's card processes, which open them for each transfer.
 
-The driver itself says which allocation a tensor lies in, whoever allocated it. An allocation is shared as a whole. A
-handle is a name and cannot be taken back: memory may be freed when the broker has let go of it, which it does before a
+The driver says which allocation holds a tensor, independent of the allocator. An allocation is shared as a whole. A
+handle is a name and cannot be revoked: memory may be freed once the broker has closed it, which it does before a
 retract returns.
 """
 
@@ -27,7 +27,7 @@ _VMM_OFF = "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
 
 
 class ExportedAllocations:
-    """The memory of a set of tensors, ready for the broker."""
+    """The regions of a set of tensors."""
 
     def __init__(self, regions: Iterable[pb.Region], placements: Iterable[tuple[int, int]]) -> None:
         self.regions = tuple(regions)
@@ -35,7 +35,7 @@ class ExportedAllocations:
         """(index of the region, offset in bytes) of each tensor in the layout's order; an alias has its target's."""
 
     def close(self) -> None:
-        """Ends the export: nothing is to be done for it."""
+        """Nothing to do: a handle cannot be revoked."""
 
 
 def export_allocations(described: DescribedDeviceTensors, *, cuda: Cuda | None = None) -> ExportedAllocations:
@@ -76,8 +76,8 @@ def _allocation(cuda: Cuda, described: DescribedDeviceTensors, tensor: Described
     end = tensor.address + tensor.spec.storage_bytes
     if end > base + size:
         raise PublishRefused(
-            f"tensor {tensor.spec.name!r} ends at {end:#x}, behind its allocation of {size} bytes at {base:#x}: is it "
-            "still there?",
+            f"tensor {tensor.spec.name!r} ends at {end:#x}, behind its allocation of {size} bytes at {base:#x}; "
+            "was its memory freed?",
             metadata={"tensor": tensor.spec.name},
         )
     return base, size

@@ -1,5 +1,4 @@
-"""The memory of an NVIDIA GPU as a kind. It works on anything with a device pointer (`DeviceTensor`); torch's tensors
-are turned into that."""
+"""The memory of an NVIDIA GPU as a kind. It works on `DeviceTensor`s; torch's tensors are converted."""
 
 from __future__ import annotations
 
@@ -16,17 +15,14 @@ from weight_broker.memory.device.kind import DeviceKind
 
 
 class CudaKind(DeviceKind):
-    """See `DeviceKind`."""
-
     name = MemoryKind.CUDA.value
 
     @property
     def framework(self) -> Framework:
-        """torch."""
         return cuda_torch
 
     def export(self, tensors: DescribedDeviceTensors) -> ExportedAllocations:
-        """A handle is all that is needed to open the memory: handles go to the broker and its card processes only."""
+        """Handles are secrets: they are enough to open the memory. Only the broker and its card processes get them."""
         return export_allocations(tensors)
 
     def identity(self, tensors: DescribedDeviceTensors) -> str:
@@ -34,7 +30,7 @@ class CudaKind(DeviceKind):
         return cuda_module.load().device_id(tensors.device_index)
 
     def digests(self, tensors: DescribedDeviceTensors, deadline: float | None = None) -> ContentDigests:
-        """By torch on the device for its own tensors; the bytes of others are brought to the processor."""
+        """torch computes on the device for its own tensors; other tensors are read into host memory."""
         try:
             cuda = cuda_module.load()
             if tensors.synchronize is not None:

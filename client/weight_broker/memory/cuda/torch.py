@@ -1,4 +1,4 @@
-"""Everything that is asked of torch about the memory of a GPU."""
+"""The calls of torch that concern the memory of a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def from_tensor(name: str, tensor: torch.Tensor) -> DeviceTensor:
 
 
 def segments(device_index: int) -> list[Segment]:
-    """The caching allocator's segments on a device. What is shared, the driver says; these explain why it is not."""
+    """The caching allocator's segments on a device. The driver says what can be shared; segments explain why memory
+    cannot."""
     import torch
 
     rows: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
@@ -54,7 +55,7 @@ def synchronize(device_index: int) -> None:
 
 
 def current_stream(device_index: int) -> int:
-    """The stream that torch uses now in this thread."""
+    """torch's current stream in this thread."""
     import torch
 
     stream: int = torch.cuda.current_stream(device_index).cuda_stream

@@ -1,1 +1,1 @@
-"""device."""
+"""What all kinds of device memory have in common."""

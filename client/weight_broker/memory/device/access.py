@@ -1,4 +1,4 @@
-"""What each kind of device memory does in its own way: the rest is the same for all (`weight_broker.memory.device`)."""
+"""The part that differs between kinds of device memory; `weight_broker.memory.device` has the common part."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Exported(Protocol):
     """(index of the region, offset in bytes) of each tensor in the layout's order; an alias has its target's."""
 
     def close(self) -> None:
-        """Ends the export; idempotent. Raises `RetractTimeout` while the memory is still mapped."""
+        """Idempotent. Raises `RetractTimeout` while the memory is still mapped."""
 
 
 class CopiedTensors(StagedTensors, Protocol):
     """Tensors that this process copies to and from staging buffers."""
 
     def synchronize(self) -> None:
-        """Waits for whatever the caller does with the tensors. Raises `PublishRefused`."""
+        """Wait for the caller's work on the tensors. Raises `PublishRefused`."""
 
 
 class DeviceAccess(Protocol):
@@ -35,16 +35,16 @@ class DeviceAccess(Protocol):
 
     @property
     def name(self) -> str:
-        """The name of the kind."""
+        """The kind's name."""
 
     def export(self, tensors: DescribedDeviceTensors) -> Exported:
-        """Waits for the device and exports the memory that the tensors lie in. Raises `PublishRefused`."""
+        """Wait for the device and export the memory that the tensors lie in. Raises `PublishRefused`."""
 
     def identity(self, tensors: DescribedDeviceTensors) -> str:
         """The device's name on the wire, the same in every process of the host."""
 
     def copied(self, tensors: DescribedDeviceTensors) -> CopiedTensors:
-        """The tensors as this process copies them. Raises `PublishRefused`."""
+        """The tensors, for staged copies by this process. Raises `PublishRefused`."""
 
     def digests(self, tensors: DescribedDeviceTensors, deadline: float | None = None) -> ContentDigests:
         """Full digests of all tensors, after waiting for the device. Raises `DeadlinePassed`, `BrokerError`."""

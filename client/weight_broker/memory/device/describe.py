@@ -1,4 +1,4 @@
-"""What the caller's tensors are and where they lie in the memory of a device."""
+"""Describes the caller's tensors in the memory of a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Framework(Protocol):
-    """What torch knows of a kind of device (`weight_broker.memory.npu.torch`)."""
+    """The calls of torch for a kind of device (`weight_broker.memory.npu.torch`)."""
 
     def from_tensor(self, name: str, tensor: torch.Tensor) -> DeviceTensor:
         """A torch tensor on a device of this kind. Raises `InvalidArgument` that names it."""
@@ -27,19 +27,19 @@ class Framework(Protocol):
         """The allocator's segments on a device."""
 
     def synchronize(self, device_index: int) -> None:
-        """Waits for everything that torch was told to do there."""
+        """Wait for all of torch's work on the device."""
 
 
 @dataclass(slots=True)
 class DescribedDeviceTensors(DescribedTensors):
-    """Tensors on one device, described."""
+    """Tensors on one device."""
 
     device_index: int
-    """The device as this process counts."""
+    """Index of the device in this process."""
     synchronize: Callable[[], None] | None
-    """Submits what the framework holds back; None if nothing does."""
+    """Submits work that the framework holds back; None without a framework."""
     segments: SegmentProvider | None
-    """The framework's segments; None if it cannot tell."""
+    """The framework's segments; None if they are unknown."""
 
 
 def describe_device(tensors: Mapping[str, object], kind: str, framework: Framework) -> DescribedDeviceTensors:

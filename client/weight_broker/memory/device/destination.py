@@ -1,4 +1,5 @@
-"""Tensors in device memory that an acquisition fills: by the broker where they are, or here from staging buffers."""
+"""Tensors in device memory that an acquisition fills: in place by the broker, or by this process from staging
+buffers."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ _GRACE_SECONDS = 35.0
 
 
 class DeviceDestination:
-    """See `weight_broker.memory.kind.Destination`."""
+    """A `weight_broker.memory.kind.Destination`."""
 
     grace_seconds = _GRACE_SECONDS
 
@@ -43,11 +44,11 @@ class DeviceDestination:
         self._policy = policy
         self._offer = Offer(tensors, access, policy)
         self._is_staged = False
-        """Whether the source that was granted last comes through staging buffers."""
+        """Whether the last granted source comes through staging buffers."""
         self._digests: tuple[ContentDigests, ...] = ()
 
     def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
-        """Opens the ways to the memory that the policy allows, and names them."""
+        """Add the ways to the memory that the policy allows."""
         from weight_broker.v1 import resources_pb2
         from weight_broker.wire import device_kind_to_wire, placements_to_wire
 
@@ -74,7 +75,7 @@ class DeviceDestination:
         return None
 
     def verify(self, granted: pb.Granted, moved: pb.Moved, deadline: float) -> Received:
-        """The broker has let go of the memory."""
+        """The broker has finished with the memory."""
         from weight_broker.wire import digests_from_wire
 
         begun = time.monotonic()
@@ -90,11 +91,11 @@ class DeviceDestination:
             raise AcquireTimeout("the deadline passed while the tensors were being verified", touched=True) from error
         except BrokerError:
             raise
-        except Exception as error:  # whatever it was, the caller has to learn that the tensors were written
+        except Exception as error:  # the caller must learn that the tensors were written
             raise BrokerError(f"the tensors cannot be verified: {error}", touched=True) from error
 
     def stop(self) -> bool:
-        """Ends copying here. The broker grants a staged transfer only when it writes to nothing itself."""
+        """End this process's copies. The broker grants a staged transfer only while it writes to nothing itself."""
         self._offer.stop_serving()
         return self._is_staged or not self._offer.is_exported
 
@@ -106,12 +107,14 @@ class DeviceDestination:
         return DeviceShared(offer, self._access.name, self._digests)
 
     def close(self) -> None:
-        """Ends copying here, and then the export."""
+        """End this process's copies, then the export."""
         try:
             self._offer.close()
         except RetractTimeout as error:
             raise BrokerError(
-                f"somebody still has the tensors' memory mapped: {error.message}", touched=True, quiesced=False
+                f"the tensors' memory is still mapped; discard their storages: {error.message}",
+                touched=True,
+                quiesced=False,
             ) from error
 
     def _refusal(self, error: PublishRefused) -> TransferFailed:

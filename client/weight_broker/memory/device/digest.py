@@ -1,7 +1,7 @@
 """Digests of device memory, computed on the device.
 
-The blocks are copied into a scratch buffer of the framework's, row by row, and summed up there: so it works for every
-memory format without asking the framework to look at memory in another way than it has it.
+The blocks are copied into a scratch buffer of the framework's, row by row, and summed up there: this
+works for every memory format without another view of the framework's memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 SCRATCH_BYTES = 16 << 20
 ROW_BYTES = (4 << 10, 64 << 10, FULL_BLOCK_BYTES)
-"""Blocks go into the narrowest row that holds them: what a row has too much is computed for nothing."""
+"""Blocks go into the narrowest row that holds them: the rest of a row is computed in vain."""
 
 Block = tuple[int, int]
 """Device address, length in bytes."""
 
 
 class BlockDigester(Protocol):
-    """Something that digests blocks of device memory."""
+    """Digests blocks of device memory."""
 
     def block_digests(self, blocks: Sequence[Block], deadline: float | None) -> list[int]:
         """MULTILINEAR_64 of each block of at most `FULL_BLOCK_BYTES`. Raises `DeadlinePassed`."""
@@ -62,7 +62,7 @@ class HostDigester:
         self._read = read
 
     def block_digests(self, blocks: Sequence[Block], deadline: float | None) -> list[int]:
-        """MULTILINEAR_64 of each block. Raises `DeadlinePassed`."""
+        """Reads one block at a time."""
         host = ctypes.create_string_buffer(FULL_BLOCK_BYTES)
         digests: list[int] = []
         for address, length in blocks:
@@ -75,7 +75,7 @@ class HostDigester:
 class TorchDigester:
     """Computes with torch operations on `device`, in `SCRATCH_BYTES` and twice that for intermediate results.
 
-    `copy` copies (destination, source, size) within the device before anything that torch is told to do after it;
+    `copy` copies (destination, source, size) within the device before any later work of torch;
     `synchronize` waits for torch.
     """
 

@@ -1,4 +1,4 @@
-"""What all kinds of device memory do alike. A vendor's own part is what is abstract here."""
+"""The common part of the kinds of device memory. A vendor implements the abstract methods."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from weight_broker.memory.kind import Destination, Prepared, Shared, Terms
 
 
 class DeviceKind(ABC):
-    """See `weight_broker.memory.kind.Kind`, and `weight_broker.memory.device.access.DeviceAccess` for the rest."""
+    """A `weight_broker.memory.kind.Kind` and a `weight_broker.memory.device.access.DeviceAccess`."""
 
     name: str
 
     @property
     @abstractmethod
     def framework(self) -> Framework:
-        """What torch knows of such devices."""
+        """The calls of torch for this kind."""
 
     @abstractmethod
     def export(self, tensors: DescribedDeviceTensors) -> Exported:
-        """Waits for the device and exports the memory that the tensors lie in. Raises `PublishRefused`."""
+        """Wait for the device and export the memory that the tensors lie in. Raises `PublishRefused`."""
 
     @abstractmethod
     def identity(self, tensors: DescribedDeviceTensors) -> str:
@@ -38,8 +38,10 @@ class DeviceKind(ABC):
         """Full digests of all tensors, after waiting for the device. Raises `DeadlinePassed`, `BrokerError`."""
 
     def copied(self, tensors: DescribedDeviceTensors) -> CopiedTensors:
-        """The tensors as this process copies them. Raises `PublishRefused`."""
-        raise PublishRefused(f"{self.name} memory cannot be copied through a staging buffer")
+        """The tensors, for staged copies by this process. Raises `PublishRefused`."""
+        raise PublishRefused(
+            f"{self.name} memory cannot be copied through a staging buffer; use device_path 'direct' or 'auto'"
+        )
 
     def describe(self, tensors: Mapping[str, object]) -> DescribedDeviceTensors:
         """Torch tensors and `DeviceTensor`s."""
@@ -48,11 +50,11 @@ class DeviceKind(ABC):
     def share(
         self, tensors: DescribedDeviceTensors, terms: Terms, deadline: float, prepared: Prepared | None = None
     ) -> Shared:
-        """Shares the tensors where they are: they must not change, move or be freed while others may read."""
+        """Shares the tensors in place: they must not change, move or be freed while others may read."""
         return share(tensors, self, terms.staging, deadline)
 
     def prepared_bytes(self, layout: Layout) -> int:
-        """The memory stays the device's."""
+        """Device memory is not copied for publishing."""
         return 0
 
     def destination(self, tensors: DescribedDeviceTensors, terms: Terms) -> Destination:

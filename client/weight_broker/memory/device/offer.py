@@ -20,7 +20,7 @@ _logger = logging.getLogger("weight_broker")
 
 
 class Offer:
-    """It keeps the tensors alive. The broker picks one of the ways that are open."""
+    """Keeps the tensors alive. The broker picks one of the open ways."""
 
     def __init__(self, tensors: DescribedDeviceTensors, access: DeviceAccess, policy: StagingPolicy) -> None:
         self.tensors = tensors
@@ -62,7 +62,7 @@ class Offer:
         return self._access.identity(self.tensors)
 
     def open(self) -> None:
-        """Opens the ways that the policy allows, unless they are open. Raises `PublishRefused` if that is none."""
+        """Open the ways that the policy allows, once. Raises `PublishRefused` if no way can be opened."""
         if self.is_exported or self.is_staged:
             return
         may_stage = self._policy.allows_staging(self._access.name)
@@ -81,12 +81,12 @@ class Offer:
             raise
 
     def wait_for_device(self) -> None:
-        """Waits for whatever the caller does with the tensors. Raises `PublishRefused`."""
+        """Wait for the caller's work on the tensors. Raises `PublishRefused`."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def serve(self, session: Session) -> str:
-        """Lets the broker ask for copies in this session; the tensors' name there."""
+        """The broker may ask for copies in this session. Returns the tensors' name there."""
         if self._copied is None:
             raise AssertionError("these tensors are not staged")
         if self._server is not None and self._server is not session.stage:

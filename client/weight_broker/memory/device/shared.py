@@ -1,4 +1,4 @@
-"""Tensors in device memory that others read: where they are, or through staging buffers of the broker's."""
+"""Tensors in device memory that others read: in place, or through staging buffers of the broker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DeviceShared:
-    """The tensors must not change while this is open."""
+    """The tensors must not change before `close` has returned."""
 
     needs_retraction = True
 
@@ -35,7 +35,7 @@ class DeviceShared:
 
     @property
     def placements(self) -> tuple[tuple[int, int], ...]:
-        """Where the tensors lie in the exported memory."""
+        """(region index, offset in bytes) of each tensor in the exported memory."""
         return self._offer.placements
 
     def regions(self, batch: str) -> list[pb.Region]:
@@ -44,11 +44,11 @@ class DeviceShared:
 
     @property
     def is_served(self) -> bool:
-        """Whether the broker has the memory mapped, or can ask this process to copy, whichever it picked."""
+        """Whether the broker has the memory mapped or, if it picked staging, can ask this process to copy."""
         return self._offer.is_served or not self._is_staged
 
     def stage(self, session: Session) -> pb.StagedMemory | None:
-        """Lets the broker ask for copies in this session, if this process makes any."""
+        """The broker may ask for copies in this session. None if this process makes none."""
         from weight_broker.v1 import weight_set_pb2 as pb
         from weight_broker.wire import device_kind_to_wire
 
@@ -61,14 +61,14 @@ class DeviceShared:
         )
 
     def note(self, publication: resources_pb2.Publication) -> None:
-        """The broker picked one of the ways. Both stay open: it may not have let go of the other yet."""
+        """The broker picked one of the ways. Both stay open: it may still have the other in use."""
         self._is_staged = publication.is_staged or not self._offer.is_exported
 
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
-        """The message has all that the broker needs."""
+        """Nothing to do: the message names the memory."""
 
     def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
-        """The broker let go of it with the publication."""
+        """Nothing to do: the broker unmaps the memory when the publication ends."""
 
     def close(self) -> None:
         """Returns when nothing reads the tensors. Raises `RetractTimeout` while they are still mapped: call again."""
@@ -78,7 +78,7 @@ class DeviceShared:
 def share(
     tensors: DescribedDeviceTensors, access: DeviceAccess, policy: StagingPolicy, deadline: float
 ) -> DeviceShared:
-    """Digests the tensors and opens the ways to read them. Raises `PublishRefused`; nothing is exported then."""
+    """Digest the tensors and open the ways to read them. Raises `PublishRefused`; nothing is exported then."""
     try:
         digests = access.digests(tensors, deadline)
     except DeadlinePassed as error:

@@ -1,4 +1,4 @@
-"""What the device path knows of the caller's memory: tensors and segments, by address."""
+"""The caller's device memory by address: tensors and segments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weight_broker.layout import MemoryFormat
 
 
 class SegmentKind(enum.StrEnum):
-    """How the driver gave a segment."""
+    """How the driver allocated a segment."""
 
     PLAIN = "plain"
     """One allocation (aclrtMalloc, cudaMalloc), shared by its export key or handle."""
@@ -20,7 +20,7 @@ class SegmentKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of device memory as the driver gave it: what can be shared, of which tensors are parts."""
+    """Device memory as the driver allocated it. Segments can be shared; tensors are parts of them."""
 
     base: int
     size: int
@@ -31,7 +31,7 @@ class Segment:
     device_index: int | None = None
     """None: the tensors'."""
     sleeps: bool = False
-    """True if it is of a pool that takes the memory away while the engine sleeps."""
+    """True for a pool that unmaps the memory while the engine sleeps."""
 
     @property
     def end(self) -> int:
@@ -41,7 +41,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTensor:
-    """Anything with a device pointer: a tensor of whichever framework, by what the device path needs of it.
+    """A tensor in device memory, of any framework or of none.
 
     The elements are dense: they fill `storage_bytes` bytes from `address` on without gaps, in any order.
     """
@@ -56,14 +56,14 @@ class DeviceTensor:
     storage_bytes: int
     """Bytes in its memory format, with that format's padding."""
     device_index: int
-    """The device as this process counts, not a physical number."""
+    """Index of the device in this process, not a physical number."""
     memory_format: MemoryFormat = MemoryFormat.STRIDED
     storage_offset: int = 0
     """In elements; for the layout's information."""
     owner: object = None
-    """What keeps the memory alive."""
+    """Keeps the memory alive."""
     segment: Segment | None = None
-    """The driver's allocation that it lies in; None if its framework or the driver can tell."""
+    """The driver's allocation that holds the tensor; None if the framework or the driver knows it."""
     device_kind: str = "npu"
     """Or "cuda"."""
 

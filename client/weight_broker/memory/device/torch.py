@@ -1,4 +1,4 @@
-"""What torch tensors on any kind of device have in common."""
+"""Checks torch tensors on any kind of device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class PlainTensor(NamedTuple):
-    """A torch tensor that has memory of its own."""
+    """A torch tensor with allocated, plain memory."""
 
     dtype: str
     offset: int
@@ -23,14 +23,14 @@ class PlainTensor(NamedTuple):
     item_size: int
 
     def require(self, name: str, storage_bytes: int) -> None:
-        """Raise `InvalidArgument` unless the storage has so many bytes from the offset on."""
+        """Raise `InvalidArgument` unless the storage has `storage_bytes` bytes from the offset on."""
         if self.offset * self.item_size + storage_bytes > self.available:
             hint = "Its storage was freed or resized."
             raise _refusal(name, "memory", f"{self.available} bytes", f"a storage of {storage_bytes} bytes", hint)
 
 
 def plain_tensor(name: str, tensor: torch.Tensor) -> PlainTensor:
-    """Looks at a torch tensor on a device. Raises `InvalidArgument` that names it."""
+    """Raises `InvalidArgument` that names the tensor."""
     import torch
 
     if tensor.layout is not torch.strided:
@@ -46,7 +46,7 @@ def plain_tensor(name: str, tensor: torch.Tensor) -> PlainTensor:
         offset, address = int(tensor.storage_offset()), tensor.data_ptr()
     except (RuntimeError, ValueError) as error:  # uninitialised parameters and wrappers without memory say so this way
         hint = "Materialise it first."
-        raise _refusal(name, "memory", "not there", "a tensor with memory of its own", hint) from error
+        raise _refusal(name, "memory", "not there", "a tensor with memory", hint) from error
     return PlainTensor(dtype, offset, available, address, tensor.element_size())
 
 

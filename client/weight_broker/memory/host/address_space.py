@@ -79,7 +79,7 @@ class Mapping:
         """
         self.size_bytes = size_bytes
         self._reserved = 0
-        # Address space for the mapping at whatever alignment, then the mapping itself inside it.
+        # Address space for the mapping at any alignment, then the mapping itself inside it.
         self._reserved_bytes = size_bytes + HUGE_PAGE_BYTES
         self._reserved = _map(0, self._reserved_bytes, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         self.address = -(-self._reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES

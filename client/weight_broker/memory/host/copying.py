@@ -30,8 +30,8 @@ than the copy."""
 BATCH_PIECES = 256
 HUGE_PAGE_ADVICE_BYTES = 4 << 20
 STREAMING_BYTES = 16 << 20
-"""From this size on, all pieces together, copying goes past the caches: whoever reads what was copied would not find
-it there anyway."""
+"""From this size on, all pieces together, copying goes past the caches, which could not hold the
+copy for its readers anyway."""
 _LOST_WAKE_SECONDS = 0.02
 
 Piece = tuple[int, int, int]
@@ -69,7 +69,7 @@ def run(tasks: Iterable[Task], *, own_tasks: Sequence[Task] = (), deadline: floa
                 if deadline is not None and time.monotonic() >= deadline:
                     raise DeadlinePassed
                 task()
-        except BaseException as error:  # noqa: BLE001  # whatever it is, the caller's thread raises it below
+        except BaseException as error:  # noqa: BLE001  # the caller's thread raises it below
             errors.append(error)
 
     helpers = _Helpers(partial(work, waiting))
@@ -78,7 +78,7 @@ def run(tasks: Iterable[Task], *, own_tasks: Sequence[Task] = (), deadline: floa
             helpers.start(min(thread_count() - 1, len(waiting) - (not own_tasks)))
             work(deque(own_tasks))
             work(waiting)
-        except BaseException as error:  # noqa: BLE001  # a signal's handler raised, whatever it is
+        except BaseException as error:  # noqa: BLE001  # a signal's handler raised
             errors += [error]  # stops the helpers
         helpers.wait(errors)
     except BaseException as error:  # noqa: BLE001  # the next signal came right here
@@ -89,7 +89,7 @@ def run(tasks: Iterable[Task], *, own_tasks: Sequence[Task] = (), deadline: floa
 
 
 class _Helpers:
-    """Threads that work, and the certainty that none does any more.
+    """Worker threads, and the certainty that all have ended.
 
     Not `threading.Thread`: when a signal's handler raises in `join`, CPython before 3.13 takes a thread that still runs
     for one that has ended, and when it raises in `start`, the thread may wait for ever.
@@ -102,18 +102,18 @@ class _Helpers:
         self._at_work: list[_thread.LockType] = []
 
     def start(self, count: int) -> None:
-        """Starts `count` threads, or fewer if there are no more to be had."""
+        """Start `count` threads, or fewer if the system allows no more."""
         for _ in range(count):
             at_work = _thread.allocate_lock()
             at_work.acquire()
             try:
                 _thread.start_new_thread(self._run, (at_work,))
-            except RuntimeError:  # no more threads to be had: the caller's thread does the rest
+            except RuntimeError:  # the system allows no more threads: the caller's thread does the rest
                 return
             self._at_work.append(at_work)
 
     def wait(self, errors: list[BaseException]) -> None:
-        """Returns when none works any more, whatever signals arrive; what their handlers raise goes to `errors`.
+        """Return when no thread works any more, also when signals arrive; errors of their handlers go to `errors`.
 
         A thread that begins only now does nothing: there is either no task left or an error.
         """
@@ -154,9 +154,10 @@ def copy_and_digest(
     own_tasks: Sequence[Task] = (),
     deadline: float | None = None,
 ) -> list[int]:
-    """Copy every piece and return the full digest of each. `way` does it for what is not small, if it is given.
+    """Copy every piece and return the full digest of each. `way`, if any, copies and digests the pieces that are not
+    small.
 
-    The bytes are digested on the way, while the processor's cache holds them: it is no pass of its own.
+    The bytes are digested on the way, while the processor's cache holds them, not in a second pass.
     """
     blocks = [[0] * -(-size // block_bytes) for _, _, size in pieces]
     run(_copy_tasks(pieces, algorithm, block_bytes, blocks, way), own_tasks=own_tasks, deadline=deadline)
@@ -241,7 +242,7 @@ def functions_for(size_bytes: int, algorithm: DigestAlgorithm | None) -> tuple[C
 def _copy_then_digest(
     algorithm: DigestAlgorithm | None, destination: int, source: int, size_bytes: int, block_bytes: int
 ) -> list[int]:
-    """Copies and returns the digest of each block, with functions that everybody has."""
+    """Copies and returns the digest of each block, with functions that every installation has."""
     function = block_function(algorithm or DigestAlgorithm.CRC32)
     digests: list[int] = []
     for offset in range(0, size_bytes, block_bytes):

@@ -1,4 +1,4 @@
-"""Tensors in host memory: what torch and NumPy say of them. Neither is imported here first."""
+"""Describes torch tensors and NumPy arrays in host memory. Imports neither library."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _describe_torch(name: str, tensor: torch.Tensor, targets: dict[tuple[object,
     dtype = dtype_names.get(tensor.dtype)
     if dtype is None:
         hint = (
-            "Share its int_repr() and its scales and zero points as tensors of their own."
+            "Share its int_repr(), its scales and its zero points as separate tensors."
             if tensor.is_quantized
             else "Share the memory as integers of whole bytes."
         )
@@ -54,9 +54,7 @@ def _describe_torch(name: str, tensor: torch.Tensor, targets: dict[tuple[object,
         available = tensor.untyped_storage().nbytes()
         address = tensor.data_ptr()
     except (RuntimeError, ValueError) as error:  # uninitialised parameters and wrappers without memory say so this way
-        raise refusal(
-            name, "memory", "not there", "a tensor with memory of its own", "Materialise it first."
-        ) from error
+        raise refusal(name, "memory", "not there", "a tensor with memory", "Materialise it first.") from error
     if lazy:
         raise refusal(
             name, "memory", "a lazy conjugate or negative", "plain memory", "Use .resolve_conj().resolve_neg()."

@@ -31,21 +31,21 @@ _NAMED_TENSORS = 16
 
 
 class HostDestination(ABC):
-    """Takes everything from the source's memory, in this process, while the transfer holds the source."""
+    """Takes the bytes from the source's memory in this process, while the transfer holds the source."""
 
     layout: Layout | None = None
     grace_seconds = 0.0
     _source: SharedWeights | None = None
 
     def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
-        """The broker writes to nothing here."""
+        """Names no memory: the broker writes to none."""
         from weight_broker.v1 import resources_pb2
         from weight_broker.wire import device_kind_to_wire
 
         request.device_kind, request.path = device_kind_to_wire(MemoryKind.CPU), resources_pb2.TRANSFER_PATH_COPY
 
     def take(self, granted: pb.Granted, claim: ClaimRegion, deadline: float) -> Received:
-        """Opens the source's memory and takes from it."""
+        """Opens the source's memory for `receive`."""
         self.close()
         begun = time.monotonic()
         try:
@@ -64,21 +64,21 @@ class HostDestination(ABC):
 
     def verify(self, granted: pb.Granted, moved: pb.Moved, deadline: float) -> Received:
         """The broker moves no host memory."""
-        raise BrokerError("the broker moved what was never granted")
+        raise BrokerError("the broker moved host memory, which the receiver copies; report its log")
 
     def stop(self) -> bool:
-        """Nothing writes here any more when `take` returns or raises."""
+        """Nothing writes after `take` has returned or raised."""
         return True
 
     def keep(self) -> SharedWeights:
-        """The source's memory: it is sealed, so it is published as it is."""
+        """The source's memory, which is sealed: it can be published unchanged."""
         source, self._source = self._source, None
         if source is None:
             raise AssertionError("nothing arrived here")
         return source
 
     def close(self) -> None:
-        """Lets go of the source's memory."""
+        """Close the source's memory."""
         source, self._source = self._source, None
         if source is not None:
             source.close()
@@ -93,7 +93,6 @@ class TensorFiller(HostDestination):
         self.layout = described.layout
 
     def receive(self, source: SharedWeights, deadline: float) -> Received:
-        """Fills the tensors."""
         try:
             copied = copy_in(
                 self._described,
@@ -105,14 +104,14 @@ class TensorFiller(HostDestination):
             )
         except BrokerError:
             raise
-        except Exception as error:  # whatever it was, the caller has to learn that the tensors may be half written
-            raise BrokerError(f"the transfer failed here: {error}", touched=True) from error
+        except Exception as error:  # the caller must learn that the tensors may be half written
+            raise BrokerError(f"taking the bytes from the source failed: {error}", touched=True) from error
         return Received(copied.size_bytes, copied.verified, source.layout, dict(copied.seconds))
 
 
 class TensorMapper(HostDestination):
-    """Maps the resident memory copy-on-write, and verifies a sample: reading every byte is what this path avoids, and
-    the memory is sealed since its digests were computed. Digest mode "full" reads every byte all the same."""
+    """Maps the resident memory copy-on-write, and verifies a sample: this path avoids reading every byte, and the
+    memory is sealed since its digests were computed. Digest mode "full" reads every byte nevertheless."""
 
     def __init__(self, framework: Framework, digest_mode: DigestMode) -> None:
         self._framework = framework
@@ -126,7 +125,6 @@ class TensorMapper(HostDestination):
         request.path = resources_pb2.TRANSFER_PATH_ZERO_COPY
 
     def receive(self, source: SharedWeights, deadline: float) -> Received:
-        """Maps the tensors."""
         begun = time.monotonic()
         try:
             tensors = map_tensors(source.layout, source.descriptors, source.placements, framework=self._framework)
@@ -135,7 +133,7 @@ class TensorMapper(HostDestination):
         except BrokerError:
             raise
         except Exception as error:
-            raise BrokerError(f"the transfer failed here: {error}") from error
+            raise BrokerError(f"taking the bytes from the source failed: {error}") from error
         seconds = {"map": mapped - begun, "verify": time.monotonic() - mapped}
         return Received(source.layout.content_bytes, verified, source.layout, seconds, tensors, touched=False)
 
@@ -158,12 +156,12 @@ class TensorMapper(HostDestination):
 
 
 def _open(granted: pb.Granted, claim: ClaimRegion, layout: Layout | None) -> SharedWeights:
-    """The source's memory: nothing is touched yet."""
+    """The source's memory. Touches nothing."""
     from weight_broker.wire import digests_from_wire, layout_from_wire
 
     for region in granted.regions:
         if region.WhichOneof("handle") != "host_memory":
-            raise BrokerError(f"region {region.region_id!r} is not host memory, which is all this client can read")
+            raise BrokerError(f"region {region.region_id!r} is not host memory; this client maps host memory only")
     if layout is None:
         layout = layout_from_wire(granted.layout)
     digests = digests_from_wire(granted.digests, len(layout), pass_over_unknown=True)

@@ -76,7 +76,7 @@ class AffordableDigests:
         return digests
 
     def _decide(self) -> None:
-        # The least of either kind: whatever else the host does makes some take longer, and none shorter.
+        # The least of either kind: other work on the host makes samples take longer, never shorter.
         share = max(0.0, min(self._digested) / min(self._copied) - 1.0)
         if _shares.setdefault(self._algorithm, share) is share and self.are_too_expensive:
             _logger.info("digesting everything takes %.2f of the time of copying it here: samples are verified", share)

@@ -1,7 +1,7 @@
 """Sharing tensors through host memory: a sealed memfd.
 
-Publishing copies the tensors once into a memfd and seals it: from then on nobody, its creator included, can change a
-byte. Receivers copy out of it (`copy_in`) or map it copy-on-write (`map_tensors`).
+Publishing copies the tensors once into a memfd and seals it: from then on no process, its creator included, can
+change a byte. Receivers copy out of it (`copy_in`) or map it copy-on-write (`map_tensors`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def export(
     prepared: Prepared | None = None,
 ) -> HostRegion:
     """Copy the tensors into a new sealed memfd and digest them. The tensors must not change meanwhile. `prepared` is
-    memory that was asked for before, of whatever size.
+    memory that was allocated before, of any size.
 
     `deadline` is a time of `time.monotonic`. Raises `PublishRefused` if there is not enough memory, a limit of this
     process is reached or the deadline passes; nothing is left behind then.
@@ -115,15 +115,15 @@ def region_bytes(layout: Layout) -> int:
 
 
 def _resize(fd: int, size_bytes: int) -> None:
-    """Makes prepared memory as large as it has to be."""
+    """Give prepared memory the size of the copy. Raises `PublishRefused` if the rest is not available."""
     os.ftruncate(fd, size_bytes)
-    missing = size_bytes - os.fstat(fd).st_blocks * 512  # the unit of st_blocks, whatever the file system's is
+    missing = size_bytes - os.fstat(fd).st_blocks * 512  # the unit of st_blocks on every file system
     if missing > 0:
         _require_memory(missing)
 
 
 def seal(fd: int) -> None:
-    """Make a memfd unchangeable for ever, for everybody."""
+    """Make a memfd unchangeable for every process, for ever."""
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
 
 
@@ -213,8 +213,8 @@ def _shortage(size_bytes: int, error: OSError) -> PublishRefused:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class SharedWeights:
-    """Host memory: sealed memfds and where the tensors lie in them, exported here or granted by a source. Sealed memory
-    never changes, so whoever has verified it may publish it again without looking at it."""
+    """Sealed memfds and the tensors' places in them, exported here or granted by a source. Sealed memory never changes:
+    once verified, it can be published again without another look."""
 
     layout: Layout
     memfds: list[tuple[int, int]]
@@ -229,16 +229,14 @@ class SharedWeights:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """The regions' descriptors."""
         return tuple(descriptor for descriptor, _ in self.memfds)
 
     @property
     def needs_retraction(self) -> bool:
-        """Readers hold the sealed memory by themselves: it is theirs as much as ours."""
+        """Readers hold the sealed memory themselves."""
         return False
 
     def regions(self, batch: str) -> list[pb.Region]:
-        """The regions as they are published."""
         from weight_broker.v1 import weight_set_pb2 as pb
 
         return [
@@ -261,7 +259,7 @@ class SharedWeights:
         return None
 
     def note(self, publication: resources_pb2.Publication) -> None:
-        """There is one way only."""
+        """The broker has one way to read host memory."""
 
     def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
         """The memfd goes over the attach socket."""
@@ -272,13 +270,13 @@ class SharedWeights:
         connection.withdraw_region(region.region_id)
 
     def close(self) -> None:
-        """Closes the descriptors. Idempotent."""
+        """Idempotent."""
         while self.memfds:
             descriptor, _ = self.memfds.pop()
             os.close(descriptor)
 
     def __del__(self) -> None:
-        # Whoever was to close them was interrupted (a second Ctrl-C): the memory must not stay for ever.
+        # A second Ctrl-C may have interrupted the owner's `close`: the memory must not stay for ever.
         self.close()
 
 
@@ -286,7 +284,7 @@ _open_weights: weakref.WeakSet[SharedWeights] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """A forked child has a copy of every descriptor, which would keep the memory for as long as the child lives."""
+    """For a forked child, whose copies of the descriptors would keep the memory as long as it lives."""
     for weights in list(_open_weights):
         weights.close()
 

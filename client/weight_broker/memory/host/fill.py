@@ -51,7 +51,7 @@ def copy_in(
     `placements` has (index of the memfd, offset in bytes) of each tensor in the layout's order. `deadline` is a time of
     `time.monotonic`.
 
-    Returns with every byte written and verified, or raises with nobody writing any more: `InvalidArgument` (a tensor
+    Returns with every byte written and verified, or raises with no writer left: `InvalidArgument` (a tensor
     cannot be written) or `TransferFailed` with `touched` False if anything about the request is wrong;
     `AcquireTimeout`, `IntegrityError` (the content is not what was published) or `TransferFailed` with `touched` True
     once copying has begun.
@@ -131,12 +131,12 @@ def _transfer(
     deadline: float | None,
 ) -> tuple[DigestCoverage, float, float]:
     """Copy and verify, by `sample` if `expected` costs too much here; returns how much was verified and the times at
-    which either was done. Whatever it raises, the tensors may be touched."""
+    which either was done. After any exception the tensors may be touched."""
     tensors = described.tensors
     # Where tensors share memory in part, the order of writing decides what is left; where they have gaps, memmove will
     # not do. These are written one after the other, digested where they come from and compared when all is written.
     careful = _overlapping(tensors)
-    careful += [index for index, one in enumerate(tensors) if not one.spec.is_dense and not one.spec.alias_of]
+    careful += [index for index, tensor in enumerate(tensors) if not tensor.spec.is_dense and not tensor.spec.alias_of]
     careful = sorted(set(careful))
     try:
         coverage, transferred = _copy_and_verify(described, sources, careful, expected, sample, deadline)
@@ -145,7 +145,7 @@ def _transfer(
         raise AcquireTimeout("the deadline passed while the tensors were being filled", touched=True) from error
     except BrokerError:
         raise
-    except Exception as error:  # whatever it is, the caller has to learn that the tensors are touched
+    except Exception as error:  # the caller must learn that the tensors are touched
         raise TransferFailed(f"copying failed: {type(error).__name__}: {error}", touched=True) from error
     return coverage, transferred, time.monotonic()
 
@@ -160,7 +160,7 @@ def _copy_and_verify(
 ) -> tuple[DigestCoverage, float]:
     """Copy everything and compare digests; returns which ones and the time at which the last byte was copied."""
     tensors, sizes = described.tensors, described.layout.content_sizes
-    pieces = [(one.address, source, size) for one, source, size in zip(tensors, sources, sizes, strict=True)]
+    pieces = [(tensor.address, source, size) for tensor, source, size in zip(tensors, sources, sizes, strict=True)]
     for index in careful:
         pieces[index] = (0, 0, 0)
     own_tasks = [partial(_write, tensors[index], sources[index]) for index in careful]
@@ -182,7 +182,8 @@ def _copy_and_verify(
         for index in careful:
             contents[index] = (sources[index], sizes[index])
         found = copying.digest_samples(contents, expected.algorithm, expected.block_bytes, deadline=deadline)
-    wrong = [one.spec.name for one, mine, theirs in zip(tensors, found, expected.values, strict=True) if mine != theirs]
+    digests = zip(tensors, found, expected.values, strict=True)
+    wrong = [tensor.spec.name for tensor, arrived, published in digests if arrived != published]
     if wrong:
         raise IntegrityError(
             f"{len(wrong)} of {len(tensors)} tensors arrived with other bytes than were published: {_list(wrong)}",
@@ -232,9 +233,9 @@ def _overlapping(tensors: Sequence[DescribedTensor]) -> list[int]:
     found: list[int] = []
     end, last = 0, -1
     ranges = [
-        (one.address, one.address + one.spec.storage_bytes, index)
-        for index, one in enumerate(tensors)
-        if one.address and not one.spec.alias_of
+        (tensor.address, tensor.address + tensor.spec.storage_bytes, index)
+        for index, tensor in enumerate(tensors)
+        if tensor.address and not tensor.spec.alias_of
     ]
     for begin, stop, index in sorted(ranges):
         if begin < end:

@@ -24,7 +24,7 @@ from weight_broker.memory.kind import Destination, Kind, Prepared, Shared, Terms
 
 
 class HostKind:
-    """See `weight_broker.memory.kind.Kind`."""
+    """A `weight_broker.memory.kind.Kind`."""
 
     def describe(self, tensors: Mapping[str, object]) -> DescribedTensors:
         """Torch tensors and NumPy arrays."""
@@ -83,7 +83,7 @@ def _packed(tensors: DescribedTensors) -> dict[int, ctypes.Array[ctypes.c_char]]
 
 
 def _own_bytes(spec: TensorSpec) -> int:
-    """An alias has no content of its own."""
+    """0 for an alias."""
     return 0 if spec.alias_of else spec.content_bytes
 
 

@@ -20,15 +20,14 @@ _MFD_NOEXEC_SEAL = 0x8
 ALLOCATION_BYTES = 16 << 20
 """Allocated between two looks at the clock."""
 _LEAST_BYTES = 64 << 20
-"""Less is there at once when it is needed."""
+"""Smaller memory is allocated fast enough on demand."""
 _RESERVE = 3
-"""Times the size that has to be available: the tensors themselves may have no memory yet, and no loader is to be pushed
-to the edge by what only saves time."""
+"""This many times the size must be available: the tensors may have no memory yet, and preparing only saves time."""
 
 
 def create(size_bytes: int) -> int:
-    """A new memfd that can be sealed; children that are forked lose it. Whoever closes or seals it takes it from
-    `being_filled` before. Raises `OSError`."""
+    """A new memfd that can be sealed; forked children close it. Remove it from `being_filled` before closing or
+    sealing. Raises `OSError`."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         fd = os.memfd_create("weight-broker", flags | _MFD_NOEXEC_SEAL)
@@ -69,7 +68,7 @@ being_filled: set[int] = set()
 
 
 def _close_inherited() -> None:
-    """For a child that is forked while another thread publishes: it would keep the memory for as long as it lives."""
+    """For a child that is forked while another thread publishes: it would keep the memory as long as it lives."""
     while being_filled:
         os.close(being_filled.pop())
 
@@ -78,7 +77,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 class PreparedMemory:
-    """A memfd whose pages are being given out in the background, until it is taken or closed."""
+    """A memfd whose pages are allocated in the background, until `take` or `close`."""
 
     def __init__(self, size_bytes: int) -> None:
         """Raises `OSError`."""
@@ -97,8 +96,8 @@ class PreparedMemory:
             raise
 
     def take(self) -> int | None:
-        """The memfd, the caller's from now on; what is missing of its pages comes as it is used. None if there is none
-        any more, or in another process than the one that prepared it."""
+        """The memfd, which the caller then owns; missing pages are allocated on use. None after the first call, and in
+        a process that did not prepare it."""
         self._stop.set()
         if self._fd is None or self._process != os.getpid():
             return None
@@ -107,7 +106,7 @@ class PreparedMemory:
         return fd
 
     def close(self) -> None:
-        """Gives the memory back; may be called again."""
+        """Idempotent."""
         fd = self.take()
         if fd is not None:
             being_filled.discard(fd)
@@ -119,7 +118,7 @@ class PreparedMemory:
 
 def _allocate(fd: int, region: Mapping, stop: threading.Event, ended: threading.Event) -> None:
     try:
-        with region, contextlib.suppress(OSError):  # whoever takes the memory meets the error too, and says what to do
+        with region, contextlib.suppress(OSError):  # publishing meets the error too, and says what to do
             for start in range(0, region.size_bytes, ALLOCATION_BYTES):
                 if stop.is_set():
                     return
@@ -129,10 +128,10 @@ def _allocate(fd: int, region: Mapping, stop: threading.Event, ended: threading.
 
 
 def prepare(size_bytes: int) -> PreparedMemory | None:
-    """Memory for weights that are about to be loaded; None if there is not plenty of it, or if they are small."""
+    """Memory for weights that are about to be loaded; None if memory is not plentiful, or if the weights are small."""
     available = available_bytes()
     if size_bytes < _LEAST_BYTES or available is None or available < _RESERVE * size_bytes:
         return None
-    with contextlib.suppress(OSError, RuntimeError):  # a limit of this process: what publishes will say so
+    with contextlib.suppress(OSError, RuntimeError):  # a limit of this process: publishing reports it
         return PreparedMemory(size_bytes)
     return None

@@ -17,7 +17,7 @@ from typing import Protocol
 from weight_broker.digest import DigestAlgorithm, block_function, is_available
 
 _INTERFACE = 1
-# With a number behind it: Python takes any file that ends in .so for a module of its own.
+# The number keeps Python from taking the file for an extension module.
 _LIBRARY = Path(__file__).with_name("streaming_copy.so.1")
 _PROBE = bytes(range(251)) * 200
 
@@ -55,7 +55,7 @@ class StreamingCopy:
         return list(digests)
 
     def _digests_right(self) -> bool:
-        """Whether the functions that were found are what they are taken for."""
+        """Whether the library's functions give the right digests."""
         size = len(_PROBE)
         source, copied = ctypes.create_string_buffer(_PROBE, size), ctypes.create_string_buffer(size)
         found = self._copy_with_xxh3(ctypes.addressof(copied), ctypes.addressof(source), size, size)
@@ -71,7 +71,7 @@ def streaming_copy() -> StreamingCopy | None:
     except (OSError, AttributeError):
         return None
     if interface != _INTERFACE:
-        _logger.warning("%s is of another version than this client: install the client again", _LIBRARY)
+        _logger.warning("%s belongs to another version of this client; install the client again", _LIBRARY)
         return None
     return StreamingCopy(library)
 

@@ -19,7 +19,7 @@ def pack(spec: TensorSpec, tensor_address: int, packed_address: int, framework: 
 
 
 def unpack(spec: TensorSpec, packed_address: int, tensor_address: int, framework: str) -> None:
-    """Copy row-major elements into a tensor with gaps; what lies in the gaps stays as it is."""
+    """Copy row-major elements into a tensor with gaps; the gaps stay unchanged."""
     _copy(spec, tensor_address, packed_address, framework, packing=False)
 
 

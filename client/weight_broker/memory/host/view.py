@@ -1,4 +1,4 @@
-"""Tensors that are copy-on-write views of regions of host memory: nothing is copied, whatever the size."""
+"""Tensors that are copy-on-write views of regions of host memory: nothing is copied at any size."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def map_tensors(
     """The tensors of sealed memfds by name, mapped, not copied. The file descriptors stay the caller's.
 
     Pages are shared with everyone who maps them until they are written; a write is seen by this process only. The
-    memory stays mapped as long as one of the tensors lives. Every tensor has its layout's stride, except that one with
-    gaps comes without them (row-major), and storage offset 0. Aliases are the same object.
+    memory stays mapped as long as one of the tensors lives. Every tensor has its layout's stride and storage offset 0;
+    a tensor with gaps comes packed (row-major). Aliases are the same object.
 
     Raises `TransferFailed` if the regions are not what they should be, `InvalidArgument` if the framework lacks a type.
     """
@@ -71,7 +71,7 @@ def _torch_maker(layout: Layout) -> Callable[[TensorSpec, memoryview], Any]:
         if not content:
             return torch.empty_strided(spec.shape, spec.stride, dtype=dtype)
         storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
-        # Not a view of another tensor: a view could not become a leaf of its own without a trace of its base.
+        # Not a view of another tensor: a view could not become a leaf without a trace of its base.
         return torch.empty(0, dtype=dtype).set_(storage, 0, spec.shape, _stride(spec))
 
     return make
