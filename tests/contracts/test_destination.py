@@ -181,7 +181,7 @@ def session() -> Session:
     stage = SimpleNamespace(
         add=served.__setitem__, remove=lambda name: served.pop(name, None), serves=served.__contains__, served=served
     )
-    return cast(Session, SimpleNamespace(stage=stage))
+    return cast(Session, SimpleNamespace(staging=stage))
 
 
 @pytest.fixture(params=[Filler, Mapper, Direct, Staged, Either, EitherStaged, EitherUnexported])
@@ -275,7 +275,7 @@ def test_closing_leaves_nothing_open(case: Case, session: Session) -> None:
     case.destination.close()
     case.destination.close()
     assert case.is_clean()
-    assert not cast(Any, session.stage).served
+    assert not cast(Any, session.staging).served
 
 
 @pytest.mark.parametrize("kind_of_case", [Filler, Mapper])

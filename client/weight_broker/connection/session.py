@@ -41,17 +41,17 @@ class Session:
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
         self._stub: WeightBrokerServiceStub | None = None
-        self._stage: StagingServer | None = None
+        self._staging: StagingServer | None = None
 
     @property
-    def stage(self) -> StagingServer:
+    def staging(self) -> StagingServer:
         """The server of the broker's copy requests."""
         from weight_broker.connection.stage_server import StagingServer
 
         with self._lock:
-            if self._stage is None:
-                self._stage = StagingServer(self._directory / ATTACH_SOCKET, self._token)
-            return self._stage
+            if self._staging is None:
+                self._staging = StagingServer(self._directory / ATTACH_SOCKET, self._token)
+            return self._staging
 
     @property
     def stub(self) -> WeightBrokerServiceStub:
@@ -79,8 +79,8 @@ class Session:
 
     def end(self) -> None:
         """Say goodbye: the broker retracts everything of this session. Running calls are cancelled."""
-        if self._stage is not None:
-            self._stage.close()
+        if self._staging is not None:
+            self._staging.close()
         with contextlib.suppress(BrokerError):
             self.connection.goodbye()
         self.connection.close()

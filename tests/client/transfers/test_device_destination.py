@@ -89,7 +89,7 @@ class Script:
 
 def stage_ids(client: BrokerClient) -> dict[str, Any]:
     """What the broker can ask this process to copy."""
-    return client._attachment.session().stage._staged
+    return client._attachment.session().staging._staged
 
 
 def test_a_lease_that_comes_with_memory_that_stays_mapped_is_given_up_before_the_error_is_raised(
@@ -236,7 +236,7 @@ def test_the_way_that_the_broker_picked_decides_whether_it_still_reaches_the_mem
     )  # fmt: skip
     shared = kind_of("npu").share(describe({"w": memory.tensor()}), Terms(), deadline=1e9)
     assert isinstance(shared, DeviceShared)
-    shared.stage(cast(Session, SimpleNamespace(stage=stage)))
+    shared.stage(cast(Session, SimpleNamespace(staging=stage)))
     shared.note(resources_pb2.Publication(is_staged=is_staged))
     assert shared.is_served
     served.clear()

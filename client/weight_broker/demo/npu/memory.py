@@ -49,7 +49,9 @@ def checkpoint(model_dir: Path) -> list[CheckpointTensor]:
     found = [tensor for file in checkpoint_files(model_dir) for tensor in checkpoint_tensors(file)]
     unknown = next((tensor for tensor in found if tensor.dtype not in TYPES), None)
     if unknown is not None:
-        raise CheckpointError(f"{unknown.file}: tensor {unknown.name!r} has the unknown type {unknown.dtype}")
+        raise CheckpointError(
+            f"{unknown.file}: tensor {unknown.name!r} has type {unknown.dtype}, which this version does not know"
+        )
     if not found:
         raise CheckpointError(f"{model_dir} has no tensors in its safetensors files")
     return found

@@ -89,9 +89,9 @@ class Offer:
         """The broker may ask for copies in this session. Returns the tensors' name there."""
         if self._copied is None:
             raise AssertionError("these tensors are not staged")
-        if self._server is not None and self._server is not session.stage:
+        if self._server is not None and self._server is not session.staging:
             self._server.remove(self._stage_id)
-        self._server = session.stage
+        self._server = session.staging
         self._server.add(self._stage_id, self._copied)
         return self._stage_id
 
