@@ -64,7 +64,11 @@ class NpuPlaces:
 
     def _refusal(self, request: PlaceRequest) -> Exception:
         if request.is_mapped:
-            return request.refusal("this broker maps no npu memory (cards.path is 'staged')", metadata=STAGE_INSTEAD)
+            return request.refusal(
+                "this broker does not map npu memory (cards.path is 'staged'); offer to stage it, or set cards.path to "
+                "'auto'",
+                metadata=STAGE_INSTEAD,
+            )
         return request.refusal(
             "staged transfers of npu memory are disabled (cards.path is 'direct'); set cards.path to 'auto'"
         )
