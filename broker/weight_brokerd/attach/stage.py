@@ -58,8 +58,8 @@ class StagingConnections:
         await connection.ask(request, timeout)
 
     async def let_go(self, instance_id: str) -> None:
-        """Return when the instance has unmapped the buckets of every connection that has ended. It does so, and closes
-        its end, after what it is doing; or it dies."""
+        """Return when the instance has unmapped the staging buffers of every connection that has ended. It does so,
+        and closes its end, after what it is doing; or it dies."""
         leaving = [connection for connection in self._leaving if connection.instance_id == instance_id]
         await asyncio.gather(*(connection.closed.wait() for connection in leaving))
 
@@ -70,7 +70,7 @@ class StagingConnections:
             connection.end(StagingGone("its stage connection has ended"))
 
     def close(self) -> None:
-        """Ends all of them, and waits for no instance."""
+        """Closes all connections, and waits for no instance."""
         for instance_id in list(self._connections):
             self.drop(instance_id)
         for connection in list(self._leaving):
@@ -129,7 +129,7 @@ class _Connection:
 
     def end(self, why: StagingGone) -> None:
         """Ask nothing more, and raise `why` in every waiter. The instance reads the end of the connection, unmaps every
-        bucket and closes its own end, which sets `closed`. Idempotent."""
+        staging buffer and closes its own end, which sets `closed`. Idempotent."""
         if self._has_ended:
             return
         self._has_ended = True

@@ -54,7 +54,7 @@ class Asker(Protocol):
         ...
 
     async def let_go(self, instance_id: str) -> None:
-        """Return when an instance whose connection has ended has unmapped its buckets."""
+        """Return when an instance whose connection has ended has unmapped its staging buffers."""
         ...
 
 
@@ -141,7 +141,7 @@ class StagedPlane:
     async def round(
         self, card: str, offered: BlobList, receiver: BorrowedReceiver, wanted: BlobList, *, peer: str
     ) -> None:
-        """Move one chunk from card to card."""
+        """One chunk from card to card."""
 
         async def fetch(key: str, *, reserve: Reserve) -> messages.Done:
             await reserve()
@@ -160,8 +160,8 @@ class StagedPlane:
         await self._instances.ask(staged.instance_id, request, self._answer_seconds)
 
     async def close(self, staged: StagedBy, buffer_id: str) -> None:
-        """Return when the instance has unmapped the buffer: it answered, or its connection ended and it has let go. The
-        driver does not refuse to free a staging buffer that an instance uses; the instance's context would break."""
+        """Return when the instance has unmapped a staging buffer: it answered, or its connection ended and it has let
+        go. The driver does not refuse to free a buffer that an instance uses; the instance's context would break."""
         request = pb.StageRequest(close_bucket=pb.CloseBucket(bucket_id=buffer_id))
         try:
             await self._instances.ask(staged.instance_id, request, CLOSE_SECONDS)
@@ -207,7 +207,7 @@ class _Job:
         """The source's staging buffer if the source is on another card."""
         self._peer = peer
         self.letting_go: asyncio.Task[object] | None = None
-        """The source unmaps its own bucket."""
+        """The source unmaps its staging buffer."""
         self._is_local = source.device_id == destination.device_id
 
     @property
@@ -234,8 +234,8 @@ class _Job:
         )
 
     async def run(self, receiver: BorrowedReceiver) -> None:
-        """Moves everything. Raises MoveFailed, CardError. When it ends no instance copies or has the receiver's buffer
-        mapped, however long that takes; `letting_go` says so of the source's."""
+        """Moves everything. Raises MoveFailed, CardError. Afterwards no instance copies or has the receiver's staging
+        buffer mapped, however long that takes; `letting_go` says so of the source's."""
         begun = time.monotonic()
         if self._making is not None:
             try:
