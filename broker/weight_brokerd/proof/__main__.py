@@ -1,4 +1,4 @@
-"""Compares this machine's drivers with their sources: `python -m weight_brokerd.proof [--table] [--json FILE] [KIND]`.
+"""Compares the drivers of this machine with their sources: `python -m weight_brokerd.proof [--json FILE] [KIND]`.
 
 No model is needed and nothing is changed. Exit status 1 if a row is unlike its source.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from weight_brokerd.proof import report
+from weight_brokerd.proof.occupants import occupants
 from weight_brokerd.proof.processes import NotRun, Scene
 from weight_brokerd.proof.row import Outcome, Row, run
 
@@ -24,6 +25,7 @@ class Proof(Protocol):
     """What such a module has."""
 
     ROWS: tuple[Row[Any], ...]
+    DEVICE_FILES: str
 
     def make_scene(self) -> Scene:
         """For one row."""
@@ -46,6 +48,8 @@ def main() -> int:
     outcomes: list[Outcome[Any]] = []
     for kind, proof in proofs.items():
         try:
+            if not options.beside:
+                _require_free(proof)
             facts[kind] = proof.facts()
         except NotRun as why:
             _say(f"{kind}: not run: {why}")
@@ -55,6 +59,12 @@ def main() -> int:
         options.json.write_text(report.content(outcomes, facts))
         _say(f"{options.json} has all of it; attach this file to a report")
     return _status(outcomes)
+
+
+def _require_free(proof: Proof) -> None:
+    if pids := occupants(proof.DEVICE_FILES):
+        listed = ", ".join(map(str, pids))
+        raise NotRun(f"processes {listed} use the devices; end them, or prove beside them with --beside")
 
 
 def _printed(proof: Proof) -> Iterator[Outcome[Any]]:
@@ -77,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="weight_brokerd.proof", description=__doc__)
     parser.add_argument("kind", nargs="?", choices=PROOFS, help="the only kind of memory to look at")
     parser.add_argument("--table", action="store_true", help="print the contract and run nothing")
+    parser.add_argument("--beside", action="store_true", help="run although other processes use the devices")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was seen to this file too")
     return parser
 

@@ -141,6 +141,7 @@ def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="instead: compare the drivers of this machine's devices with their sources, in processes that use the "
         "devices for a minute; write FILE (proof.json) to attach to a report",
     )
+    command.add_argument("--beside", action="store_true", help="with --prove: although other processes use the devices")
 
 
 def _add_drain(commands: _Commands[argparse.ArgumentParser]) -> None:
