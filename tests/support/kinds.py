@@ -80,9 +80,11 @@ async def _connect() -> CardsConfiguration:
     return CardsConfiguration("127.0.0.1", 1)
 
 
-def npu_kind(cards: ScriptedCards, stages: Stages, events: KindEvents, path: str = "auto") -> NpuKind:
+def npu_kind(
+    cards: ScriptedCards, stages: Stages, events: KindEvents, path: str = "auto", *, peer_copy: bool = False
+) -> NpuKind:
     """NPUs on scripted cards; to be started."""
-    return NpuKind(_connect, QuietWorker(), stages, events, path=path, supervise=cards.supervise)
+    return NpuKind(_connect, QuietWorker(), stages, events, path=path, peer_copy=peer_copy, supervise=cards.supervise)
 
 
 def control_of(*kinds: Kind, stages: Stages | None = None) -> tuple[Control, Kinds]:

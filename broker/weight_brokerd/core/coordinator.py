@@ -35,6 +35,7 @@ from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
     ColdLoadLease,
+    DataPlane,
     FailureCause,
     Instance,
     InstanceState,
@@ -193,11 +194,13 @@ class Coordinator:
         decisions = self._settle(now, acquisition.key.id)
         return [*decisions, WeightSetChanged(acquisition.key.id)]
 
-    def reserved(self, transfer_id: str) -> Decisions:
-        """The source is kept readable for the transfer: its receiver is told, and bytes that the broker moves, move."""
+    def reserved(self, transfer_id: str, data_plane: DataPlane) -> Decisions:
+        """The source is kept readable, and `data_plane` is to move the bytes: the receiver is told, and bytes that the
+        broker moves, move."""
         transfer = self.transfers.running.get(transfer_id)
         if transfer is None:
             return []
+        transfer.data_plane = data_plane
         moves: Decisions = [Move(transfer)] if transfer.broker_copies else []
         return [Grant(transfer.acquisition_id, transfer), *moves]
 
@@ -207,6 +210,15 @@ class Coordinator:
         if transfer is None:
             return []
         return self._endings.try_next(transfer, FailureCause.SOURCE_UNREACHABLE, why, now) + self._settle(now)
+
+    def routed(self, transfer_id: str, data_plane: DataPlane) -> Decisions:
+        """The transfer takes this data plane now. If the receiver was told of another one, the transfer is granted
+        again."""
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None or transfer.data_plane is data_plane:
+            return []
+        transfer.data_plane = data_plane
+        return [Grant(transfer.acquisition_id, transfer), TransferChanged(transfer)]
 
     def staged(self, transfer_id: str) -> Decisions:
         """The receiver's memory cannot be mapped, and its owner copies it from now on: the transfer is granted again,

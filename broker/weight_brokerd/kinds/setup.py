@@ -19,7 +19,7 @@ from weight_brokerd.kinds.host.kind import HostKind
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.kind import Kind, KindEvents
 from weight_brokerd.kinds.npu.kind import NpuKind
-from weight_brokerd.kinds.npu.settings import cards_configuration, why_no_cards
+from weight_brokerd.kinds.npu.settings import cards_configuration, offers_peer_copy, why_no_cards
 from weight_brokerd.kinds.npu.worker import DatasystemWorker, ExternalWorker
 from weight_brokerd.kinds.registry import Kinds
 
@@ -62,7 +62,7 @@ def _npus(config: Config, runtime_directory: Path, stages: Stages, events: KindE
         host, port = await worker.start()
         return cards_configuration(config, host, port, files)
 
-    yield NpuKind(connect, worker, stages, events, path=config.cards.path)
+    yield NpuKind(connect, worker, stages, events, path=config.cards.path, peer_copy=offers_peer_copy(config.cards))
 
 
 def _worker(config: Config, files: Path, events: KindEvents) -> DatasystemWorker:

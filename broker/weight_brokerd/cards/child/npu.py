@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from weight_broker.drivers import acl
-from weight_broker.drivers.acl import EXPORT_TO_ANY_PROCESS, Acl, MemcpyKind, device_id
+from weight_broker.drivers.acl import (
+    EXPORT_TO_ANY_PROCESS,
+    IMPORT_DEFAULT,
+    IMPORT_WITH_PEER_ACCESS,
+    Acl,
+    MemcpyKind,
+    device_id,
+)
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child.engine import Engine
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
@@ -24,20 +31,24 @@ class NpuDriver:
         self._device = device
         self._chunks: dict[int, tuple[int, int]] = {}
         """Handle here and number of uses, by shareable handle."""
+        self._peers: set[str] = set()
+        """Other cards whose memory this process may reach."""
 
     def map(self, region: ImportRegion, undo: ExitStack) -> int:
-        """Imports an allocation by its key, or maps chunks by their handles."""
+        """Imports an allocation by its key, or maps chunks. A region that names a card is on another one."""
         if region.ipc_handle:
             raise NotPossible("this process owns an NPU, and the region is a GPU's memory")
+        if region.device_id:
+            self._reach(region.device_id)
         if not region.export_key:
             return self._map_chunks(region, undo)
         key = bytes.fromhex(region.export_key)
-        address = self._acl.ipc_import(key)
+        address = self._acl.ipc_import(key, IMPORT_WITH_PEER_ACCESS if region.device_id else IMPORT_DEFAULT)
         undo.callback(self._acl.ipc_close, key)
         return address
 
     def copy(self, pairs: Sequence[tuple[Span, Span]]) -> None:
-        """Within the card."""
+        """Between addresses of the card, also where they are another card's memory."""
         for (destination, size), (source, _) in pairs:
             self._acl.memcpy(destination, size, source, size, MemcpyKind.DEVICE_TO_DEVICE)
         self._acl.synchronize_device()
@@ -57,6 +68,16 @@ class NpuDriver:
     def end_export(self, key: bytes) -> None:
         """Of `export`."""
         self._acl.ipc_close(key)
+
+    def _reach(self, peer: str) -> None:
+        """Chunks need this call, keys the flag of their import as well."""
+        if peer in self._peers:
+            return
+        found = [index for index in range(self._acl.device_count()) if device_id(self._acl, index) == peer]
+        if not found:
+            raise NotPossible(f"this process sees no card {peer}")
+        self._acl.enable_peer_access(found[0])
+        self._peers.add(peer)
 
     def _map_chunks(self, region: ImportRegion, undo: ExitStack) -> int:
         handles, chunk = region.shareable_handles, region.chunk_bytes
