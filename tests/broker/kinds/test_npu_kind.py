@@ -12,7 +12,7 @@ from support.asynchronous import on_a_loop
 from support.kinds import RecordedEvents, npu_kind
 from support.scripted_cards import ScriptedCards
 from weight_broker.layout import Layout, TensorSpec
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.dataplane.plane import MoveFailed, Place, PlaneName, StagedBy
@@ -62,7 +62,9 @@ async def test_a_broker_that_stops_while_it_looks_for_cards_closes_what_it_start
         is_made.set()
         return made[-1]
 
-    kind = NpuKind(connect, NoWorker(), Stages(lambda _instance_id, _why: None), RecordedEvents(), supervise=make)
+    kind = NpuKind(
+        connect, NoWorker(), StagingConnections(lambda _instance_id, _why: None), RecordedEvents(), supervise=make
+    )
     kind.start()
     async with asyncio.timeout(5):
         await is_made.wait()
@@ -83,8 +85,8 @@ STAGED = Place("npu", "npu:1", stage=StagedBy("second", "s"))
 
 
 async def ready(cards: ScriptedCards, *, peer_copy: bool) -> NpuKind:
-    stages = Stages(lambda _instance_id, _why: None)
-    kind = npu_kind(cards, stages, RecordedEvents(), peer_copy=peer_copy)
+    staging = StagingConnections(lambda _instance_id, _why: None)
+    kind = npu_kind(cards, staging, RecordedEvents(), peer_copy=peer_copy)
     kind.start()
     await kind.ready()
     return kind

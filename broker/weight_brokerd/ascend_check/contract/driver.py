@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -22,6 +23,8 @@ HBM_HUGE_PAGES = 4
 TO_DEVICE, FROM_DEVICE, WITHIN_DEVICE = 1, 2, 3
 ROOT_INFO_BYTES = 4108
 PORTS_CHOSEN = {"HCCL_NPU_SOCKET_PORT_RANGE": "auto", "HCCL_HOST_SOCKET_PORT_RANGE": "auto"}
+
+_CONTAINER = ("unshare", "--user", "--map-root-user", "--mount")
 
 Argument = tuple[str, Any]
 OUT_POINTER: Argument = ("out ptr", 0)
@@ -83,9 +86,10 @@ class Answer:
 class DriverProcess:
     """A process that calls the driver."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], wrapper: Sequence[str] = ()) -> None:
+        """`wrapper`: the command that starts it."""
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "weight_brokerd.ascend_check.contract.worker"],
+            [*wrapper, sys.executable, "-m", "weight_brokerd.ascend_check.contract.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -226,6 +230,14 @@ class Scene:
         process.code("aclInit", NULL)
         process.value("aclrtSetDevice", i32(device))
         return process
+
+    def in_a_container(self) -> DriverProcess:
+        """An initialised process in a mount namespace of its own, and not root for the host."""
+        if shutil.which(_CONTAINER[0]) is None:
+            raise NotRun(f"there is no {_CONTAINER[0]}")
+        self._processes.append(DriverProcess(self._environment, _CONTAINER))
+        self._processes[-1].code("aclInit", NULL)
+        return self._processes[-1]
 
     def __enter__(self) -> Self:
         return self

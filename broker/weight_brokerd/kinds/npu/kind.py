@@ -58,20 +58,20 @@ class NpuKind:
         self,
         connect: Connect,
         worker: DatasystemWorker,
-        stages: Asker,
+        staging: Asker,
         events: KindEvents,
         *,
         path: str = "auto",
         peer_copy: bool = False,
         supervise: Supervise = CardSupervisor,
     ) -> None:
-        """`stages`: the instances that copy by themselves; `path`: `direct`, `staged` or `auto`; `peer_copy`: whether
+        """`staging`: the instances that copy by themselves; `path`: `direct`, `staged` or `auto`; `peer_copy`: whether
         a card may map memory of another one."""
         self._connect = connect
         self._worker = worker
-        self._stages = stages
+        self._staging = staging
         self._events = events
-        self._places = NpuPlaces(path, stages)
+        self._places = NpuPlaces(path, staging)
         self._offers_peer_copy = peer_copy
         self._supervise = supervise
         self._parts: _Parts | None = None
@@ -184,7 +184,7 @@ class NpuKind:
         staged = StagedPlane(
             cards,
             datasystem,
-            self._stages,
+            self._staging,
             staging_bytes=configuration.staging_bytes,
             answer_seconds=configuration.request_seconds,
         )
