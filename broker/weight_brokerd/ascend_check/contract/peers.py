@@ -55,7 +55,7 @@ def peer(scene: Scene) -> object:
 
 
 @row(
-    "P6.default",
+    "P6.peer_default",
     "aclrtIpcMemImportByKey",
     done="on another card: import with flag 0, nothing enabled",
     expected=REFUSED,
@@ -69,7 +69,7 @@ def default(scene: Scene) -> object:
 
 
 @row(
-    "P6.flag",
+    "P6.peer_flag",
     "aclrtIpcMemImportByKey",
     done="on another card: import with flag 1, nothing enabled before",
     expected=REFUSED,
@@ -83,7 +83,7 @@ def flag(scene: Scene) -> object:
 
 
 @row(
-    "P6.chunk",
+    "P6.peer_chunk",
     "aclrtDeviceEnablePeerAccess",
     "aclrtMemImportFromShareableHandle",
     done="on another card: refused; peer access enabled, a chunk imported, mapped, copied into own memory: its bytes",
@@ -106,7 +106,7 @@ def chunk(scene: Scene) -> object:
 
 
 @row(
-    "P6.death",
+    "P6.peer_death",
     "aclrtIpcMemImportByKey",
     done="on another card, imported: the exporter is killed; the importer reads; its own memory then",
     expected=(REFUSED, REFUSED),
