@@ -1,8 +1,9 @@
 """What do the card processes add to the datasystem's own device transfers?
 
 The same dev_mset, dev_mget and dev_local_delete of the same bytes: by two plain processes with a client each, and by
-the card processes through `CardSupervisor`. Both move between two cards of the double of Ascend's driver, over
-communicators that are set up. Nothing of it says how fast an NPU is. Run by `make benchmark-ascend`.
+the card processes through `CardSupervisor`; beside them the copy between cards (peer_copy). All move between two cards
+of the double of Ascend's driver, over communicators that are set up. Nothing of it says how fast an NPU is. Run by
+`make benchmark-ascend`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.harness import Options
@@ -77,6 +78,7 @@ async def _measure(
         for tensors in TENSORS:
             spans = _spans(shared.source.size, tensors)
             rows += await _whole_transfers(options, cards, plain, shared, spans)
+            rows.append(await _peer_copy(options, cards, shared, spans))
             if not await asyncio.to_thread(_equal, shared, spans):
                 raise AssertionError("what arrived is not what was sent")
         rows.append(await _first_byte(cards, plain, shared))
@@ -147,6 +149,28 @@ async def _whole_transfers(
     ]
 
 
+async def _peer_copy(options: Options, cards: CardSupervisor, shared: _Pair, spans: Spans) -> Row:
+    """The same bytes, copied by a process of the destination's card that maps both sides."""
+    loop = asyncio.get_running_loop()
+
+    def datasystem() -> float:
+        return asyncio.run_coroutine_threadsafe(_move(cards, shared, spans), loop).result()["all"]
+
+    def peer_copy() -> float:
+        return asyncio.run_coroutine_threadsafe(_copy(cards, shared, spans), loop).result()
+
+    rounds = max(options.rounds, _LEAST_ROUNDS)
+    arms = {"peer_copy": peer_copy, "datasystem": datasystem}
+    seconds = await asyncio.to_thread(interleaved, arms, rounds=rounds, warm_up=2)
+    return Row(
+        f"peer_copy, {size(sum(length for _, length in spans))} as {len(spans)}",
+        str(seconds["peer_copy"]),
+        f"{seconds['datasystem']} through the datasystem",
+        f"{number(seconds['peer_copy'].ratio_to(seconds['datasystem']))} x",
+        conditions=f"both sides mapped and unmapped each time; {rounds} rounds",
+    )
+
+
 async def _first_byte(cards: CardSupervisor, plain: _Pair, shared: _Pair) -> Row:
     """A transfer of little is over when its first bytes are there."""
     loop = asyncio.get_running_loop()
@@ -213,6 +237,16 @@ async def _move(cards: CardSupervisor, pair: _Pair, spans: Spans) -> dict[str, f
     ended = time.perf_counter()
     in_engine = offered["dev_mset"] + fetched.seconds["dev_mget"] + withdrawn.seconds["dev_local_delete"]
     return {"arrived": arrived - begun, "all": ended - begun, "engine": in_engine}
+
+
+async def _copy(cards: CardSupervisor, pair: _Pair, spans: Spans) -> float:
+    """Seconds of the whole copy."""
+    source = replace(pair.source.region, device_id=pair.source.card)
+    given, taken = pair.source.blobs(*spans), pair.destination.blobs(*spans)
+    begun = time.perf_counter()
+    regions = [source, pair.destination.region]
+    await cards.copy(pair.destination.card, given, taken, regions, timeout=_TIMEOUT_SECONDS)
+    return time.perf_counter() - begun
 
 
 def _move_plainly(pair: _Pair, spans: Spans) -> tuple[float, float, float]:

@@ -19,13 +19,6 @@ class MemoryKind(enum.StrEnum):
     CUDA = "cuda"
 
 
-class Reach(enum.Enum):
-    """How far one process can copy memory of a kind without a data plane that crosses devices."""
-
-    DEVICE = "device"
-    HOST = "host"
-
-
 @dataclass(frozen=True, slots=True)
 class Traits:
     """What follows from the kind of memory alone."""
@@ -36,7 +29,6 @@ class Traits:
     """Whether the broker moves the bytes; if not, the receiver copies or maps them itself."""
     outlives_owner: bool
     """Whether the memory stays readable after its owner has ended."""
-    copies_within: Reach
     is_packed: bool
     """Whether a region holds only a tensor's elements, without the gaps between them."""
     has_devices: bool
@@ -52,7 +44,6 @@ TRAITS: dict[str, Traits] = {
         wire_number=1,
         broker_copies=False,
         outlives_owner=True,
-        copies_within=Reach.HOST,
         is_packed=True,
         has_devices=False,
         can_be_staged=False,
@@ -62,7 +53,6 @@ TRAITS: dict[str, Traits] = {
         wire_number=2,
         broker_copies=True,
         outlives_owner=False,
-        copies_within=Reach.DEVICE,
         is_packed=False,
         has_devices=True,
         can_be_staged=True,
@@ -72,7 +62,6 @@ TRAITS: dict[str, Traits] = {
         wire_number=3,
         broker_copies=True,
         outlives_owner=False,
-        copies_within=Reach.HOST,
         is_packed=False,
         has_devices=True,
         can_be_staged=False,

@@ -17,6 +17,7 @@ from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.copy import CopyPlane
 from weight_brokerd.dataplane.datasystem import DatasystemPlane
+from weight_brokerd.dataplane.peer_copy import PeerCopyPlane
 from weight_brokerd.dataplane.plane import DataPlane, MoveFailed, Place, PlaneName, StagedBy
 from weight_brokerd.dataplane.staged import StagedPlane
 
@@ -68,6 +69,12 @@ def datasystem() -> Harness:
     return Harness(plane, cards, ServingConnections(), mapped("source", "npu:0"), mapped("destination", "npu:1"))
 
 
+def peer_copy() -> Harness:
+    cards = ScriptedCards("npu:0", "npu:1")
+    plane = PeerCopyPlane(cards, DatasystemPlane(cards, may_stage=True), may_stage=True)
+    return Harness(plane, cards, ServingConnections(), mapped("source", "npu:0"), mapped("destination", "npu:1"))
+
+
 def through_buffers(source: Place, destination: Place) -> Harness:
     cards = ScriptedCards("npu:0", "npu:1")
     staging = ServingConnections("source", "destination")
@@ -88,8 +95,8 @@ def staged_both() -> Harness:
     return through_buffers(staged("source", "npu:0"), staged("destination", "npu:0"))
 
 
-PLANES = [copy, datasystem, staged_source, staged_destination, staged_both]
-MAPS_DESTINATION = [copy, datasystem, staged_source]
+PLANES = [copy, peer_copy, datasystem, staged_source, staged_destination, staged_both]
+MAPS_DESTINATION = [copy, peer_copy, datasystem, staged_source]
 
 
 @pytest.fixture(params=PLANES, ids=lambda make: make.__name__)
@@ -141,6 +148,7 @@ async def test_a_failure_says_whose_it_is_and_how_far_the_bytes_came(make: Calla
         await host.move()
     assert failed.value.cause is FailureCause.SOURCE_UNREACHABLE
     assert not failed.value.needs_staging
+    assert failed.value.instead is None
 
 
 @pytest.mark.parametrize("make", MAPS_DESTINATION, ids=lambda make: make.__name__)
@@ -152,7 +160,7 @@ async def test_memory_of_the_receiver_that_cannot_be_mapped_may_be_staged(make: 
         await host.move()
     error = failed.value
     assert (error.cause, error.needs_staging) == (FailureCause.RECEIVER, True)
-    assert (error.touched, error.quiesced) == (False, True)
+    assert (error.touched, error.quiesced, error.instead) == (False, True, None)
     assert host.cards.buffers == set()
 
 

@@ -46,6 +46,7 @@ LAYOUTS = [
 ]
 DEVICES = [("cpu", ""), ("npu", "npu:0"), ("npu", "npu:1")]
 """Kinds of memory and cards: host memory is copied by its receiver, device memory by the broker."""
+data_planes = st.sampled_from([plane for plane in DataPlane if plane.is_known])
 LEASE_SECONDS = 60.0
 WAIT_SECONDS = 300.0
 
@@ -266,7 +267,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.reserving.remove(transfer)
             is_known = transfer.transfer_id in self.coordinator.transfers.running
             if works:
-                decisions = self.coordinator.reserved(transfer.transfer_id)
+                decisions = self.coordinator.reserved(transfer.transfer_id, data.draw(data_planes))
             else:
                 decisions = self.coordinator.not_reserved(transfer.transfer_id, "test", self.now)
             assert is_known or not decisions, "the answer comes too late and changes nothing"
@@ -393,9 +394,7 @@ class CoreMachine(RuleBasedStateMachine):
     def move(self, transfer: Transfer) -> None:
         assert transfer.transfer_id in self.granted
         if transfer.state is TransferState.RUNNING:
-            acquisition = self.coordinator.acquisitions[transfer.acquisition_id]
-            is_same_device = transfer.publication.device_id == acquisition.device_id
-            assert (transfer.data_plane is DataPlane.LOCAL) == is_same_device
+            assert transfer.data_plane.is_known
             self.writing.add(transfer.transfer_id)
 
     def end(self, transfer: Transfer) -> None:

@@ -12,7 +12,7 @@ from support.scripted_cards import ScriptedCards
 from support.sealed_memory import memfd
 from weight_broker.errors import PublishRefused
 from weight_broker.key import WeightSetKey
-from weight_broker.kinds import TRAITS, Reach, Traits
+from weight_broker.kinds import TRAITS, Traits
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import weight_set_pb2 as pb
 from weight_brokerd.cards.configuration import CardsConfiguration
@@ -37,7 +37,6 @@ FOURTH_TRAITS = Traits(
     wire_number=4,
     broker_copies=True,
     outlives_owner=True,
-    copies_within=Reach.HOST,
     is_packed=True,
     has_devices=True,
     can_be_staged=False,

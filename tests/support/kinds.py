@@ -80,9 +80,17 @@ async def _connect() -> CardsConfiguration:
     return CardsConfiguration("127.0.0.1", 1)
 
 
-def npu_kind(cards: ScriptedCards, staging: StagingConnections, events: KindEvents, path: str = "auto") -> NpuKind:
+def npu_kind(
+    cards: ScriptedCards,
+    staging: StagingConnections,
+    events: KindEvents,
+    path: str = "auto",
+    *,
+    peer_copy: bool = False,
+) -> NpuKind:
     """NPUs on scripted cards; to be started."""
-    return NpuKind(_connect, QuietWorker(), staging, events, path=path, supervise=cards.supervise)
+    worker = QuietWorker()
+    return NpuKind(_connect, worker, staging, events, path=path, peer_copy=peer_copy, supervise=cards.supervise)
 
 
 def control_of(*kinds: Kind, staging: StagingConnections | None = None) -> tuple[Control, Kinds]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.decisions import Decisions
+from weight_brokerd.core.model import DataPlane
 
 
 class LocalCoordinator(Coordinator):
@@ -15,5 +16,5 @@ class LocalCoordinator(Coordinator):
         for decision in super()._settle(now, *touched):
             decisions.append(decision)
             if isinstance(decision, decide.Reserve):
-                decisions += self.reserved(decision.transfer.transfer_id)
+                decisions += self.reserved(decision.transfer.transfer_id, DataPlane.LOCAL)
         return decisions

@@ -48,6 +48,9 @@ class ScriptedCards:
         """Card of each registered region."""
         self.refused: set[str] = set()
         """Regions that the driver does not let a card import."""
+        self.peers_refused: set[str] = set()
+        """Regions that it does not let another card import."""
+        self.imported: list[ImportRegion] = []
         self.clinging: set[str] = set()
         """Regions that the driver does not let go of."""
         self.gate: asyncio.Event | None = None
@@ -165,8 +168,9 @@ class ScriptedCards:
 
     def _import(self, regions: Sequence[ImportRegion]) -> None:
         for region in regions:
-            if region.region_id in self.refused:
+            if region.region_id in self.refused or (region.device_id and region.region_id in self.peers_refused):
                 raise ImportRefused("507899: the driver refuses", region.region_id)
+            self.imported.append(region)
 
     async def _move(self, name: str, timeout: float) -> None:
         try:

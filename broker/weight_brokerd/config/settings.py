@@ -84,6 +84,10 @@ class CardSettings:
     """LD_PRELOAD of the card processes; none if empty."""
     path: str = _setting("auto", rules.one_of("auto", "direct", "staged"))
     """How device memory is read and filled: in place, through a staging buffer of the broker, or either way."""
+    peer_copy: str = _setting("off", rules.one_of("off", "on", "auto"))
+    """Whether a card may map memory of another one and copy it, instead of the datasystem. `auto`: as `proof` says."""
+    proof: str = _setting("", rules.absolute_path)
+    """The `proof.json` that was made on this host, for `peer_copy`."""
     staging_bytes: int = _setting(64 << 20, rules.whole_number(1 << 20, 16 << 30))
     """Device memory of one staging buffer."""
     receivers_per_card: int = _setting(2, rules.whole_number(1, 64))

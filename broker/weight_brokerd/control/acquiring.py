@@ -10,9 +10,9 @@ from weight_brokerd.control.mailboxes import Granted, Mailbox, Mailboxes, Moved
 from weight_brokerd.control.movements import Movements
 from weight_brokerd.control.publishing import Publishing
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.model import Acquisition, Arrival, FailureCause
+from weight_brokerd.core.model import Acquisition, Arrival, DataPlane, FailureCause
 from weight_brokerd.core.transfers import Transfer
-from weight_brokerd.dataplane.plane import MoveFailed, Place
+from weight_brokerd.dataplane.plane import MoveFailed, Place, shown_as
 from weight_brokerd.kinds.registry import Kinds
 from weight_brokerd.telemetry.audit import audit
 
@@ -100,6 +100,10 @@ class Acquiring:
             )
         )
 
+    def routed(self, transfer: Transfer, data_plane: DataPlane) -> None:
+        """This data plane begins to move the bytes."""
+        self._loop.carry_out(self._loop.coordinator.routed(transfer.transfer_id, data_plane))
+
     def staged(self, transfer: Transfer) -> None:
         """The receiver copies from now on: the same transfer is granted again, with its new path."""
         destination = self._destinations.get(transfer.acquisition_id)
@@ -124,7 +128,8 @@ class Acquiring:
         memory = self._kinds.of(publication.device_kind).grant(transfer)
         # Serialized messages that follow each other are one message with the fields of both.
         self._reserved[transfer.transfer_id] = memory + self._publishing.digests_of(publication)
-        self._loop.carry_out(self._loop.coordinator.reserved(transfer.transfer_id))
+        data_plane = self._data_plane(transfer)
+        self._loop.carry_out(self._loop.coordinator.reserved(transfer.transfer_id, data_plane))
 
     def move(self, transfer: Transfer) -> None:
         acquisition = self._loop.coordinator.acquisitions.find(transfer.acquisition_id)
@@ -138,3 +143,13 @@ class Acquiring:
         self._reserved.pop(transfer.transfer_id, None)
         self._movements.stop(transfer)
         self._kinds.of(transfer.publication.device_kind).end(transfer)
+
+    def _data_plane(self, transfer: Transfer) -> DataPlane:
+        """What is to move the bytes: the receiver, or what its kind of memory chooses."""
+        if not transfer.broker_copies:
+            return DataPlane.LOCAL
+        destination = self._destinations.get(transfer.acquisition_id)
+        if destination is None:  # the call ended while this decision was queued
+            return DataPlane.UNKNOWN
+        source = self._publishing.place_of(transfer.publication)
+        return shown_as(self._kinds.route(source, destination).name, source, destination)

@@ -19,7 +19,7 @@ from weight_brokerd.control.sessions import Sessions
 from weight_brokerd.control.watch import WatchHub
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.coordinator import Coordinator
-from weight_brokerd.core.model import ColdLoadLease
+from weight_brokerd.core.model import ColdLoadLease, DataPlane
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 from weight_brokerd.directory.protocol import Directory
@@ -85,6 +85,7 @@ class Control:
             waiting_acquisitions=len(core.acquisitions.waiting),
             cold_load_leases=sum(1 for record in core.weight_sets if record.lease is not None),
             cards=count_by_state([card for _, card in self.kinds.health]),
+            transfers={str(plane): core.transfers.succeeded[plane] for plane in DataPlane if plane.is_known},
         )
 
     def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:

@@ -13,10 +13,11 @@ from typing import Protocol
 
 import structlog
 
+from weight_brokerd.core import model
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
-from weight_brokerd.dataplane.plane import DataPlane, MoveFailed, PhaseSeconds, Place
+from weight_brokerd.dataplane.plane import DataPlane, MoveFailed, PhaseSeconds, Place, shown_as
 
 log = structlog.get_logger()
 
@@ -29,6 +30,9 @@ class MovementEvents(Protocol):
 
     def not_moved(self, transfer: Transfer, failure: MoveFailed) -> None:
         """The movement has failed; `failure` says how far it got."""
+
+    def routed(self, transfer: Transfer, data_plane: model.DataPlane) -> None:
+        """This data plane begins to move the bytes."""
 
     def staged(self, transfer: Transfer) -> None:
         """The card does not map the receiver's memory: its owner copies it, in this and all later transfers."""
@@ -176,7 +180,7 @@ class Movements:
     ) -> PhaseSeconds:
         """Move the bytes. Memory that the card refuses to map is staged if the receiver offered that."""
         try:
-            return await self._move_by_route(transfer, source, destination, deadline)
+            return await self._move_by_route(entry, transfer, source, destination, deadline, events)
         except MoveFailed as error:
             may_stage = error.needs_staging and error.quiesced and destination.stage is not None
             if not may_stage or entry.transfer is not transfer:
@@ -184,13 +188,39 @@ class Movements:
             entry.touched = entry.touched or error.touched
             log.info("transfer_staged", transfer_id=transfer.transfer_id, why=str(error))
         events.staged(transfer)
-        return await self._move_by_route(transfer, source, destination.as_staged, deadline)
+        return await self._move_by_route(entry, transfer, source, destination.as_staged, deadline, events)
 
     async def _move_by_route(
-        self, transfer: Transfer, source: Place, destination: Place, deadline: float
+        self,
+        entry: _Acquisition,
+        transfer: Transfer,
+        source: Place,
+        destination: Place,
+        deadline: float,
+        events: MovementEvents,
     ) -> PhaseSeconds:
-        remaining = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        """Move the bytes by the plane that the kind chooses, or by the one that this plane names instead."""
         plane = self._route(source, destination)
-        return await plane.move(
-            transfer.publication.layout, source, destination, timeout=remaining, peer=transfer.transfer_id
-        )
+        try:
+            return await _move_by(plane, transfer, source, destination, deadline, events)
+        except MoveFailed as error:
+            if error.instead is None or entry.transfer is not transfer:
+                raise
+            plane = error.instead
+            log.info("transfer_rerouted", transfer_id=transfer.transfer_id, plane=plane.name, why=str(error))
+        return await _move_by(plane, transfer, source, destination, deadline, events)
+
+
+async def _move_by(
+    plane: DataPlane,
+    transfer: Transfer,
+    source: Place,
+    destination: Place,
+    deadline: float,
+    events: MovementEvents,
+) -> PhaseSeconds:
+    events.routed(transfer, shown_as(plane.name, source, destination))
+    remaining = max(deadline - asyncio.get_running_loop().time(), 0.0)
+    return await plane.move(
+        transfer.publication.layout, source, destination, timeout=remaining, peer=transfer.transfer_id
+    )

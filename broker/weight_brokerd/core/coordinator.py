@@ -36,6 +36,7 @@ from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
     ColdLoadLease,
+    DataPlane,
     FailureCause,
     Instance,
     InstanceState,
@@ -194,11 +195,13 @@ class Coordinator:
         decisions = self._settle(now, acquisition.key.id)
         return [*decisions, WeightSetChanged(acquisition.key.id)]
 
-    def reserved(self, transfer_id: str) -> Decisions:
-        """The source stays readable for the transfer: grant it, and begin to move bytes that the broker moves."""
+    def reserved(self, transfer_id: str, data_plane: DataPlane) -> Decisions:
+        """The source stays readable for the transfer, and `data_plane` moves the bytes: grant it, and begin to move
+        bytes that the broker moves."""
         transfer = self.transfers.running.get(transfer_id)
         if transfer is None:
             return []
+        transfer.data_plane = data_plane
         moves: Decisions = [Move(transfer)] if transfer.broker_copies else []
         return [Grant(transfer.acquisition_id, transfer), *moves]
 
@@ -208,6 +211,15 @@ class Coordinator:
         if transfer is None:
             return []
         return self._endings.try_next(transfer, FailureCause.SOURCE_UNREACHABLE, why, now) + self._settle(now)
+
+    def routed(self, transfer_id: str, data_plane: DataPlane) -> Decisions:
+        """The transfer takes this data plane now. If the receiver was told of another one, the transfer is granted
+        again."""
+        transfer = self.transfers.running.get(transfer_id)
+        if transfer is None or transfer.data_plane is data_plane:
+            return []
+        transfer.data_plane = data_plane
+        return [Grant(transfer.acquisition_id, transfer), TransferChanged(transfer)]
 
     def staged(self, transfer_id: str) -> Decisions:
         """The receiver's memory cannot be mapped, so its owner copies it from now on: the transfer is granted again,

@@ -29,8 +29,16 @@ class TransferPath(enum.StrEnum):
 class DataPlane(enum.StrEnum):
     """What moves the bytes of a transfer."""
 
+    UNKNOWN = "unknown"
+    """Not routed yet."""
     LOCAL = "local"
+    PEER_COPY = "peer_copy"
     DATASYSTEM = "datasystem"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether something moves the bytes."""
+        return self is not DataPlane.UNKNOWN
 
 
 class IfAbsent(enum.StrEnum):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from weight_broker.errors import Reason, from_reason
-from weight_broker.kinds import TRAITS, Reach
+from weight_broker.kinds import TRAITS
 from weight_brokerd.core.model import Acquisition, DataPlane, TransferPath
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.sources import Holder, Reader
@@ -32,6 +32,7 @@ class Transfer:
     receiver: Holder
     path: TransferPath
     data_plane: DataPlane
+    """What moves the bytes now, or moved them; told by whoever routes the transfer."""
     started_at: float
     is_moved: bool = False
     """Whether the broker has moved every byte; the receiver verifies them."""
@@ -66,6 +67,8 @@ class TransferLog:
         self._numbers = itertools.count(1)
         self._ended: deque[Transfer] = deque(maxlen=remembered)
         self.running: dict[str, Transfer] = {}
+        self.succeeded: Counter[DataPlane] = Counter()
+        """Of this broker's life, by what moved the bytes."""
 
     def begin(self, acquisition: Acquisition, publication: Publication, now: float) -> Transfer:
         receiver = Holder(self._host_id, acquisition.instance_id)
@@ -75,7 +78,7 @@ class TransferLog:
             publication=publication,
             receiver=receiver,
             path=TransferPath.STAGED if publication.is_staged else acquisition.path,
-            data_plane=data_plane_between(publication, acquisition, self._host_id),
+            data_plane=DataPlane.UNKNOWN,
             started_at=now,
         )
         self.running[transfer.transfer_id] = transfer
@@ -96,17 +99,10 @@ class TransferLog:
         del self.running[transfer.transfer_id]
         transfer.state, transfer.failure, transfer.ended_at = state, failure, now
         self._ended.append(transfer)
+        if state is TransferState.SUCCEEDED:
+            self.succeeded[transfer.data_plane] += 1
 
     def newest_first(self, *, running_only: bool = False) -> list[Transfer]:
         """All known transfers, the newest first: an order that stays when a transfer ends."""
         known = [*self.running.values(), *([] if running_only else self._ended)]
         return sorted(known, key=lambda transfer: transfer.number, reverse=True)
-
-
-def data_plane_between(publication: Publication, acquisition: Acquisition, host_id: str) -> DataPlane:
-    """A local copy where one process reaches both sides, else the datasystem."""
-    within_host = publication.holder.host_id == host_id
-    is_reached = (
-        TRAITS[publication.device_kind].copies_within is Reach.HOST or publication.device_id == acquisition.device_id
-    )
-    return DataPlane.LOCAL if within_host and is_reached else DataPlane.DATASYSTEM

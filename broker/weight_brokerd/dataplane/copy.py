@@ -67,11 +67,11 @@ class CopyPlane:
                 destination.device_id, source_blobs, destination_blobs, list(regions.values()), timeout=timeout
             )
         except CardError as error:
-            raise self._failed(error, destination) from error
+            raise self._failed(error, source, destination) from error
         copying = done.seconds.get("copy", 0.0)
         return {"map": time.monotonic() - begun - copying, "transfer": copying}
 
-    def _failed(self, error: CardError, destination: Place) -> MoveFailed:
+    def _failed(self, error: CardError, source: Place, destination: Place) -> MoveFailed:
         own = {region.region_id for region in destination.regions}
         is_receivers = isinstance(error, ImportRefused) and error.region_id in own
         return MoveFailed(

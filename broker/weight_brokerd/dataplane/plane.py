@@ -15,6 +15,7 @@ from weight_brokerd.cards.offers import OfferEnd
 from weight_brokerd.cards.plan.blobs import BlobList
 from weight_brokerd.cards.plan.pieces import Placement
 from weight_brokerd.cards.receivers import Reserve
+from weight_brokerd.core import model
 from weight_brokerd.core.model import FailureCause
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class PlaneName(enum.StrEnum):
     HOST = "host"
     """The receiver copies or maps host memory itself; no data plane takes part."""
     COPY = "copy"
+    PEER_COPY = "peer_copy"
     DATASYSTEM = "datasystem"
     STAGED = "staged"
 
@@ -92,9 +94,12 @@ class MoveFailed(Exception):
         touched: bool,
         quiesced: bool = True,
         needs_staging: bool = False,
+        instead: DataPlane | None = None,
     ) -> None:
-        """`needs_staging`: the driver refuses to map the receiver's memory; its owner may copy it instead."""
+        """`needs_staging`: the driver refuses to map the receiver's memory; its owner may copy it instead. `instead`:
+        nothing was touched, and this plane may move the bytes."""
         super().__init__(message)
+        self.instead = instead
         self.needs_staging = needs_staging
         self.cause = cause
         self.touched = touched
@@ -106,7 +111,7 @@ class DataPlane(Protocol):
 
     @property
     def name(self) -> PlaneName:
-        """For the log."""
+        """For the log, and with the places for listings (`shown_as`)."""
 
     async def move(
         self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
@@ -118,6 +123,23 @@ class DataPlane(Protocol):
         `quiesced` False is raised instead.
         """
         ...
+
+
+_SHOWN = {
+    PlaneName.HOST: model.DataPlane.LOCAL,
+    PlaneName.COPY: model.DataPlane.LOCAL,
+    PlaneName.PEER_COPY: model.DataPlane.PEER_COPY,
+    PlaneName.DATASYSTEM: model.DataPlane.DATASYSTEM,
+}
+
+
+def shown_as(name: PlaneName, source: Place, destination: Place) -> model.DataPlane:
+    """What reports, listings and metrics say. Between staging buffers bytes move within a device, or through the
+    datasystem; that they are staged is the transfer's path."""
+    if name is PlaneName.STAGED:
+        within_device = source.device_id == destination.device_id
+        return model.DataPlane.LOCAL if within_device else model.DataPlane.DATASYSTEM
+    return _SHOWN[name]
 
 
 class Cards(Protocol):

@@ -20,7 +20,7 @@ from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.kind import Kind, KindEvents
 from weight_brokerd.kinds.npu.kind import NpuKind
 from weight_brokerd.kinds.npu.requirements import require
-from weight_brokerd.kinds.npu.settings import cards_configuration, why_no_cards
+from weight_brokerd.kinds.npu.settings import cards_configuration, offers_peer_copy, why_no_cards
 from weight_brokerd.kinds.npu.worker import DatasystemWorker, ExternalWorker
 from weight_brokerd.kinds.registry import Kinds
 
@@ -64,7 +64,8 @@ def _npus(config: Config, runtime_directory: Path, staging: StagingConnections, 
         host, port = await worker.start()
         return cards_configuration(config, host, port, files)
 
-    yield NpuKind(connect, worker, staging, events, path=config.cards.path)
+    offers = offers_peer_copy(config.cards)
+    yield NpuKind(connect, worker, staging, events, path=config.cards.path, peer_copy=offers)
 
 
 def _worker(config: Config, files: Path, events: KindEvents) -> DatasystemWorker:

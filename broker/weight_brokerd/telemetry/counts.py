@@ -19,3 +19,5 @@ class Counts:
     cold_load_leases: int
     cards: Mapping[str, int] = field(default_factory=dict)
     """By state."""
+    transfers: Mapping[str, int] = field(default_factory=dict)
+    """That succeeded since the broker started, by data plane."""

@@ -5,6 +5,7 @@ Names and labels:
   gRFC A66. Health and reflection are counted as `other`.
 - `weight_broker_<field>` for every number in `Counts`, read when Prometheus asks.
 - `weight_broker_cards{state}`: how many cards are ready, degraded, failed.
+- `weight_broker_transfers_total{data_plane}`: transfers that succeeded, by what moved the bytes.
 - `weight_broker_build_info{version}`, always 1.
 
 prometheus_client is imported only if the endpoint is on: it costs start time and memory.
@@ -42,6 +43,7 @@ _HELP = {
     "waiting_acquisitions": "Acquisitions that wait now.",
     "cold_load_leases": "Cold-load leases that are held now.",
     "cards": "Cards of this host, by whether they serve.",
+    "transfers": "Transfers that succeeded, by what moved the bytes.",
 }
 
 
@@ -75,14 +77,16 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """The gauges, for prometheus_client; called in a thread of the endpoint."""
-        from prometheus_client.core import GaugeMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+        by = {"cards": (GaugeMetricFamily, "state"), "transfers": (CounterMetricFamily, "data_plane")}
         reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
         for name, value in asdict(reading.result(_READ_SECONDS)).items():
             if not isinstance(value, Mapping):
                 yield GaugeMetricFamily(f"weight_broker_{name}", _HELP[name], value)
                 continue
-            family = GaugeMetricFamily(f"weight_broker_{name}", _HELP[name], labels=["state"])
+            make, label = by[name]
+            family = make(f"weight_broker_{name}", _HELP[name], labels=[label])
             for state, count in value.items():
                 family.add_metric([state], count)
             yield family

@@ -49,6 +49,7 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "aclrtGetDevice": (_POINTER,),
     "aclrtGetDeviceCount": (_POINTER,),
     "aclrtSynchronizeDevice": (),
+    "aclrtDeviceEnablePeerAccess": (_INT32, _UINT32),
     "aclrtMalloc": (_POINTER, _SIZE, ctypes.c_int),
     "aclrtFree": (_POINTER,),
     "aclrtMemcpy": (_POINTER, _SIZE, _POINTER, _SIZE, ctypes.c_int),
@@ -203,6 +204,10 @@ class Acl:
     def memcpy(self, destination: int, destination_size: int, source: int, size: int, kind: MemcpyKind) -> None:
         """Copies `size` bytes and waits for it. Lets go of the interpreter lock."""
         self._call("aclrtMemcpy", destination, destination_size, source, size, kind)
+
+    def enable_peer_access(self, device: int) -> None:
+        """Lets the thread's current device reach memory of another device, in this process and until it ends."""
+        self._call("aclrtDeviceEnablePeerAccess", device, 0)
 
     # ---- sharing whole allocations
     def ipc_export_key(self, address: int, size: int, flags: int = EXPORT_VALIDATES_PIDS) -> bytes:

@@ -36,7 +36,11 @@ IF_ABSENT = {"fail": pb.IF_ABSENT_FAIL, "wait": pb.IF_ABSENT_WAIT, "load": pb.IF
 
 _LAST_WORD_SECONDS = 1.0
 _PHASE_NAMES = {value: name for name, value in calls.PHASES.items()}
-_DATA_PLANES = {resources_pb2.DATA_PLANE_LOCAL: "local", resources_pb2.DATA_PLANE_DATASYSTEM: "datasystem"}
+_DATA_PLANES = {
+    resources_pb2.DATA_PLANE_LOCAL: "local",
+    resources_pb2.DATA_PLANE_PEER_COPY: "peer_copy",
+    resources_pb2.DATA_PLANE_DATASYSTEM: "datasystem",
+}
 _PATHS = {
     resources_pb2.TRANSFER_PATH_COPY: "copy",
     resources_pb2.TRANSFER_PATH_ZERO_COPY: "zero_copy",

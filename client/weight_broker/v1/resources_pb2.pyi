@@ -36,6 +36,8 @@ class _DataPlaneEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     """Within one host: both sides mapped."""
     DATA_PLANE_DATASYSTEM: _DataPlane.ValueType  # 2
     """openYuanrong datasystem, between devices and hosts."""
+    DATA_PLANE_PEER_COPY: _DataPlane.ValueType  # 3
+    """Within one host, between two cards: a process of the receiver's card maps both sides and copies."""
 
 class DataPlane(_DataPlane, metaclass=_DataPlaneEnumTypeWrapper):
     """What moved the bytes of a transfer."""
@@ -46,6 +48,8 @@ DATA_PLANE_LOCAL: DataPlane.ValueType  # 1
 """Within one host: both sides mapped."""
 DATA_PLANE_DATASYSTEM: DataPlane.ValueType  # 2
 """openYuanrong datasystem, between devices and hosts."""
+DATA_PLANE_PEER_COPY: DataPlane.ValueType  # 3
+"""Within one host, between two cards: a process of the receiver's card maps both sides and copies."""
 global___DataPlane = DataPlane
 
 class _TransferPath:
@@ -530,7 +534,7 @@ class Transfer(google.protobuf.message.Message):
     receiver_instance_id: builtins.str
     """The receiving instance."""
     data_plane: global___DataPlane.ValueType
-    """What moves the bytes."""
+    """What moves the bytes; not set before the transfer has been routed."""
     path: global___TransferPath.ValueType
     """How they reach the receiver."""
     state: global___Transfer.State.ValueType

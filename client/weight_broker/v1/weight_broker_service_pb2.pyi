@@ -204,8 +204,8 @@ global___Waiting = Waiting
 @typing.final
 class Granted(google.protobuf.message.Message):
     """A source is reserved. On host memory the instance now takes the bytes and then calls ReportTransfer. Where the broker
-    moves them, Moved follows. The same transfer may be granted again with TRANSFER_PATH_STAGED: the broker cannot map the
-    receiver's memory, and the instance copies it.
+    moves them, Moved follows. The same transfer may be granted again: with TRANSFER_PATH_STAGED if the broker cannot map
+    the receiver's memory and the instance copies it, with another data plane if the first one was refused.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -84,6 +84,8 @@ def test_every_setting_is_an_environment_variable(section: str, key: str, secret
         "library_path": "/opt/ascend/lib64:/opt/other",
         "preload": "/opt/one.so",
         "path": "staged",
+        "peer_copy": "on",
+        "proof": "/var/lib/proof.json",
         "staging_bytes": "2000000",
         "log_directory": "/var/log/other",
         "worker_address": "127.0.0.1:31501",

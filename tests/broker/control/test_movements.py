@@ -67,11 +67,15 @@ class Events:
 
     moved_ids: list[str] = field(default_factory=list)
     staged_ids: list[str] = field(default_factory=list)
+    routes: list[DataPlane] = field(default_factory=list)
     failures: list[tuple[str, bool, bool]] = field(default_factory=list)
     on_failure: Callable[[Transfer], None] = lambda _: None
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> None:
         self.moved_ids.append(transfer.transfer_id)
+
+    def routed(self, transfer: Transfer, data_plane: DataPlane) -> None:
+        self.routes.append(data_plane)
 
     def staged(self, transfer: Transfer) -> None:
         self.staged_ids.append(transfer.transfer_id)
@@ -268,6 +272,43 @@ def test_what_needs_staging_is_moved_again_by_the_staged_route(touched: bool) ->
         await movements.settled("acquisition-1")
         assert routes == [(False, False), (False, True)]
         assert (events.staged_ids, events.moved_ids, events.failures) == (["transfer-1"], ["transfer-1"], [])
+
+    asyncio.run(run())
+
+
+def test_the_plane_that_a_refusal_names_moves_the_bytes_in_the_same_transfer() -> None:
+    async def refuses(_: str) -> Mapping[str, float]:
+        raise MoveFailed("507899", cause=FailureCause.SOURCE_UNREACHABLE, touched=False, instead=other)
+
+    async def at_once(_: str) -> Mapping[str, float]:
+        return {"transfer": 1.0}
+
+    other = Plane(at_once)
+    first, events = Plane(refuses, PlaneName.PEER_COPY), Events()
+
+    async def run() -> None:
+        movements = Movements(lambda _source, _destination: first)
+        start(movements, transfer(1), events)
+        await movements.settled("acquisition-1")
+        assert (first.begun, other.begun) == (["transfer-1"], ["transfer-1"])
+        assert events.routes == [DataPlane.PEER_COPY, DataPlane.DATASYSTEM]
+        assert (events.moved_ids, events.failures) == (["transfer-1"], [])
+
+    asyncio.run(run())
+
+
+def test_a_transfer_that_is_stopped_while_it_is_refused_moves_nothing() -> None:
+    async def refuses(_: str) -> Mapping[str, float]:
+        movements.stop(stopped)
+        raise MoveFailed("507899", cause=FailureCause.SOURCE_UNREACHABLE, touched=False, instead=other)
+
+    stopped, other = transfer(1), Plane(refuses)
+    movements, _, events = scene(refuses)
+
+    async def run() -> None:
+        start(movements, stopped, events)
+        await movements.settled("acquisition-1")
+        assert (other.begun, events.moved_ids, events.failures) == ([], [], [])
 
     asyncio.run(run())
 

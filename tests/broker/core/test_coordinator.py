@@ -25,6 +25,7 @@ from weight_brokerd.core.answers import Outcome, Question
 from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
+    DataPlane,
     FailureCause,
     IfAbsent,
     Instance,
@@ -86,6 +87,21 @@ def test_a_resident_weight_set_is_granted(coordinator: Coordinator) -> None:
     publication = publish(coordinator)
     grant = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0))
     assert grant.transfer.publication is publication
+
+
+def test_a_transfer_says_what_moves_it_and_a_receiver_that_was_told_otherwise_is_told_again(
+    coordinator: Coordinator,
+) -> None:
+    publish(coordinator)
+    transfer = only(decide.Grant, coordinator.acquire(acquisition("one"), 1.0)).transfer
+    seen = [transfer.data_plane]
+    assert coordinator.routed(transfer.transfer_id, DataPlane.LOCAL) == []
+    assert only(decide.Grant, coordinator.routed(transfer.transfer_id, DataPlane.DATASYSTEM)).transfer is transfer
+    seen.append(transfer.data_plane)
+    coordinator.transfer_succeeded(transfer.transfer_id, "b", Arrival(8, (), "full"), 2.0)
+    assert coordinator.transfers.succeeded == {DataPlane.DATASYSTEM: 1}
+    assert coordinator.routed(transfer.transfer_id, DataPlane.LOCAL) == []
+    assert [*seen, transfer.data_plane] == [DataPlane.LOCAL, DataPlane.DATASYSTEM, DataPlane.DATASYSTEM]
 
 
 @pytest.mark.parametrize("if_absent", [IfAbsent.FAIL, IfAbsent.WAIT])

@@ -18,6 +18,7 @@ from weight_brokerd.core.load_groups import ENDED_GROUPS_REMEMBERED
 from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
+    DataPlane,
     FailureCause,
     IfAbsent,
     Instance,
@@ -105,7 +106,7 @@ class Scene:
                     claim = self.leases.claim(weight_set_id, Holder("host", instance_id), now=self.now, seconds=900.0)
                     self.follow(self.core.lease_claimed(weight_set_id, claim, self.now))
                 case decide.Reserve(transfer):
-                    self.follow(self.core.reserved(transfer.transfer_id))
+                    self.follow(self.core.reserved(transfer.transfer_id, DataPlane.LOCAL))
                 case decide.ReleaseLease(lease):
                     if self.leases.release(lease):
                         self.follow(self.core.lease_ended(lease, self.now))

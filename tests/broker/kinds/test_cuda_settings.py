@@ -11,14 +11,12 @@ from structlog.testing import capture_logs
 
 from support.kinds import RecordedEvents
 from weight_broker.drivers.cuda import ARGUMENTS, LIBRARY
-from weight_broker.key import WeightSetKey
-from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.config.loading import Config, load
-from weight_brokerd.core.model import Acquisition, DataPlane, IfAbsent, TransferPath
-from weight_brokerd.core.publications import Offer, Publications
-from weight_brokerd.core.transfers import data_plane_between
+from weight_brokerd.core.model import DataPlane
+from weight_brokerd.dataplane.plane import Place, shown_as
 from weight_brokerd.kinds.cuda import settings as cuda_settings
+from weight_brokerd.kinds.cuda.kind import CudaKind
 from weight_brokerd.kinds.cuda.settings import cuda_configuration, why_no_gpus
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.registry import Kinds
@@ -71,27 +69,11 @@ def test_their_processes_take_as_long_as_those_of_cards() -> None:
     assert cuda_settings.cuda_configuration(Config()).transfer_seconds == Config().cards.transfer_seconds
 
 
-@pytest.mark.parametrize(
-    ("kind", "source", "destination", "expected"),
-    [
-        ("cuda", "GPU-a", "GPU-a", DataPlane.LOCAL),
-        ("cuda", "GPU-a", "GPU-b", DataPlane.LOCAL),
-        ("npu", "npu:0", "npu:0", DataPlane.LOCAL),
-        ("npu", "npu:0", "npu:1", DataPlane.DATASYSTEM),
-        ("cpu", "", "", DataPlane.LOCAL),
-    ],
-)
-def test_between_gpus_of_a_host_the_driver_copies(
-    kind: str, source: str, destination: str, expected: DataPlane
-) -> None:
-    key, layout = WeightSetKey("m"), Layout([TensorSpec("w", "int8", (4,), (1,), 4)])
-    offer = Offer(key, layout, "instance-1", kind, source, 0, "request")
-    publications = Publications(host_id="here", first_generation=1, limit=1, readers_per_publication=1)
-    publication = publications.add(offer, instance_name="first", now=0.0)
-    acquisition = Acquisition(
-        "acquisition-1", key, layout, "instance-2", IfAbsent.FAIL, kind, destination, TransferPath.COPY, 0.0, 1.0
-    )
-    assert data_plane_between(publication, acquisition, "here") is expected
+@pytest.mark.parametrize("destination", ["GPU-a", "GPU-b"])
+def test_between_gpus_of_a_host_the_driver_copies(destination: str) -> None:
+    kind = CudaKind(cuda_configuration(Config()), RecordedEvents(), is_wanted=True)
+    source, receiver = Place("cuda", "GPU-a"), Place("cuda", destination)
+    assert shown_as(kind.route(source, receiver).name, source, receiver) is DataPlane.LOCAL
 
 
 def test_the_double_has_every_function_that_is_called() -> None:

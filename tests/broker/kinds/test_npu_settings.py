@@ -16,7 +16,7 @@ from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.loading import Config, load
 from weight_brokerd.datasystem.credentials import credentials
 from weight_brokerd.kinds.npu import settings
-from weight_brokerd.kinds.npu.settings import cards_configuration, find_runtime, why_no_cards
+from weight_brokerd.kinds.npu.settings import cards_configuration, find_runtime, offers_peer_copy, why_no_cards
 
 STATE = Path("/var/lib/weight-broker")
 
@@ -59,6 +59,34 @@ def test_the_ports_of_hccl_are_chosen_for_each_process_unless_the_operator_has(m
     assert environment["HCCL_HOST_SOCKET_PORT_RANGE"] == "61000-61050"
 
 
+@pytest.mark.parametrize(("setting", "is_offered"), [("off", False), ("on", True), ("auto", False)])
+def test_a_copy_between_cards_is_offered_where_the_operator_says_so(setting: str, is_offered: bool) -> None:
+    assert offers_peer_copy(configured(cards_peer_copy=setting).cards) is is_offered
+    assert not offers_peer_copy(Config().cards)
+
+
+@pytest.mark.parametrize(
+    ("proof", "is_offered"),
+    [
+        ('{"rows": [{"id": "P1", "verdict": "not_run"}, {"id": "P6.peer", "verdict": "as_source"}]}', True),
+        ('{"rows": [{"id": "P6.peer", "verdict": "unlike_source"}]}', False),
+        ('{"rows": [{"id": "P6.peer", "verdict": "not_run"}]}', False),
+        ('{"rows": [{"id": "P6", "verdict": "as_source"}]}', False),
+        ('{"rows": [1]}', False),
+        ('["rows"]', False),
+        ("{", False),
+        (None, False),
+    ],
+)
+def test_auto_offers_a_copy_between_cards_if_the_proof_has_shown_it(
+    tmp_path: Path, proof: str | None, is_offered: bool
+) -> None:
+    path = tmp_path / "proof.json"
+    if proof is not None:
+        path.write_text(proof)
+    assert offers_peer_copy(configured(cards_peer_copy="auto", cards_proof=path).cards) is is_offered
+
+
 def test_every_setting_of_the_card_processes_reaches_them() -> None:
     values: dict[str, Any] = {
         "library_path": "/opt/lib64",
@@ -74,7 +102,8 @@ def test_every_setting_of_the_card_processes_reaches_them() -> None:
         "sender_idle_seconds": 17.0,
         "log_directory": "/var/log/clients",
     }
-    assert values.keys() == {setting.name for setting in fields(Config().cards)} - {"enabled", "path"}
+    others = {"enabled", "path", "peer_copy", "proof"}
+    assert values.keys() == {setting.name for setting in fields(Config().cards)} - others
     mapped = cards_configuration(
         configured(**{f"cards_{name}": value for name, value in values.items()}), "host", 1, STATE
     )

@@ -149,7 +149,7 @@ def call_stream(channel: grpc.Channel, method: str) -> Any:
 
 async def metrics_after(calls: Callable[[grpc.Channel], object], socket: Path) -> dict[str, float]:
     """The samples after `calls`, as Prometheus reads them."""
-    counted = Counts(1, 2, 3, 4, 5, 6, 7, {"ready": 8, "failed": 0})
+    counted = Counts(1, 2, 3, 4, 5, 6, 7, {"ready": 8, "failed": 0}, {"peer_copy": 9})
     metrics = Metrics(lambda: counted, [SERVICE])
     server = make_server(metrics, socket)
     await server.start()
@@ -208,6 +208,7 @@ def test_gauges_show_the_counts_when_they_are_read(tmp_path: Path) -> None:
         "weight_broker_cold_load_leases": 7,
         'weight_broker_cards{state="ready"}': 8,
         'weight_broker_cards{state="failed"}': 0,
+        'weight_broker_transfers_total{data_plane="peer_copy"}': 9,
     }
 
 

@@ -48,7 +48,7 @@ class Fault(enum.IntEnum):
     PEER_LOST = 2
     """Every peer counts as lost."""
     SLOW_LINK = 3
-    """`value`: bytes per second, at the receiver."""
+    """`value`: bytes per second, at the receiver; also of copies from another card's memory."""
     CORRUPT_LINK = 4
     """One bit of each buffer that is received is wrong."""
     IMPORT_REFUSED = 5
@@ -62,6 +62,8 @@ class Fault(enum.IntEnum):
     """aclrtSetDevice fails."""
     SLOW_COMMUNICATOR = 11
     """`value`: seconds that one rank needs to set up a communicator."""
+    NO_PEER_ACCESS = 12
+    """The card reaches no memory of other cards."""
 
 
 class CannHost:

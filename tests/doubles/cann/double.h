@@ -164,7 +164,7 @@ bool holders_add(struct holder *holders, int pid, int descriptor);
 void holders_remove(struct holder *holders, int pid);
 int holders_alive(const struct holder *holders, int but);
 int whitelist_add(int32_t *whitelist, const int32_t *pids, size_t number);
-int may_import(const int32_t *whitelist, bool any_pid, int exporter, int card, int here);
+int may_import(const int32_t *whitelist, bool any_pid, int exporter, int card, int here, bool peer_flag);
 
 /* ---- faults.c ---- */
 enum fault {
@@ -180,6 +180,7 @@ enum fault {
     FAULT_DEVICE_RESET,      /* everything that this process has on the card is lost */
     FAULT_CARD_UNAVAILABLE,  /* aclrtSetDevice fails */
     FAULT_SLOW_COMMUNICATOR, /* value: seconds that setting one up takes */
+    FAULT_NO_PEER_ACCESS,    /* the card reaches no memory of others */
     FAULT_KINDS,
 };
 bool fault_strikes(enum fault kind, int card);               /* uses up one of `times` */
@@ -198,6 +199,7 @@ int current_card(void);              /* -1: this thread has no device */
 int enter(int *card);                /* start of each call that needs a device: attached, a device set, not lost */
 bool card_is_lost(int card);
 int card_lost_code(int card, const char *what);   /* refuses with the reason */
+bool reaches_peer(int card, int peer);   /* this process enabled it, and the card can */
 void card_break(int card);           /* a page fault on the device: this process can do nothing more there */
 
 /* ---- ranges.c: the device addresses of this process ----

@@ -18,6 +18,7 @@ static const char *const names[FAULT_KINDS] = {
     [FAULT_DEVICE_RESET] = "device_reset",
     [FAULT_CARD_UNAVAILABLE] = "card_unavailable",
     [FAULT_SLOW_COMMUNICATOR] = "slow_communicator",
+    [FAULT_NO_PEER_ACCESS] = "no_peer_access",
 };
 
 static bool in_environment(enum fault kind, double *value)

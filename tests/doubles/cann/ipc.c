@@ -127,10 +127,10 @@ static int import_fresh(struct key *key, int card, void **address)
     return ACL_SUCCESS;
 }
 
-static int import_key(struct key *key, int card, void **address)
+static int import_key(struct key *key, int card, bool peer_flag, void **address)
 {
     if (!key) return refuse(ACL_ERROR_RT_PARAM_INVALID, "no memory has this key (any more)");
-    int code = may_import(key->whitelist, key->any_pid, key->owner, segment_at(key->slot)->card, card);
+    int code = may_import(key->whitelist, key->any_pid, key->owner, segment_at(key->slot)->card, card, peer_flag);
     if (code) return code;
     struct range *range = import_of(key->serial);
     return range ? import_again(range, address) : import_fresh(key, card, address);
@@ -143,7 +143,7 @@ API int aclrtIpcMemImportByKey(void **address, const char *name, uint64_t flags)
     if (!name || flags > 1) return refuse(ACL_ERROR_RT_PARAM_INVALID, "no key, or flags %lu", flags);
     memory_lock();
     board_lock();
-    code = import_key(key_named(name), card, address);
+    code = import_key(key_named(name), card, flags & 1, address);
     board_unlock();
     memory_unlock();
     return code;

@@ -49,14 +49,24 @@ int whitelist_add(int32_t *whitelist, const int32_t *pids, size_t number)
     return ACL_SUCCESS;
 }
 
-int may_import(const int32_t *whitelist, bool any_pid, int exporter, int card, int here)
+/* Another card's memory: the runtime documents the flag of aclrtIpcMemImportByKey and aclrtDeviceEnablePeerAccess as two
+ * ways to the same; whether one of them is enough in another process than the memory's is not known, so both are needed.
+ * [rt 9.0.0 api_impl.cc IpcOpenMemory, raw_device.cc EnableP2PWithOtherDevice; row P6.peer] */
+static int may_reach(int card, int here, bool peer_flag)
+{
+    if (card == here || (peer_flag && reaches_peer(here, card))) return ACL_SUCCESS;
+    return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "memory of card %d can only be imported there, not on card %d: no peer access",
+                  card, here);
+}
+
+int may_import(const int32_t *whitelist, bool any_pid, int exporter, int card, int here, bool peer_flag)
 {
     if (fault_strikes(FAULT_IMPORT_REFUSED, here))
         return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "the driver refuses this import");
     if (exporter == getpid())
         return refuse(ACL_ERROR_RT_PARAM_INVALID, "one process may not export and import the same memory");
-    if (card != here)
-        return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "memory of card %d can only be imported there, not on card %d", card, here);
+    int code = may_reach(card, here, peer_flag);
+    if (code) return code;
     bool allowed = any_pid;
     for (int i = 0; i < HOLDERS; i++) allowed |= whitelist[i] == bare_tgid(getpid());
     if (!allowed)

@@ -15,8 +15,33 @@ static int check_alive(const struct place *to, const struct place *from)
     return card_lost_code(dead->range->card, "copy");
 }
 
+/* Whether the memory is of another card than the one that reads it. */
+static bool is_a_peers(const struct place *place)
+{
+    if (!place->on_device) return false;
+    memory_lock();
+    board_lock();
+    struct piece *piece = piece_at(place->range, place->offset);
+    bool is_other = piece && segment_at(piece->slot)->card != place->range->card;
+    board_unlock();
+    memory_unlock();
+    return is_other;
+}
+
+/* As long as a slow link needs; the memory may be taken away meanwhile. */
+static void take_time(const struct place *to, const struct place *from, uint64_t bytes)
+{
+    if (!is_a_peers(from) || !fault_strikes(FAULT_SLOW_LINK, to->range->card)) return;
+    count(COUNT_PENDING_TASKS, 1);
+    double until = seconds_now() + (double)bytes / fault_value(FAULT_SLOW_LINK, to->range->card, 1e12);
+    while (seconds_now() < until && fault_strikes(FAULT_SLOW_LINK, to->range->card) && !place_is_dead(from))
+        nanosleep(&(struct timespec){ .tv_nsec = 5000000 }, NULL);
+    count(COUNT_PENDING_TASKS, -1);
+}
+
 int copy_places(const struct place *to, const struct place *from, uint64_t bytes)
 {
+    if (to->on_device) take_time(to, from, bytes);
     memcpy(to->alias, from->alias, bytes);
     return check_alive(to, from);
 }

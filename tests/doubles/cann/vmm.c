@@ -307,7 +307,7 @@ API int aclrtMemSetPidToShareableHandle(uint64_t shareable, int32_t *pids, size_
 static int import_chunk(struct segment *segment, int card, void **handle)
 {
     if (!segment) return refuse(ACL_ERROR_RT_PARAM_INVALID, "Share handle doesn't exist: no memory has this shareable handle (any more)");
-    int code = may_import(segment->whitelist, segment->any_pid, segment->owner, segment->card, card);
+    int code = may_import(segment->whitelist, segment->any_pid, segment->owner, segment->card, card, true);
     if (code) return code;
     struct physical *again = imported[segment_slot(segment)];
     if (again && release_is_below(850))

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from weight_brokerd.ascend_check.contract import chunks, devices, keys, links, streams, symbols
+from weight_brokerd.ascend_check.contract import chunks, devices, keys, links, peers, streams, symbols
 from weight_brokerd.ascend_check.contract.row import Outcome, Row, run
 
-ROWS: tuple[Row, ...] = (*devices.ROWS, *symbols.ROWS, *keys.ROWS, *chunks.ROWS, *streams.ROWS, *links.ROWS)
+ROWS: tuple[Row, ...] = (
+    *devices.ROWS,
+    *symbols.ROWS,
+    *keys.ROWS,
+    *chunks.ROWS,
+    *peers.ROWS,
+    *streams.ROWS,
+    *links.ROWS,
+)
 """Those without communicators first: HCCL keeps its ports for as long as a process lives."""
 
 _HEADS = (

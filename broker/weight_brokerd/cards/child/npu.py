@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from weight_broker.drivers import acl
-from weight_broker.drivers.acl import EXPORT_TO_ANY_PROCESS, Acl, MemcpyKind, device_id
+from weight_broker.drivers.acl import (
+    EXPORT_TO_ANY_PROCESS,
+    IMPORT_DEFAULT,
+    IMPORT_WITH_PEER_ACCESS,
+    Acl,
+    MemcpyKind,
+    device_id,
+)
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child.engine import DatasystemClient
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
@@ -24,20 +31,24 @@ class NpuDriver:
         self._device = device
         self._chunks: dict[int, tuple[int, int]] = {}
         """Handle here and number of uses, by shareable handle."""
+        self._peers: dict[str, int] = {}
+        """Devices of the other cards whose memory this process may reach, by identity."""
 
     def map(self, region: ImportRegion, undo: ExitStack) -> int:
-        """Imports an allocation by its key, or maps chunks by their handles."""
+        """Imports an allocation by its key, or maps chunks. A region that names a card is on another one."""
         if region.ipc_handle:
             raise NotPossible("this process owns an NPU, and the region is a GPU's memory")
+        owner = self._reach(region.device_id) if region.device_id else self._device
         if not region.export_key:
+            self._check_container(region, owner)
             return self._map_chunks(region, undo)
         key = bytes.fromhex(region.export_key)
-        address = self._acl.ipc_import(key)
+        address = self._acl.ipc_import(key, IMPORT_WITH_PEER_ACCESS if region.device_id else IMPORT_DEFAULT)
         undo.callback(self._acl.ipc_close, key)
         return address
 
     def copy(self, pairs: Sequence[tuple[Span, Span]]) -> None:
-        """Within the card."""
+        """Between addresses of the card, also where they are another card's memory."""
         for (destination, size), (source, _) in pairs:
             self._acl.memcpy(destination, size, source, size, MemcpyKind.DEVICE_TO_DEVICE)
         self._acl.synchronize_device()
@@ -58,11 +69,22 @@ class NpuDriver:
         """Of `export`."""
         self._acl.ipc_close(key)
 
+    def _reach(self, peer: str) -> int:
+        """The device of another card, once its memory may be mapped. Chunks need this call, keys the flag of their
+        import as well."""
+        if peer in self._peers:
+            return self._peers[peer]
+        found = [index for index in range(self._acl.device_count()) if device_id(self._acl, index) == peer]
+        if not found:
+            raise NotPossible(f"this process sees no card {peer}")
+        self._acl.enable_peer_access(found[0])
+        self._peers[peer] = found[0]
+        return found[0]
+
     def _map_chunks(self, region: ImportRegion, undo: ExitStack) -> int:
         handles, chunk = region.shareable_handles, region.chunk_bytes
         if not handles or chunk <= 0 or region.size_bytes > len(handles) * chunk:
             raise NotPossible(f"{len(handles)} chunks of {chunk} bytes are not {region.size_bytes} bytes")
-        self._check_container(region)
         address = self._acl.reserve_address(len(handles) * chunk)
         undo.callback(self._acl.release_address, address)
         for index, shareable in enumerate(handles):
@@ -72,8 +94,9 @@ class NpuDriver:
             undo.callback(self._acl.unmap, address + index * chunk)
         return address
 
-    def _check_container(self, region: ImportRegion) -> None:
-        here = self._acl.logical_device(self._device)
+    def _check_container(self, region: ImportRegion, owner: int) -> None:
+        """`owner`: the device of the memory."""
+        here = self._acl.logical_device(owner)
         if region.container_device not in (NOT_SAID, here):
             raise NotPossible(
                 f"the container of the instance counts this card as {region.container_device}, that of the broker as "

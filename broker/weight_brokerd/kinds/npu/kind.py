@@ -18,6 +18,7 @@ from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 from weight_brokerd.dataplane.copy import CopyPlane
 from weight_brokerd.dataplane.datasystem import DatasystemPlane
+from weight_brokerd.dataplane.peer_copy import PeerCopyPlane
 from weight_brokerd.dataplane.plane import DataPlane, Place
 from weight_brokerd.dataplane.staged import Asker, StagedPlane
 from weight_brokerd.kinds.device_memory import DeviceMemory, refusal
@@ -42,6 +43,7 @@ class _Parts:
     cards: CardSupervisor
     memory: DeviceMemory
     copy: CopyPlane
+    peer_copy: PeerCopyPlane
     datasystem: DatasystemPlane
     staged: StagedPlane
     worker_address: str
@@ -61,14 +63,17 @@ class NpuKind:
         events: KindEvents,
         *,
         path: str = "auto",
+        peer_copy: bool = False,
         supervise: Supervise = CardSupervisor,
     ) -> None:
-        """`staging`: the instances that copy themselves; `path`: `direct`, `staged` or `auto`."""
+        """`staging`: the instances that copy themselves; `path`: `direct`, `staged` or `auto`; `peer_copy`: whether a
+        card may map memory of another one."""
         self._connect = connect
         self._worker = worker
         self._staging = staging
         self._events = events
         self._places = NpuPlaces(path, staging)
+        self._offers_peer_copy = peer_copy
         self._supervise = supervise
         self._parts: _Parts | None = None
         self._problem = ""
@@ -128,11 +133,15 @@ class NpuKind:
         """The sender keeps the memory mapped for the next reader."""
 
     def route(self, source: Place, destination: Place) -> DataPlane:
-        """Staged if either side is; else a copy within a card, or the datasystem between two."""
+        """Staged if either side is; else a copy within a card; between two cards a copy where that is offered and the
+        driver has not refused it, or the datasystem."""
         parts = self._ready_parts()
         if source.is_staged or destination.is_staged:
             return parts.staged
-        return parts.copy if source.device_id == destination.device_id else parts.datasystem
+        if source.device_id == destination.device_id:
+            return parts.copy
+        is_peer = self._offers_peer_copy and parts.peer_copy.reaches(source.device_id, destination.device_id)
+        return parts.peer_copy if is_peer else parts.datasystem
 
     async def _hold(self, publication_id: str, place: Place) -> Place:
         if place.is_staged:
@@ -180,8 +189,15 @@ class NpuKind:
             staging_bytes=configuration.staging_bytes,
             answer_seconds=configuration.request_seconds,
         )
-        address = f"{configuration.worker_host}:{configuration.worker_port}"
-        return _Parts(cards, DeviceMemory(cards), CopyPlane(cards, may_stage=may_stage), datasystem, staged, address)
+        return _Parts(
+            cards=cards,
+            memory=DeviceMemory(cards),
+            copy=CopyPlane(cards, may_stage=may_stage),
+            peer_copy=PeerCopyPlane(cards, datasystem, may_stage=may_stage),
+            datasystem=datasystem,
+            staged=staged,
+            worker_address=f"{configuration.worker_host}:{configuration.worker_port}",
+        )
 
     def _region_lost(self, region_id: str, why: str) -> None:
         if self._parts is not None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import structlog
+
 from weight_broker.drivers.acl import LIBRARY
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.config.loading import Config
+from weight_brokerd.config.settings import CardSettings
 from weight_brokerd.datasystem.credentials import credentials
 
+log = structlog.get_logger()
 _HCCL_PORTS = ("HCCL_NPU_SOCKET_PORT_RANGE", "HCCL_HOST_SOCKET_PORT_RANGE")
+PEER_COPY_ROW = "P6.peer"
+"""The row of the proof in which a process imports memory of another card and copies it."""
+_PROVED = ["as_source"], ["as the source"]
 _LDCONFIG_SECONDS = 10
 _SYSTEM_BINARIES = "/sbin:/usr/sbin:/bin:/usr/bin"
 
@@ -51,6 +59,24 @@ def cards_configuration(
         transfer_seconds=cards.transfer_seconds,
         staging_bytes=cards.staging_bytes,
     )
+
+
+def offers_peer_copy(cards: CardSettings) -> bool:
+    """Whether a card may map memory of another one. Not before a run on this hardware has shown it, unless the operator
+    says so."""
+    if cards.peer_copy == "auto":
+        return bool(cards.proof) and _is_proved(Path(cards.proof))
+    return cards.peer_copy == "on"
+
+
+def _is_proved(proof: Path) -> bool:
+    try:
+        rows = json.loads(proof.read_text())["rows"]
+        verdicts = [row["verdict"] for row in rows if row["id"] == PEER_COPY_ROW]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("proof_unreadable", path=str(proof), error=str(error))
+        return False
+    return verdicts in _PROVED
 
 
 def why_no_cards(config: Config) -> str:
