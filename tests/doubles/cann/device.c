@@ -122,6 +122,13 @@ API int aclrtDeviceEnablePeerAccess(int32_t device, uint32_t flags)
     if (code) return code;
     return card_of_device(device) < 0 ? refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d", device) : ACL_SUCCESS;
 }
+API int aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer)
+{
+    if (card_of_device(device) < 0 || card_of_device(peer) < 0)
+        return refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d or %d", device, peer);
+    *can = device != peer;
+    return ACL_SUCCESS;
+}
 API int aclrtDeviceDisablePeerAccess(int32_t device) { return aclrtDeviceEnablePeerAccess(device, 0); }
 
 API int rtGetDeviceInfo(uint32_t device, int32_t module, int32_t information, int64_t *value)
