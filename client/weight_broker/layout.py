@@ -56,6 +56,11 @@ class MemoryFormat(enum.StrEnum):
 
     STRIDED = "strided"
     FRACTAL_NZ = "fractal_nz"
+    FRACTAL_NZ_C0_16 = "fractal_nz_c0_16"
+    FRACTAL_NZ_C0_32 = "fractal_nz_c0_32"
+    FRACTAL_NZ_C0_2 = "fractal_nz_c0_2"
+    FRACTAL_NZ_C0_4 = "fractal_nz_c0_4"
+    FRACTAL_NZ_C0_8 = "fractal_nz_c0_8"
 
 
 class TensorSpec(NamedTuple):

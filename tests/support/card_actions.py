@@ -154,12 +154,12 @@ def run_callback(block: bool) -> bool:
     return seen == [(thread.ident, b"x" * 4096)]
 
 
-def map_chunks(chunks: int, device: int) -> tuple[int, list[int]]:
+def map_chunks(chunks: int, device: int, size: int = acl.CHUNK) -> tuple[int, list[int]]:
     """Fresh chunks at consecutive addresses: the first address and the handles."""
-    address = acl.reserve(chunks * acl.CHUNK)
-    handles = [acl.malloc_physical(acl.CHUNK, device) for _ in range(chunks)]
+    address = acl.reserve(chunks * size)
+    handles = [acl.malloc_physical(size, device) for _ in range(chunks)]
     for index, handle in enumerate(handles):
-        acl.map_chunk(address + index * acl.CHUNK, acl.CHUNK, handle)
+        acl.map_chunk(address + index * size, size, handle)
     return address, handles
 
 

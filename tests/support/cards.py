@@ -128,7 +128,7 @@ def own(
 class CardScene:
     """An emulated host, a worker and instances: what a test of the card processes takes place on."""
 
-    def __init__(self, host: CannHost, worker: DatasystemWorker, start_process: Callable[[], CardProcess]) -> None:
+    def __init__(self, host: CannHost, worker: DatasystemWorker, start_process: Callable[..., CardProcess]) -> None:
         self.host, self.worker, self.start_process = host, worker, start_process
 
     def own(self, card: int, size: int, **how: Any) -> Owned:

@@ -37,6 +37,7 @@ class SharedRegion(NamedTuple):
     export_key: bytes
     shareable_handles: tuple[int, ...]
     chunk_bytes: int
+    container_device: int | None
 
 
 class Shared(NamedTuple):
@@ -93,6 +94,7 @@ def share(
             region.npu_allocation.export_key,
             tuple(region.npu_segment.shareable_handles),
             region.npu_segment.chunk_bytes,
+            region.container_device if region.HasField("container_device") else None,
         )
         for region in exported.regions
     )

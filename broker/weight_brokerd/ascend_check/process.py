@@ -116,6 +116,7 @@ class _Card:
                 "export_key": one.export_key,
                 "shareable_handles": list(one.shareable_handles),
                 "chunk_bytes": one.chunk_bytes,
+                "container_device": one.container_device,
             }
             for one in wanted
         ]

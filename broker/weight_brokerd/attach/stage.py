@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -21,7 +22,7 @@ class StageRefused(Exception):
 
 
 class StageGone(Exception):
-    """The instance has no stage connection any more. It copies nothing for anybody, and has no bucket mapped."""
+    """The instance has no stage connection any more. `Stages.let_go` says when it has no bucket mapped."""
 
 
 class StageSilent(StageGone):
@@ -35,11 +36,13 @@ class Stages:
         """`on_lost` (instance, why): its stage connection has ended, although the instance has not."""
         self._on_lost = on_lost
         self._connections: dict[str, _Connection] = {}
+        self._leaving: set[_Connection] = set()
+        """Of instances that are asked nothing more, and have not closed their end yet."""
 
     def connected(self, instance_id: str, connection: socket.socket) -> None:
         """Takes a connection over; it replaces the one before."""
         self.drop(instance_id)
-        self._connections[instance_id] = _Connection(instance_id, connection, self._ended)
+        self._connections[instance_id] = _Connection(instance_id, connection, self._ended, self._leaving.discard)
 
     def has(self, instance_id: str) -> bool:
         """Whether the instance can be asked."""
@@ -54,6 +57,12 @@ class Stages:
             raise StageGone("it has no stage connection")
         await connection.ask(request, timeout)
 
+    async def let_go(self, instance_id: str) -> None:
+        """Return when the instance has unmapped the buckets of every connection that has ended. It does so, and closes
+        its end, after what it is doing; or it dies."""
+        leaving = [connection for connection in self._leaving if connection.instance_id == instance_id]
+        await asyncio.gather(*(connection.closed.wait() for connection in leaving))
+
     def drop(self, instance_id: str) -> None:
         """Ends the instance's connection, if it has one; nobody hears of it."""
         connection = self._connections.pop(instance_id, None)
@@ -61,11 +70,15 @@ class Stages:
             connection.end(StageGone("its stage connection has ended"))
 
     def close(self) -> None:
-        """Ends all of them."""
+        """Ends all of them, and waits for no instance."""
         for instance_id in list(self._connections):
             self.drop(instance_id)
+        for connection in list(self._leaving):
+            connection.close()
 
     def _ended(self, connection: _Connection, why: StageGone) -> None:
+        if not connection.closed.is_set():
+            self._leaving.add(connection)
         if self._connections.get(connection.instance_id) is connection:
             del self._connections[connection.instance_id]
             self._on_lost(connection.instance_id, str(why))
@@ -75,11 +88,19 @@ class _Connection:
     """One of them."""
 
     def __init__(
-        self, instance_id: str, connection: socket.socket, on_end: Callable[[_Connection, StageGone], None]
+        self,
+        instance_id: str,
+        connection: socket.socket,
+        on_end: Callable[[_Connection, StageGone], None],
+        on_closed: Callable[[_Connection], None],
     ) -> None:
         self.instance_id = instance_id
-        self._socket: socket.socket | None = connection
+        self.closed = asyncio.Event()
+        """The instance has closed its end."""
+        self._socket = connection
+        self._has_ended = False
         self._on_end = on_end
+        self._on_closed = on_closed
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         connection.setblocking(False)
@@ -87,7 +108,7 @@ class _Connection:
 
     async def ask(self, request: pb.StageRequest, timeout: float) -> None:
         """See `Stages.ask`."""
-        if self._socket is None:
+        if self._has_ended:
             raise StageGone("its stage connection has ended")
         number = next(self._numbers)
         request.number = number
@@ -109,24 +130,32 @@ class _Connection:
             self._waiting.pop(number, None)
 
     def end(self, why: StageGone) -> None:
-        """Ends the connection; whoever waits hears why. Idempotent."""
-        ended, self._socket = self._socket, None
-        if ended is None:
+        """Ask nothing more, and raise `why` in every waiter. The instance reads the end of the connection, unmaps every
+        bucket and closes its own end, which sets `closed`. Idempotent."""
+        if self._has_ended:
             return
-        asyncio.get_running_loop().remove_reader(ended.fileno())
-        ended.close()
+        self._has_ended = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(why)
         self._on_end(self, why)
+
+    def close(self) -> None:
+        """The instance has closed its end, or is not waited for. Idempotent."""
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._on_closed(self)
 
     def _break_off(self, why: str) -> None:
         log.warning("stage_broken_off", instance_id=self.instance_id, why=why)
         self.end(StageSilent(why))
 
     def _readable(self) -> None:
-        if self._socket is None:
-            return
         try:
             packet = packets.receive(self._socket)
         except (BlockingIOError, InterruptedError):
@@ -134,9 +163,12 @@ class _Connection:
         except OSError:
             packet = None
         if packet is None:
+            self.close()
             self.end(StageGone("its stage connection has ended"))
             return
         packet.close()
+        if self._has_ended:
+            return
         response = pb.StageResponse()
         try:
             response.ParseFromString(packet.data)

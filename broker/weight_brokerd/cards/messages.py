@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from weight_brokerd.cards.plan.blobs import BlobList
 from weight_brokerd.processes.codec import Codec
 
+NOT_SAID = -1
+
 
 class Role(enum.StrEnum):
     """What a card process is for. The engine cannot be on both ends of a transfer in one process."""
@@ -59,6 +61,8 @@ class ImportRegion:
     """Of a GPU's allocation; hexadecimal."""
     device_id: str = ""
     """The GPU that it is on, which may be another one than the process's own."""
+    container_device: int = NOT_SAID
+    """The number of the card in the container of the chunks' exporter."""
 
 
 @dataclass(frozen=True, slots=True)

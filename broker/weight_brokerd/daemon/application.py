@@ -220,8 +220,10 @@ class Application:
     async def _end(self, server: grpc.aio.Server) -> None:
         await server.stop(STOP_SECONDS)
         self._attach_server.close()
-        await self._control.end_movements()
-        self._stages.close()
+        ending = self._loop.create_task(self._control.end_movements())
+        await asyncio.wait({ending}, timeout=STOP_SECONDS)
+        self._stages.close()  # an instance that hangs, and keeps a staging buffer, does not keep the daemon
+        await ending
         await self._kinds.close()
         self._control.close()
         self._regions.close()

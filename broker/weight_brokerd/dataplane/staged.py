@@ -33,12 +33,14 @@ from weight_brokerd.cards.receivers import Reserve
 from weight_brokerd.core.model import FailureCause
 from weight_brokerd.dataplane.datasystem import DatasystemPlane
 from weight_brokerd.dataplane.plane import Cards, MoveFailed, PhaseSeconds, Place, PlaneName, StagedBy
-from weight_brokerd.processes.tasks import together, uninterrupted
+from weight_brokerd.processes.tasks import Background, together, uninterrupted
 
 log = structlog.get_logger()
 CLOSE_SECONDS = 10.0
 """For an instance to finish what it copies and to unmap a bucket."""
 _HALVES = 2
+_GIVE_BACK_SECONDS = 2.0
+"""The longest that a transfer waits for its source's buffer to be given back; that goes on behind it."""
 
 
 class Asker(Protocol):
@@ -49,6 +51,10 @@ class Asker(Protocol):
 
     async def ask(self, instance_id: str, request: pb.StageRequest, timeout: float) -> None:
         """Raises StageRefused, StageGone, StageSilent."""
+        ...
+
+    async def let_go(self, instance_id: str) -> None:
+        """Return when an instance whose connection has ended has unmapped its buckets."""
         ...
 
 
@@ -73,6 +79,7 @@ class StagedPlane:
         self._instances = instances
         self._staging_bytes = staging_bytes
         self._answer_seconds = answer_seconds
+        self._background = Background()
 
     async def move(
         self, layout: Layout, source: Place, destination: Place, *, timeout: float, peer: str
@@ -96,10 +103,14 @@ class StagedPlane:
         finally:
             if making is not None:
                 making.cancel()
-                await uninterrupted(self._give_back(source.device_id, making))
+                giving = self._background.spawn(self._give_back(source.device_id, making, job.letting_go))
+                # One that the source keeps, because it hangs, costs nothing but its memory.
+                await uninterrupted(_wait(giving, _GIVE_BACK_SECONDS))
 
-    async def _give_back(self, card: str, making: asyncio.Task[ImportRegion]) -> None:
-        await asyncio.wait({making})
+    async def _give_back(
+        self, card: str, making: asyncio.Task[ImportRegion], letting_go: asyncio.Task[object] | None
+    ) -> None:
+        await asyncio.wait({making, *([letting_go] if letting_go is not None else [])})
         if not making.cancelled() and making.exception() is None:
             await self._cards.close_bucket(card, making.result().region_id)
 
@@ -146,18 +157,16 @@ class StagedPlane:
         """Raises StageRefused, StageGone, StageSilent."""
         await self._instances.ask(staged.instance_id, request, self._answer_seconds)
 
-    async def close(self, staged: StagedBy, bucket_id: str) -> bool:
-        """Has an instance unmap a bucket, after whatever it was asked before. False: it may still be copying."""
+    async def close(self, staged: StagedBy, bucket_id: str) -> None:
+        """Return when the instance has the bucket unmapped: it answered, or its connection ended and it has let go. The
+        driver does not refuse to free a bucket that an instance uses; the instance's context would break."""
         request = pb.StageRequest(close_bucket=pb.CloseBucket(bucket_id=bucket_id))
         try:
             await self._instances.ask(staged.instance_id, request, CLOSE_SECONDS)
-        except StageSilent:
-            return False
-        except StageRefused as error:  # then the driver will not let the bucket be freed
+        except StageRefused as error:  # it does not use it any more
             log.warning("bucket_not_closed", instance_id=staged.instance_id, error=str(error))
         except StageGone:
-            pass
-        return True
+            await self._instances.let_go(staged.instance_id)
 
 
 @dataclass(slots=True)
@@ -197,6 +206,8 @@ class _Job:
         self._bucket: ImportRegion | None = None
         """The source's, on a card of its own."""
         self._peer = peer
+        self.letting_go: asyncio.Task[object] | None = None
+        """The source unmaps its own bucket."""
         self._is_local = source.device_id == destination.device_id
 
     @property
@@ -223,8 +234,8 @@ class _Job:
         )
 
     async def run(self, lent: Lent) -> None:
-        """Moves everything. Raises MoveFailed, CardError. When it ends no instance has a bucket mapped or copies,
-        unless `is_quiesced` is False."""
+        """Moves everything. Raises MoveFailed, CardError. When it ends no instance has the receiver's bucket mapped or
+        copies, however long that takes; `letting_go` says so of the source's."""
         begun = time.monotonic()
         if self._making is not None:
             try:
@@ -355,12 +366,16 @@ class _Job:
             ) from error
 
     async def _close(self, source: _StagedSide | None, destination: _StagedSide | None) -> None:
-        closing = [
-            self._plane.close(side.by, side.bucket.region_id) for side in (source, destination) if side is not None
-        ]
-        ended = await asyncio.gather(*closing)
-        if destination is not None and not ended[-1]:
-            self.is_quiesced = False
+        if source is not None and self._bucket is not None:  # the source's card gives it back, not the receiver
+            self.letting_go = asyncio.create_task(self._plane.close(source.by, source.bucket.region_id))
+            source = None
+        sides = [side for side in (source, destination) if side is not None]
+        await asyncio.gather(*(self._plane.close(side.by, side.bucket.region_id) for side in sides))
+        self.is_quiesced = True
+
+
+async def _wait(task: asyncio.Task[object], seconds: float) -> None:
+    await asyncio.wait({task}, timeout=seconds)
 
 
 def _direct(layout: Layout, place: Place) -> DirectContent | None:

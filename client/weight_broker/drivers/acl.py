@@ -31,6 +31,8 @@ IMPORT_DEFAULT = 0
 IMPORT_WITH_PEER_ACCESS = 1
 """ACL_RT_IPC_MEM_IMPORT_FLAG_ENABLE_PEER_ACCESS"""
 
+CHUNK_UNIT = 2 << 20
+"""Chunks are multiples of it."""
 _MALLOC_HUGE_FIRST = 0
 _HANDLE_TYPE_NONE = 0
 _HUGE_PAGES = 1
@@ -63,6 +65,7 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "aclrtMapMem": (_POINTER, _SIZE, _SIZE, _POINTER, _FLAGS),
     "aclrtUnmapMem": (_POINTER,),
     "aclrtFreePhysical": (_POINTER,),
+    "aclrtMemGetAddressRange": (_POINTER, _POINTER, _POINTER),
     "aclrtMemRetainAllocationHandle": (_POINTER, _POINTER),
     "aclrtMemExportToShareableHandle": (_POINTER, ctypes.c_int, _FLAGS, _POINTER),
     "aclrtMemSetPidToShareableHandle": (_FLAGS, _POINTER, _SIZE),
@@ -249,6 +252,24 @@ class Acl:
     def retain_allocation_handle(self, address: int) -> int:
         """The handle of the chunk that is mapped at the address; one more reference, for `free_physical`."""
         return self._out(_POINTER(), "aclrtMemRetainAllocationHandle", address, last=True)
+
+    def chunk_bytes(self, address: int, end: int) -> int:
+        """The size of the chunk that begins at `address`, in a segment that ends at `end`."""
+        if self.has("aclrtMemGetAddressRange"):
+            base, size = _POINTER(), _SIZE()
+            self._call("aclrtMemGetAddressRange", address, ctypes.byref(base), ctypes.byref(size))
+            return size.value
+        # CANN 8.5 cannot be asked, but gives a handle only where a chunk begins.
+        return (
+            next((at for at in range(address + CHUNK_UNIT, end, CHUNK_UNIT) if self._begins_chunk(at)), end) - address
+        )
+
+    def _begins_chunk(self, address: int) -> bool:
+        try:
+            self.free_physical(self.retain_allocation_handle(address))
+        except AclError:
+            return False
+        return True
 
     def free_physical(self, handle: int) -> None:
         """Gives up one reference to a chunk."""

@@ -14,25 +14,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!weight_broker/v1/weight_set.proto\x12\x10weight_broker.v1\"\xfe\x01\n\x0cParallelRank\x12\x1c\n\x14tensor_parallel_rank\x18\x01 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x02 \x01(\r\x12\x1e\n\x16pipeline_parallel_rank\x18\x03 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x04 \x01(\r\x12\x1c\n\x14\x65xpert_parallel_rank\x18\x05 \x01(\r\x12\x1c\n\x14\x65xpert_parallel_size\x18\x06 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_rank\x18\x07 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x08 \x01(\r\".\n\x0f\x45ngineAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xa9\x02\n\x0cWeightSetKey\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12$\n\x04role\x18\x06 \x01(\x0e\x32\x16.weight_broker.v1.Role\x12&\n\x05stage\x18\x07 \x01(\x0e\x32\x17.weight_broker.v1.Stage\x12,\n\x04rank\x18\x08 \x01(\x0b\x32\x1e.weight_broker.v1.ParallelRank\x12<\n\x11\x65ngine_attributes\x18\t \x03(\x0b\x32!.weight_broker.v1.EngineAttribute\"\xc0\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x16\n\x0estorage_offset\x18\x05 \x01(\x03\x12\x15\n\rstorage_bytes\x18\x06 \x01(\x04\x12\x35\n\rmemory_format\x18\x07 \x01(\x0e\x32\x1e.weight_broker.v1.MemoryFormat\x12\x10\n\x08\x61lias_of\x18\x08 \x01(\t\"L\n\x06Layout\x12-\n\x07tensors\x18\x01 \x03(\x0b\x32\x1c.weight_broker.v1.TensorSpec\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\x9f\x01\n\x0e\x43ontentDigests\x12\x34\n\talgorithm\x18\x01 \x01(\x0e\x32!.weight_broker.v1.DigestAlgorithm\x12\x32\n\x08\x63overage\x18\x02 \x01(\x0e\x32 .weight_broker.v1.DigestCoverage\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x03(\x06\"\x0c\n\nHostMemory\"#\n\rNpuAllocation\x12\x12\n\nexport_key\x18\x01 \x01(\x0c\"<\n\nNpuSegment\x12\x19\n\x11shareable_handles\x18\x01 \x03(\x06\x12\x13\n\x0b\x63hunk_bytes\x18\x02 \x01(\x04\"$\n\x0e\x43udaAllocation\x12\x12\n\nipc_handle\x18\x01 \x01(\x0c\"\xe1\x02\n\x06Region\x12\x11\n\tregion_id\x18\x01 \x01(\t\x12\x31\n\x0b\x64\x65vice_kind\x18\x02 \x01(\x0e\x32\x1c.weight_broker.v1.DeviceKind\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x33\n\x0bhost_memory\x18\x05 \x01(\x0b\x32\x1c.weight_broker.v1.HostMemoryH\x00\x12\x39\n\x0enpu_allocation\x18\x06 \x01(\x0b\x32\x1f.weight_broker.v1.NpuAllocationH\x00\x12\x33\n\x0bnpu_segment\x18\x07 \x01(\x0b\x32\x1c.weight_broker.v1.NpuSegmentH\x00\x12;\n\x0f\x63uda_allocation\x18\x08 \x01(\x0b\x32 .weight_broker.v1.CudaAllocationH\x00\x42\x08\n\x06handle\"=\n\x0fTensorPlacement\x12\x14\n\x0cregion_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\";\n\tLoadGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\r\x12\x0c\n\x04size\x18\x03 \x01(\r\"f\n\x0cStagedMemory\x12\x10\n\x08stage_id\x18\x01 \x01(\t\x12\x31\n\x0b\x64\x65vice_kind\x18\x02 \x01(\x0e\x32\x1c.weight_broker.v1.DeviceKind\x12\x11\n\tdevice_id\x18\x03 \x01(\t*=\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_TARGET\x10\x01\x12\x0e\n\nROLE_DRAFT\x10\x02*C\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTAGE_LOADED\x10\x01\x12\x11\n\rSTAGE_RUNTIME\x10\x02*f\n\x0cMemoryFormat\x12\x1d\n\x19MEMORY_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15MEMORY_FORMAT_STRIDED\x10\x01\x12\x1c\n\x18MEMORY_FORMAT_FRACTAL_NZ\x10\x02*i\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x13\n\x0f\x44\x45VICE_KIND_NPU\x10\x02\x12\x14\n\x10\x44\x45VICE_KIND_CUDA\x10\x03*\x92\x01\n\x0f\x44igestAlgorithm\x12 \n\x1c\x44IGEST_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44IGEST_ALGORITHM_XXH3_64\x10\x01\x12\x1a\n\x16\x44IGEST_ALGORITHM_CRC32\x10\x02\x12#\n\x1f\x44IGEST_ALGORITHM_MULTILINEAR_64\x10\x03*h\n\x0e\x44igestCoverage\x12\x1f\n\x1b\x44IGEST_COVERAGE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44IGEST_COVERAGE_FULL\x10\x01\x12\x1b\n\x17\x44IGEST_COVERAGE_SAMPLED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!weight_broker/v1/weight_set.proto\x12\x10weight_broker.v1\"\xfe\x01\n\x0cParallelRank\x12\x1c\n\x14tensor_parallel_rank\x18\x01 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x02 \x01(\r\x12\x1e\n\x16pipeline_parallel_rank\x18\x03 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x04 \x01(\r\x12\x1c\n\x14\x65xpert_parallel_rank\x18\x05 \x01(\r\x12\x1c\n\x14\x65xpert_parallel_size\x18\x06 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_rank\x18\x07 \x01(\r\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x08 \x01(\r\".\n\x0f\x45ngineAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xa9\x02\n\x0cWeightSetKey\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12$\n\x04role\x18\x06 \x01(\x0e\x32\x16.weight_broker.v1.Role\x12&\n\x05stage\x18\x07 \x01(\x0e\x32\x17.weight_broker.v1.Stage\x12,\n\x04rank\x18\x08 \x01(\x0b\x32\x1e.weight_broker.v1.ParallelRank\x12<\n\x11\x65ngine_attributes\x18\t \x03(\x0b\x32!.weight_broker.v1.EngineAttribute\"\xc0\x01\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06stride\x18\x04 \x03(\x03\x12\x16\n\x0estorage_offset\x18\x05 \x01(\x03\x12\x15\n\rstorage_bytes\x18\x06 \x01(\x04\x12\x35\n\rmemory_format\x18\x07 \x01(\x0e\x32\x1e.weight_broker.v1.MemoryFormat\x12\x10\n\x08\x61lias_of\x18\x08 \x01(\t\"L\n\x06Layout\x12-\n\x07tensors\x18\x01 \x03(\x0b\x32\x1c.weight_broker.v1.TensorSpec\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\x9f\x01\n\x0e\x43ontentDigests\x12\x34\n\talgorithm\x18\x01 \x01(\x0e\x32!.weight_broker.v1.DigestAlgorithm\x12\x32\n\x08\x63overage\x18\x02 \x01(\x0e\x32 .weight_broker.v1.DigestCoverage\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x03(\x06\"\x0c\n\nHostMemory\"#\n\rNpuAllocation\x12\x12\n\nexport_key\x18\x01 \x01(\x0c\"<\n\nNpuSegment\x12\x19\n\x11shareable_handles\x18\x01 \x03(\x06\x12\x13\n\x0b\x63hunk_bytes\x18\x02 \x01(\x04\"$\n\x0e\x43udaAllocation\x12\x12\n\nipc_handle\x18\x01 \x01(\x0c\"\x95\x03\n\x06Region\x12\x11\n\tregion_id\x18\x01 \x01(\t\x12\x31\n\x0b\x64\x65vice_kind\x18\x02 \x01(\x0e\x32\x1c.weight_broker.v1.DeviceKind\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x33\n\x0bhost_memory\x18\x05 \x01(\x0b\x32\x1c.weight_broker.v1.HostMemoryH\x00\x12\x39\n\x0enpu_allocation\x18\x06 \x01(\x0b\x32\x1f.weight_broker.v1.NpuAllocationH\x00\x12\x33\n\x0bnpu_segment\x18\x07 \x01(\x0b\x32\x1c.weight_broker.v1.NpuSegmentH\x00\x12;\n\x0f\x63uda_allocation\x18\x08 \x01(\x0b\x32 .weight_broker.v1.CudaAllocationH\x00\x12\x1d\n\x10\x63ontainer_device\x18\t \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06handleB\x13\n\x11_container_device\"=\n\x0fTensorPlacement\x12\x14\n\x0cregion_index\x18\x01 \x01(\r\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\";\n\tLoadGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0e\n\x06member\x18\x02 \x01(\r\x12\x0c\n\x04size\x18\x03 \x01(\r\"f\n\x0cStagedMemory\x12\x10\n\x08stage_id\x18\x01 \x01(\t\x12\x31\n\x0b\x64\x65vice_kind\x18\x02 \x01(\x0e\x32\x1c.weight_broker.v1.DeviceKind\x12\x11\n\tdevice_id\x18\x03 \x01(\t*=\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_TARGET\x10\x01\x12\x0e\n\nROLE_DRAFT\x10\x02*C\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTAGE_LOADED\x10\x01\x12\x11\n\rSTAGE_RUNTIME\x10\x02*\x97\x02\n\x0cMemoryFormat\x12\x1d\n\x19MEMORY_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15MEMORY_FORMAT_STRIDED\x10\x01\x12\x1c\n\x18MEMORY_FORMAT_FRACTAL_NZ\x10\x02\x12\"\n\x1eMEMORY_FORMAT_FRACTAL_NZ_C0_16\x10\x03\x12\"\n\x1eMEMORY_FORMAT_FRACTAL_NZ_C0_32\x10\x04\x12!\n\x1dMEMORY_FORMAT_FRACTAL_NZ_C0_2\x10\x05\x12!\n\x1dMEMORY_FORMAT_FRACTAL_NZ_C0_4\x10\x06\x12!\n\x1dMEMORY_FORMAT_FRACTAL_NZ_C0_8\x10\x07*i\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x13\n\x0f\x44\x45VICE_KIND_NPU\x10\x02\x12\x14\n\x10\x44\x45VICE_KIND_CUDA\x10\x03*\x92\x01\n\x0f\x44igestAlgorithm\x12 \n\x1c\x44IGEST_ALGORITHM_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44IGEST_ALGORITHM_XXH3_64\x10\x01\x12\x1a\n\x16\x44IGEST_ALGORITHM_CRC32\x10\x02\x12#\n\x1f\x44IGEST_ALGORITHM_MULTILINEAR_64\x10\x03*h\n\x0e\x44igestCoverage\x12\x1f\n\x1b\x44IGEST_COVERAGE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44IGEST_COVERAGE_FULL\x10\x01\x12\x1b\n\x17\x44IGEST_COVERAGE_SAMPLED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weight_broker.v1.weight_set_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_ROLE']._serialized_start=1830
-  _globals['_ROLE']._serialized_end=1891
-  _globals['_STAGE']._serialized_start=1893
-  _globals['_STAGE']._serialized_end=1960
-  _globals['_MEMORYFORMAT']._serialized_start=1962
-  _globals['_MEMORYFORMAT']._serialized_end=2064
-  _globals['_DEVICEKIND']._serialized_start=2066
-  _globals['_DEVICEKIND']._serialized_end=2171
-  _globals['_DIGESTALGORITHM']._serialized_start=2174
-  _globals['_DIGESTALGORITHM']._serialized_end=2320
-  _globals['_DIGESTCOVERAGE']._serialized_start=2322
-  _globals['_DIGESTCOVERAGE']._serialized_end=2426
+  _globals['_ROLE']._serialized_start=1882
+  _globals['_ROLE']._serialized_end=1943
+  _globals['_STAGE']._serialized_start=1945
+  _globals['_STAGE']._serialized_end=2012
+  _globals['_MEMORYFORMAT']._serialized_start=2015
+  _globals['_MEMORYFORMAT']._serialized_end=2294
+  _globals['_DEVICEKIND']._serialized_start=2296
+  _globals['_DEVICEKIND']._serialized_end=2401
+  _globals['_DIGESTALGORITHM']._serialized_start=2404
+  _globals['_DIGESTALGORITHM']._serialized_end=2550
+  _globals['_DIGESTCOVERAGE']._serialized_start=2552
+  _globals['_DIGESTCOVERAGE']._serialized_end=2656
   _globals['_PARALLELRANK']._serialized_start=56
   _globals['_PARALLELRANK']._serialized_end=310
   _globals['_ENGINEATTRIBUTE']._serialized_start=312
@@ -54,11 +54,11 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_CUDAALLOCATION']._serialized_start=1208
   _globals['_CUDAALLOCATION']._serialized_end=1244
   _globals['_REGION']._serialized_start=1247
-  _globals['_REGION']._serialized_end=1600
-  _globals['_TENSORPLACEMENT']._serialized_start=1602
-  _globals['_TENSORPLACEMENT']._serialized_end=1663
-  _globals['_LOADGROUP']._serialized_start=1665
-  _globals['_LOADGROUP']._serialized_end=1724
-  _globals['_STAGEDMEMORY']._serialized_start=1726
-  _globals['_STAGEDMEMORY']._serialized_end=1828
+  _globals['_REGION']._serialized_end=1652
+  _globals['_TENSORPLACEMENT']._serialized_start=1654
+  _globals['_TENSORPLACEMENT']._serialized_end=1715
+  _globals['_LOADGROUP']._serialized_start=1717
+  _globals['_LOADGROUP']._serialized_end=1776
+  _globals['_STAGEDMEMORY']._serialized_start=1778
+  _globals['_STAGEDMEMORY']._serialized_end=1880
 # @@protoc_insertion_point(module_scope)

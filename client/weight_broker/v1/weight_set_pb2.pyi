@@ -81,6 +81,16 @@ class _MemoryFormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """Plain strided memory: shape, stride and data type say everything."""
     MEMORY_FORMAT_FRACTAL_NZ: _MemoryFormat.ValueType  # 2
     """Ascend FRACTAL_NZ: 16x16 or 16x32 fractals, padded; storage_bytes exceeds shape times element size."""
+    MEMORY_FORMAT_FRACTAL_NZ_C0_16: _MemoryFormat.ValueType  # 3
+    """The same with 16 elements in a fractal's row, whatever their size; like it, a format of whole storages."""
+    MEMORY_FORMAT_FRACTAL_NZ_C0_32: _MemoryFormat.ValueType  # 4
+    """With 32 elements."""
+    MEMORY_FORMAT_FRACTAL_NZ_C0_2: _MemoryFormat.ValueType  # 5
+    """With 2 elements."""
+    MEMORY_FORMAT_FRACTAL_NZ_C0_4: _MemoryFormat.ValueType  # 6
+    """With 4 elements."""
+    MEMORY_FORMAT_FRACTAL_NZ_C0_8: _MemoryFormat.ValueType  # 7
+    """With 8 elements."""
 
 class MemoryFormat(_MemoryFormat, metaclass=_MemoryFormatEnumTypeWrapper):
     """How a tensor's elements lie in memory."""
@@ -91,6 +101,16 @@ MEMORY_FORMAT_STRIDED: MemoryFormat.ValueType  # 1
 """Plain strided memory: shape, stride and data type say everything."""
 MEMORY_FORMAT_FRACTAL_NZ: MemoryFormat.ValueType  # 2
 """Ascend FRACTAL_NZ: 16x16 or 16x32 fractals, padded; storage_bytes exceeds shape times element size."""
+MEMORY_FORMAT_FRACTAL_NZ_C0_16: MemoryFormat.ValueType  # 3
+"""The same with 16 elements in a fractal's row, whatever their size; like it, a format of whole storages."""
+MEMORY_FORMAT_FRACTAL_NZ_C0_32: MemoryFormat.ValueType  # 4
+"""With 32 elements."""
+MEMORY_FORMAT_FRACTAL_NZ_C0_2: MemoryFormat.ValueType  # 5
+"""With 2 elements."""
+MEMORY_FORMAT_FRACTAL_NZ_C0_4: MemoryFormat.ValueType  # 6
+"""With 4 elements."""
+MEMORY_FORMAT_FRACTAL_NZ_C0_8: MemoryFormat.ValueType  # 7
+"""With 8 elements."""
 global___MemoryFormat = MemoryFormat
 
 class _DeviceKind:
@@ -498,6 +518,7 @@ class Region(google.protobuf.message.Message):
     NPU_ALLOCATION_FIELD_NUMBER: builtins.int
     NPU_SEGMENT_FIELD_NUMBER: builtins.int
     CUDA_ALLOCATION_FIELD_NUMBER: builtins.int
+    CONTAINER_DEVICE_FIELD_NUMBER: builtins.int
     region_id: builtins.str
     """Required. Chosen by the instance, unique among its regions, at most 64 characters."""
     device_kind: global___DeviceKind.ValueType
@@ -506,6 +527,10 @@ class Region(google.protobuf.message.Message):
     """Required. Size in bytes."""
     device_id: builtins.str
     """Optional. Physical identity of the device (bus or physical id, never a logical index); empty for host memory."""
+    container_device: builtins.int
+    """Optional. The number of the device in the exporter's container, for memory whose handles are relative to it (chunks of
+    an NPU). A broker whose container numbers the device otherwise would map other memory, and refuses instead.
+    """
     @property
     def host_memory(self) -> global___HostMemory:
         """For DEVICE_KIND_CPU."""
@@ -533,9 +558,13 @@ class Region(google.protobuf.message.Message):
         npu_allocation: global___NpuAllocation | None = ...,
         npu_segment: global___NpuSegment | None = ...,
         cuda_allocation: global___CudaAllocation | None = ...,
+        container_device: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cuda_allocation", b"cuda_allocation", "handle", b"handle", "host_memory", b"host_memory", "npu_allocation", b"npu_allocation", "npu_segment", b"npu_segment"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cuda_allocation", b"cuda_allocation", "device_id", b"device_id", "device_kind", b"device_kind", "handle", b"handle", "host_memory", b"host_memory", "npu_allocation", b"npu_allocation", "npu_segment", b"npu_segment", "region_id", b"region_id", "size_bytes", b"size_bytes"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_container_device", b"_container_device", "container_device", b"container_device", "cuda_allocation", b"cuda_allocation", "handle", b"handle", "host_memory", b"host_memory", "npu_allocation", b"npu_allocation", "npu_segment", b"npu_segment"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_container_device", b"_container_device", "container_device", b"container_device", "cuda_allocation", b"cuda_allocation", "device_id", b"device_id", "device_kind", b"device_kind", "handle", b"handle", "host_memory", b"host_memory", "npu_allocation", b"npu_allocation", "npu_segment", b"npu_segment", "region_id", b"region_id", "size_bytes", b"size_bytes"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_container_device", b"_container_device"]) -> typing.Literal["container_device"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["handle", b"handle"]) -> typing.Literal["host_memory", "npu_allocation", "npu_segment", "cuda_allocation"] | None: ...
 
 global___Region = Region

@@ -73,6 +73,11 @@ class Broker(AttachRoom):
         copy.CopyFrom(request)
         return asyncio.run_coroutine_threadsafe(self.stages.ask("instance-1", copy, timeout), self.loop)
 
+    def let_go(self) -> Future[None]:
+        """Ends when the instance has unmapped what it was lent."""
+        assert self.stages is not None
+        return asyncio.run_coroutine_threadsafe(self.stages.let_go("instance-1"), self.loop)
+
     def has(self) -> bool:
         """Whether the instance can be asked."""
         return self.stages is not None and self.stages.has("instance-1")
@@ -162,8 +167,12 @@ def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker:
     assert broker.lost == [("instance-1", "it did not answer within 0.2 s")]
     with pytest.raises(StageGone, match="no stage connection"):
         broker.ask(COPY).result(60)
+    letting_go = broker.let_go()
+    assert ("close", "b") not in tensors.done
+    assert not letting_go.done()
     tensors.may_go_on.set()
-    eventually(lambda: ("close", "b") in tensors.done)
+    letting_go.result(60)
+    assert ("close", "b") in tensors.done
     eventually(lambda: not server.serves("s"))
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from doubles.cann.control import card_name
+from doubles.cann.control import CannHost, card_name
 from support import acl, card_actions, npu_actions
 from support.acl import CHUNK
 from support.card_process import CardProcess
@@ -15,6 +15,7 @@ from support.npu_actions import Place, Shared
 from weight_broker.layout import MemoryFormat
 from weight_broker.memory.npu.kind import Segment, SegmentKind, describe_device
 from weight_broker.v1 import weight_set_pb2 as pb
+from weight_brokerd.cards.errors import CardRefused
 from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.offers import OfferEnd, fresh_key
@@ -72,6 +73,8 @@ def requests(prefix: str, shared: Shared) -> list[ImportRegion]:
         else:
             message.npu_segment.shareable_handles.extend(region.shareable_handles)
             message.npu_segment.chunk_bytes = region.chunk_bytes
+        if region.container_device is not None:
+            message.container_device = region.container_device
         found.append(import_region("region", f"{prefix}/{region.region_id}", message))
     return found
 
@@ -133,5 +136,27 @@ def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go
                     await cards.offer(card_name(0), fresh_key(), every)
         pid = cards.health[0].sender_pid
         assert not {"imports", "mappings", "reservations"} & set(scene.host.live(pid))
+
+    scene.run(scenario, hooks=Hooks(authorize=authorize))
+
+
+def test_chunks_of_a_container_that_counts_the_cards_otherwise_are_refused_and_keys_are_not(scene: CardScene) -> None:
+    """The driver would take their handles for those of another card's chunks, which may exist."""
+    elsewhere = scene.start_process(container=[CannHost.physical(0)], visible="")
+    places = Instance(elsewhere, 0, 0)
+    regions = requests("it", places.share("it", places.places))
+    chunks = [region for region in regions if region.shareable_handles]
+    keys = [region for region in regions if region.export_key]
+    assert {region.container_device for region in chunks} == {0}
+
+    async def authorize(region_id: str, bare_tgid: int) -> None:
+        await asyncio.to_thread(elsewhere.call, npu_actions.admit, region_id.partition("/")[0], bare_tgid)
+
+    async def scenario(cards: CardSupervisor) -> None:
+        for region in keys:
+            await cards.register(card_name(0), region)
+        for region in chunks:
+            with pytest.raises(CardRefused, match=r"container of the instance counts this card as 0, .* as 1"):
+                await cards.register(card_name(0), region)
 
     scene.run(scenario, hooks=Hooks(authorize=authorize))

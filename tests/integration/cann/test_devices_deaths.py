@@ -212,6 +212,28 @@ def test_wrong_bytes_are_found_and_their_source_is_not_read_again(scene: Scene) 
     assert "tensors layer" in publication.quarantine_reason
 
 
+def test_a_dead_source_costs_its_own_publication_and_the_others_on_its_card_are_served(scene: Scene) -> None:
+    """The driver takes the memory of the dead from the card's one sender, which can do nothing more with the card."""
+    first, other = scene.publisher("first", 0), scene.host.start_instance("other")
+    other.call(instance.create, "other", 0, MODEL, 9)
+    assert other.call(instance.publish, "other").error == ""
+    receiver, late = scene.receiver("receiver", 1), scene.host.start_instance("late")
+    late.call(instance.create, "other", 1, MODEL, None)
+    scene.warm_up(receiver)
+    sender = cards(scene.broker)[card_name(0)].sender_pid
+    scene.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    acquiring = receiver.begin(instance.acquire, "model")
+    scene.wait_until_moving(1)
+    first.kill()
+    assert acquiring(40).error in ("TransferFailed", "WeightsNotFound")
+    scene.cann.clear()
+    assert late.call(instance.acquire, "other").error == ""
+    assert late.call(instance.digest, "other") == other.call(instance.digest, "other")
+    assert cards(scene.broker)[card_name(0)].sender_pid != sender
+    assert published_on(scene.broker) == [("other", card_name(0))]
+    assert scene.cann.violations() == []
+
+
 def test_an_interrupted_instance_is_not_written_to_any_more(scene: Scene) -> None:
     first, receiver = scene.publisher("first", 0), scene.receiver("receiver", 1)
     scene.warm_up(receiver)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -311,7 +312,19 @@ def test_chunks_of_another_size_than_said_are_refused(instance: CardProcess) -> 
     segment, _ = chunked_segment(instance, 2)
     places = [Place("a", segment.base, (3 * CHUNK // 4,))]  # 1.5 chunks
     assert "no mapped memory begins at" in refused(instance, places, replace(segment, chunk_bytes=CHUNK // 2))
-    assert "chunk_bytes" in refused(instance, places, replace(segment, chunk_bytes=0))
+    assert "chunk_bytes" in refused(instance, places, replace(segment, chunk_bytes=3 * CHUNK // 4))
+
+
+@pytest.mark.parametrize("release", ["8.5", "9.0"])
+@pytest.mark.parametrize("chunk", [CHUNK, 10 * CHUNK, 32 * CHUNK])
+def test_the_driver_is_asked_for_the_size_of_chunks(release: str, chunk: int) -> None:
+    with CannHost(release=release) as host, closing(CardProcess(host)) as instance:
+        instance.call(acl.set_device, 0)
+        base, _ = instance.call(card_actions.map_chunks, 2, 0, chunk)
+        segment = Segment(base, 2 * chunk, SegmentKind.VMM)
+        shared = instance.call(npu_actions.share, "it", [Place("a", base + chunk - 8, (8,))], [segment])
+        assert (shared.regions[0].chunk_bytes, len(shared.regions[0].shareable_handles)) == (chunk, 2)
+        assert host.violations() == []
 
 
 # ---- digests

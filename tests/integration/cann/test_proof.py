@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(600)
 BYTES = 16 << 20
 NEEDS_TORCH_NPU = {"P14.plain", "P14.expandable", "P14.huge"}
 NEEDS_A_NEWER_RELEASE = {"P9.range"}
-NEEDS_ROOT = {"N1.host", "N1.conflict", "N1.after", "H6.alone"}
+NEEDS_ROOT = {"O2", "O3", "H6.alone"}
 SILENT = {
     "P0.machine", "P6.access", "P6.key", "P6.chunk", "P9.sizes", "P15.context", "P15.key", "P15.chunks", "H5",
     "H6.loopback", "H6.alone", "S1.own", "S1.key", "S1.chunks",

@@ -141,6 +141,24 @@ def test_a_source_that_does_not_answer_is_no_source_until_it_does(device_host: D
     assert second.call(instance.digest, "model") == first.call(instance.digest, "model")
 
 
+def test_a_staging_buffer_lives_until_an_instance_that_hangs_has_let_go_of_it(device_host: DeviceHost) -> None:
+    """The driver takes a buffer from a process that uses it, and that process can do nothing more with its card."""
+    broker, first, second = start(device_host, request_seconds="6")
+    device_host.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
+    answer = second.begin(instance.acquire, "model")
+    until_both_copy(first, second)
+    first.process.send_signal(signal.SIGSTOP)  # with a chunk to copy, now or soon
+    device_host.cann.clear()
+    failed = answer(60)
+    assert (failed.error, failed.quiesced) == ("TransferFailed", True)
+    first.process.send_signal(signal.SIGCONT)
+    eventually(lambda: [one.is_staged for one in broker.publications()] == [True])
+    until_nothing_is_mapped(first, second)
+    assert second.call(instance.acquire, "model").error == ""
+    assert second.call(instance.digest, "model") == first.call(instance.digest, "model")
+    assert device_host.cann.violations() == []
+
+
 def test_an_overdue_transfer_ends_and_the_tensors_are_the_receivers_again(device_host: DeviceHost) -> None:
     broker, first, second = start(device_host)
     warm = device_host.start_instance("warm")  # so that the time is not spent on starting processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ HBM_HUGE_PAGES = 4
 TO_DEVICE, FROM_DEVICE, WITHIN_DEVICE = 1, 2, 3
 ROOT_INFO_BYTES = 4108
 PORTS_CHOSEN = {"HCCL_NPU_SOCKET_PORT_RANGE": "auto", "HCCL_HOST_SOCKET_PORT_RANGE": "auto"}
+
+_CONTAINER = ("unshare", "--user", "--map-root-user", "--mount")
 
 Argument = tuple[str, Any]
 OUT_POINTER: Argument = ("out ptr", 0)
@@ -99,12 +102,16 @@ class DriverProcess:
     """A process that calls the driver."""
 
     def __init__(
-        self, environment: Mapping[str, str], note: Callable[[str, Answer], None], options: Sequence[str] = ()
+        self,
+        environment: Mapping[str, str],
+        note: Callable[[str, Answer], None],
+        options: Sequence[str] = (),
+        wrapper: Sequence[str] = (),
     ) -> None:
-        """`note` hears of every answer; `options` are the worker's."""
+        """`note` is called with every answer; `options`: of `worker`; `wrapper`: the command that starts it."""
         self._note = note
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "weight_brokerd.ascend_check.contract.worker", *options],
+            [*wrapper, sys.executable, "-m", "weight_brokerd.ascend_check.contract.worker", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -243,13 +250,7 @@ class Scene:
         variables = {**self.environment, **environment}
         if visible is not None:
             variables["ASCEND_RT_VISIBLE_DEVICES"] = visible
-        number = len(self._processes) + 1
-
-        def note(name: str, answer: Answer) -> None:
-            self.calls.append(Call(number, name, answer.code, answer.words, answer.seconds))
-
-        self._processes.append(DriverProcess(variables, note, options))
-        return self._processes[-1]
+        return self._start(variables, options)
 
     def process(
         self, device: int = 0, visible: str | None = None, options: Sequence[str] = (), **environment: str
@@ -259,6 +260,25 @@ class Scene:
         process.code("aclInit", NULL)
         process.value("aclrtSetDevice", i32(device))
         return process
+
+    def in_a_container(self) -> DriverProcess:
+        """An initialised process in a mount namespace of its own, and not root for the host."""
+        if shutil.which(_CONTAINER[0]) is None:
+            raise NotRun(f"there is no {_CONTAINER[0]}")
+        process = self._start(self.environment, wrapper=_CONTAINER)
+        process.code("aclInit", NULL)
+        return process
+
+    def _start(
+        self, variables: Mapping[str, str], options: Sequence[str] = (), wrapper: Sequence[str] = ()
+    ) -> DriverProcess:
+        number = len(self._processes) + 1
+
+        def note(name: str, answer: Answer) -> None:
+            self.calls.append(Call(number, name, answer.code, answer.words, answer.seconds))
+
+        self._processes.append(DriverProcess(variables, note, options, wrapper))
+        return self._processes[-1]
 
     def __enter__(self) -> Self:
         return self

@@ -43,7 +43,7 @@ class Exporter(Protocol):
         """The key of a whole allocation."""
 
     def end_export(self, key: bytes) -> None:
-        """Raises a DriverError while somebody has imported it."""
+        """The driver takes the memory from every process that has imported it."""
 
 
 @dataclass(slots=True)
@@ -124,7 +124,7 @@ class CardMemory:
 
     def close(self, region_id: str) -> None:
         """Unmaps the region; nothing may use it any more. Idempotent. Raises DriverError: it may be mapped still. A
-        bucket that is imported still stays as it is then."""
+        bucket is to be closed after its borrower: the driver does not refuse to free one that is imported."""
         with self._lock:
             if region_id in self._buckets:
                 self._free_bucket(region_id)

@@ -12,7 +12,7 @@ from weight_brokerd.cards import messages
 from weight_brokerd.cards.child.engine import Engine
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
 from weight_brokerd.cards.child.work import Work
-from weight_brokerd.cards.messages import ImportRegion, Role
+from weight_brokerd.cards.messages import NOT_SAID, ImportRegion, Role
 from weight_brokerd.cards.probe import Device
 
 
@@ -62,6 +62,7 @@ class NpuDriver:
         handles, chunk = region.shareable_handles, region.chunk_bytes
         if not handles or chunk <= 0 or region.size_bytes > len(handles) * chunk:
             raise NotPossible(f"{len(handles)} chunks of {chunk} bytes are not {region.size_bytes} bytes")
+        self._check_container(region)
         address = self._acl.reserve_address(len(handles) * chunk)
         undo.callback(self._acl.release_address, address)
         for index, shareable in enumerate(handles):
@@ -70,6 +71,15 @@ class NpuDriver:
             self._acl.map(address + index * chunk, chunk, handle)
             undo.callback(self._acl.unmap, address + index * chunk)
         return address
+
+    def _check_container(self, region: ImportRegion) -> None:
+        here = self._acl.logical_device(self._device)
+        if region.container_device not in (NOT_SAID, here):
+            raise NotPossible(
+                f"the container of the instance counts this card as {region.container_device}, that of the broker as "
+                f"{here}, and handles of chunks are relative to the container: give both the same cards, or set "
+                "PYTORCH_NPU_ALLOC_CONF=expandable_segments:False for the instance"
+            )
 
     def _hold_chunk(self, shareable: int) -> int:
         """A chunk can be imported once in a process, but publications of one instance may overlap in chunks."""

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from weight_broker.errors import InvalidArgument
 from weight_broker.kinds import MemoryKind
 from weight_broker.v1.weight_set_pb2 import Region
-from weight_brokerd.cards.messages import ImportRegion
+from weight_brokerd.cards.messages import NOT_SAID, ImportRegion
 from weight_brokerd.core.coordinator import STAGE_INSTEAD
 from weight_brokerd.dataplane.plane import Place, StagedBy
 from weight_brokerd.dataplane.staged import Asker
@@ -85,4 +85,10 @@ def import_region(field: str, region_id: str, region: Region) -> ImportRegion:
             f"{len(handles)} chunks of {segment.chunk_bytes} bytes",
             f"chunks that make up the region's {region.size_bytes} bytes",
         )
-    return ImportRegion(region_id, region.size_bytes, shareable_handles=handles, chunk_bytes=segment.chunk_bytes)
+    return ImportRegion(
+        region_id,
+        region.size_bytes,
+        shareable_handles=handles,
+        chunk_bytes=segment.chunk_bytes,
+        container_device=region.container_device if region.HasField("container_device") else NOT_SAID,
+    )

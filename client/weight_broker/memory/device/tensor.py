@@ -27,7 +27,7 @@ class Segment:
     """Bytes."""
     kind: SegmentKind = SegmentKind.PLAIN
     chunk_bytes: int = 0
-    """Size of each chunk of a `VMM` segment."""
+    """Size of each chunk of a `VMM` segment; 0: the driver is asked."""
     device_index: int | None = None
     """None: the tensors'."""
     sleeps: bool = False

@@ -11,13 +11,13 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from weight_broker.drivers import acl as acl_module
 from weight_broker.drivers.acl import Acl, AclError, AclUnavailable, device_id
-from weight_broker.errors import InvalidArgument, PublishRefused, RetractTimeout
+from weight_broker.errors import PublishRefused, RetractTimeout
 from weight_broker.memory.device.describe import DescribedDeviceTensors
 from weight_broker.memory.device.tensor import Segment, SegmentKind
 from weight_broker.memory.npu import driver as npu_driver
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from weight_broker.v1 import weight_set_pb2 as pb
 
 PAGE_BYTES = 4096
+_KEY_LENGTH = 36
+_KEY_CARD = slice(24, 26)
+"""Of a key: 8 digits of the TGID, 16 of a serial number, 2 of the physical card, 2 and 8 of other things."""
 _VMM_OFF = "Set PYTORCH_NPU_ALLOC_CONF=expandable_segments:False"
 
 
@@ -62,8 +65,9 @@ class ExportedSegments:
     def close(self) -> None:
         """Ends the exports that no other publication of this process needs. May be called again.
 
-        `RetractTimeout`: somebody has still imported the memory, which must not be freed yet. Does nothing in a forked
-        child: the exports are its parent's.
+        That it succeeds proves nothing: the driver takes an allocation from every importer, and leaves them chunks.
+        Only the broker's word does. `RetractTimeout`: the driver does not end an export; call again. Does nothing in a
+        forked child: the exports are its parent's.
         """
         if self._process != os.getpid() or not self._exports:
             return
@@ -115,7 +119,8 @@ def export_segments(
             card = device_id(acl, described.device_index)
         if segments is None:
             segments = described.segments() if described.segments is not None else ()
-        spans = _spans(described, segments)
+        with _driver_errors("say how large its chunks are", f"{_VMM_OFF}."):
+            spans = _spans(acl, described, segments)
         for span in spans:
             _require_shareable(span.segment, version)
         exports: list[Export] = []
@@ -137,8 +142,9 @@ class _Span:
     end: int
 
 
-def _spans(described: DescribedDeviceTensors, segments: Sequence[Segment]) -> list[_Span]:
-    """The parts of segments to be exported, by address, for all tensors that have memory."""
+def _spans(acl: Acl, described: DescribedDeviceTensors, segments: Sequence[Segment]) -> list[_Span]:
+    """The parts of segments to be exported, by address, for all tensors that have memory. The driver is asked for the
+    size of chunks that the allocator does not say."""
     known = [candidate for candidate in segments if candidate.device_index in (None, described.device_index)]
     known.sort(key=lambda segment: segment.base)
     bases = [segment.base for segment in known]
@@ -155,6 +161,8 @@ def _spans(described: DescribedDeviceTensors, segments: Sequence[Segment]) -> li
                 "shared: name the segment it lies in; memory of a pluggable allocator (sleep mode) has to be staged",
                 metadata={"tensor": tensor.spec.name},
             )
+        if known[index].kind is SegmentKind.VMM and not known[index].chunk_bytes:
+            known[index] = replace(known[index], chunk_bytes=acl.chunk_bytes(known[index].base, known[index].end))
         span = _span_of(known[index], tensor.address, end)
         if spans and spans[-1].segment is span.segment and span.begin <= spans[-1].end:
             spans[-1].end = max(spans[-1].end, span.end)
@@ -168,7 +176,10 @@ def _span_of(segment: Segment, begin: int, end: int) -> _Span:
         return _Span(segment, segment.base, segment.end)
     chunk = segment.chunk_bytes
     if chunk <= 0 or segment.size % chunk:
-        raise InvalidArgument("segments.chunk_bytes", chunk, f"the chunk size of a segment of {segment.size} bytes")
+        raise PublishRefused(
+            f"segments.chunk_bytes: the segment of {segment.size} bytes at {segment.base:#x} is not made of chunks "
+            f"of {chunk} bytes. {_VMM_OFF}, or leave their size out"
+        )
     first, last = (begin - segment.base) // chunk, -(-(end - segment.base) // chunk)
     return _Span(segment, segment.base + first * chunk, segment.base + last * chunk)
 
@@ -217,6 +228,7 @@ def _export_span(
             export = EXPORTS.export_allocation(acl, device, span.begin, size, pids, any_process=any_process)
             exports.append(export)
         assert isinstance(export.key, bytes)
+        _check_card(export.key, card)
         region.npu_allocation.export_key = export.key
         material = export.key
     else:
@@ -229,14 +241,27 @@ def _export_span(
                 assert isinstance(export.key, int)
                 handles.append(export.key)
         if len(set(handles)) < len(handles):
-            raise InvalidArgument(
-                "segments.chunk_bytes", chunk, "the size of a chunk: one chunk was found at two places"
+            raise PublishRefused(
+                f"segments.chunk_bytes: {chunk} bytes are not the size of a chunk: one chunk was found at two places. "
+                f"{_VMM_OFF}, or leave the size of chunks out"
             )
         region.npu_segment.chunk_bytes = chunk
+        if (number := acl.logical_device(device)) is not None:
+            region.container_device = number
         material = b",".join(str(handle).encode() for handle in handles)
     # The same memory has the same id in every publication of this process, and no other memory has.
     region.region_id = "npu-" + hashlib.sha256(b"%d/%s/%s" % (os.getpid(), card.encode(), material)).hexdigest()[:32]
     return region
+
+
+def _check_card(key: bytes, card: str) -> None:
+    """An export key has the physical number of the card, and so bears witness to the one that regions are named by."""
+    if len(key) != _KEY_LENGTH or f"npu:{int(key[_KEY_CARD], 16)}" == card:
+        return
+    raise PublishRefused(
+        f"the driver says that these tensors are on {card}, and their export key that they are on card "
+        f"{int(key[_KEY_CARD], 16)}: report it, with the versions of CANN and of the driver (HDK)"
+    )
 
 
 def _place(described: DescribedDeviceTensors, spans: Sequence[_Span]) -> list[tuple[int, int]]:

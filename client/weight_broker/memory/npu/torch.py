@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 STRIDED_FORMATS = {0: "NCHW", 1: "NHWC", 2: "ND", 30: "NCDHW"}
 """torch_npu.Format: the formats in which shape and stride say everything."""
-FRACTAL_NZ = 29
+FRACTAL_FORMATS = {
+    29: MemoryFormat.FRACTAL_NZ,
+    50: MemoryFormat.FRACTAL_NZ_C0_16,
+    51: MemoryFormat.FRACTAL_NZ_C0_32,
+    52: MemoryFormat.FRACTAL_NZ_C0_2,
+    53: MemoryFormat.FRACTAL_NZ_C0_4,
+    54: MemoryFormat.FRACTAL_NZ_C0_8,
+}
+"""torch_npu.Format: formats of whole storages."""
 ND = 2
-SMALL_CHUNK_BYTES = 2 << 20
-LARGE_CHUNK_BYTES = 20 << 20
-"""Chunks of expandable segments in the allocator's two pools (kSmallBuffer, kLargeBuffer)."""
 _DEFAULT_POOL = (0, 0)
 
 
@@ -31,14 +36,13 @@ def from_tensor(name: str, tensor: torch.Tensor) -> DeviceTensor:
     torch_npu = _torch_npu()
     plain = plain_tensor(name, tensor)
     number = int(torch_npu.get_npu_format(tensor))
-    if number == FRACTAL_NZ:
-        memory_format = MemoryFormat.FRACTAL_NZ
+    memory_format = FRACTAL_FORMATS.get(number, MemoryFormat.STRIDED)
+    if memory_format is not MemoryFormat.STRIDED:
         storage_bytes = int(torch_npu.get_storage_size(tensor)) * tensor.element_size()
         if plain.offset:
             hint = "Share the tensor that it is a part of."
             raise _refusal(name, "storage_offset", plain.offset, "0: FRACTAL_NZ is a format of whole storages", hint)
     elif number in STRIDED_FORMATS:
-        memory_format = MemoryFormat.STRIDED
         storage_bytes = tensor.numel() * tensor.element_size()
     else:
         expected = "FRACTAL_NZ or one of " + ", ".join(STRIDED_FORMATS.values())
@@ -64,7 +68,6 @@ def segments(device_index: int) -> list[Segment]:
             base=row["address"],
             size=row["total_size"],
             kind=SegmentKind.VMM if row.get("is_expandable") else SegmentKind.PLAIN,
-            chunk_bytes=SMALL_CHUNK_BYTES if row["segment_type"] == "small" else LARGE_CHUNK_BYTES,
             device_index=row["device"],
             sleeps=tuple(row.get("segment_pool_id", _DEFAULT_POOL)) != _DEFAULT_POOL,
         )

@@ -116,6 +116,24 @@ def test_a_tensor_of_torch_npu_is_described_by_its_storage_and_format(torch_npu:
     assert all(tensor.owner is not None for tensor in described.tensors)
 
 
+@pytest.mark.parametrize(
+    ("number", "memory_format"),
+    [
+        (50, MemoryFormat.FRACTAL_NZ_C0_16),
+        (51, MemoryFormat.FRACTAL_NZ_C0_32),
+        (52, MemoryFormat.FRACTAL_NZ_C0_2),
+        (53, MemoryFormat.FRACTAL_NZ_C0_4),
+        (54, MemoryFormat.FRACTAL_NZ_C0_8),
+    ],
+)
+def test_the_other_fractal_formats_are_whole_storages_and_each_is_another_format(
+    torch_npu: TorchNpu, number: int, memory_format: MemoryFormat
+) -> None:
+    whole = torch.zeros(512, dtype=torch.int8)[:15].view(3, 5)
+    (spec,) = describe_on_device(w=on_npu(whole, format_number=number, elements=512)).layout
+    assert (spec.memory_format, spec.storage_bytes) == (memory_format, 512)
+
+
 @pytest.mark.parametrize("number", [0, 1, 2, 30])
 def test_base_formats_are_plain_memory(torch_npu: TorchNpu, number: int) -> None:
     (spec,) = describe_on_device(w=on_npu(torch.zeros(3, 5), format_number=number)).layout
@@ -149,9 +167,9 @@ def test_tensors_of_torch_npu_come_with_their_allocators_segments_and_its_queue(
     described = describe_on_device(w=on_npu(torch.zeros(3)), v=on_npu(torch.ones(3), index=None))
     assert described.segments is not None
     assert described.segments() == [
-        Segment(0x1000, 2 << 20, SegmentKind.PLAIN, 2 << 20, device_index=0),
-        Segment(0x2000, 2 << 20, SegmentKind.VMM, 20 << 20, device_index=0),
-        Segment(0x3000, 2 << 20, SegmentKind.VMM, 2 << 20, device_index=0, sleeps=True),
+        Segment(0x1000, 2 << 20, device_index=0),
+        Segment(0x2000, 2 << 20, SegmentKind.VMM, device_index=0),
+        Segment(0x3000, 2 << 20, SegmentKind.VMM, device_index=0, sleeps=True),
     ]
     assert described.synchronize is not None
     described.synchronize()

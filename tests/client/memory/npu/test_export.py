@@ -80,6 +80,12 @@ class CountingAcl(Acl):
         self.retained[address] += 1
         return address
 
+    def chunk_bytes(self, address: int, end: int) -> int:
+        return CHUNK
+
+    def logical_device(self, device: int) -> int:
+        return device
+
     def free_physical(self, handle: int) -> None:
         self.retained[handle] -= 1
         assert self.retained[handle] >= 0

@@ -21,7 +21,6 @@ from weight_broker.memory.npu import torch as npu_torch
 
 VERSION = "2.13.0"
 LIBRARY = "torch_npu/lib/libtorch_npu.so"
-ALLOCATOR = "torch_npu/include/torch_npu/csrc/core/npu/NPUAllocatorConfig.h"
 
 NAMES = {
     "get_npu_format": ("torch_npu/utils/custom_ops.py", r"^torch_npu\.get_npu_format = "),
@@ -30,7 +29,7 @@ NAMES = {
     "npu.synchronize": ("torch_npu/npu/utils.py", r"^def synchronize\(device=None\):"),
 }
 """Every name that is used, and the line that defines it."""
-SEGMENT_KEYS = {"address", "total_size", "segment_type", "device", "is_expandable", "segment_pool_id"}
+SEGMENT_KEYS = {"address", "total_size", "device", "is_expandable", "segment_pool_id"}
 """Of what memory_snapshot() gives for a segment, what is read. The library has the names as texts of their own."""
 
 
@@ -104,17 +103,10 @@ def test_the_library_has_the_keys_of_a_segment(read: Callable[[str], bytes]) -> 
 def test_the_formats_have_their_numbers(read: Callable[[str], bytes]) -> None:
     text = read("torch_npu/npu/_format.py").decode()
     numbers = {name: int(number) for name, number in re.findall(r"^    (\w+) = (-?\d+)$", text, re.MULTILINE)}
-    assert numbers["FRACTAL_NZ"] == npu_torch.FRACTAL_NZ
+    for number, memory_format in npu_torch.FRACTAL_FORMATS.items():
+        assert numbers[memory_format.name] == number
     assert numbers["ND"] == npu_torch.ND
     assert {numbers[name]: name for name in npu_torch.STRIDED_FORMATS.values()} == npu_torch.STRIDED_FORMATS
-
-
-@pytest.mark.slow
-def test_the_chunks_of_expandable_segments_have_their_sizes(read: Callable[[str], bytes]) -> None:
-    text = read(ALLOCATOR).decode()
-    sizes = {name: int(size) for name, size in re.findall(r"constexpr size_t (\w+) = (\d+);", text)}
-    assert sizes["kSmallBuffer"] == npu_torch.SMALL_CHUNK_BYTES
-    assert sizes["kLargeBuffer"] == npu_torch.LARGE_CHUNK_BYTES
 
 
 @pytest.mark.slow
