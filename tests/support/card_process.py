@@ -26,12 +26,13 @@ class RemoteFailure(AssertionError):
 class CalledProcess:
     """One process; module-level functions are called in its main thread, one after the other."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], *, prefix: Sequence[str] = ()) -> None:
+        """`prefix`: a program that starts the process, for example in another namespace."""
         ours, theirs = socket.socketpair()
         variables = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])}
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "support.card_main", str(theirs.fileno())],
+                [*prefix, sys.executable, "-m", "support.card_main", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=variables,
                 stdin=subprocess.DEVNULL,

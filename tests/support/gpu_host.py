@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,14 +35,15 @@ class GpuHost:
         self._stack.callback(broker.close)
         return broker.start()
 
-    def start_instance(self, name: str, *, visible: str | None = None) -> CalledProcess:
+    def start_instance(self, name: str, *, visible: str | None = None, prefix: Sequence[str] = ()) -> CalledProcess:
         """A process that calls functions of `support.gpu_instance` and `support.device_instance`."""
         process = CalledProcess(
             {
                 **self.cuda.environment(visible),
                 "WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.directory / "run"),
                 "INSTANCE_NAME": name,
-            }
+            },
+            prefix=prefix,
         )
         self._stack.callback(process.close)
         return process

@@ -15,6 +15,7 @@ from weight_broker.v1 import resources_pb2, weight_broker_service_pb2
 from weight_broker.wire import key_from_wire
 from weight_brokerd.api import fields
 from weight_brokerd.api.layouts import LayoutCache
+from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.core.model import Acquisition, TransferPath
 from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.kinds.kind import Kind
@@ -31,6 +32,8 @@ class Call:
     begun_at: float
     wait_seconds: float
     """The most that it may wait, whatever the request says."""
+    peer: PeerCredentials | None = None
+    """The instance as the kernel knows it."""
 
 
 async def receiving_kind(request: weight_broker_service_pb2.AcquireRequest, kinds: Kinds) -> Kind:
@@ -57,7 +60,7 @@ def acquisition(
     if layout is None and path is not TransferPath.ZERO_COPY:
         raise InvalidArgument("layout", "not set", "the receiver's layout, unless path is TRANSFER_PATH_ZERO_COPY")
     if_absent = fields.if_absent(request.if_absent)
-    destination = _destination(request, call.instance_id, layout, kind)
+    destination = _destination(request, call, layout, kind)
     wait = call.wait_seconds
     if request.HasField("timeout"):
         wait = min(wait, fields.seconds("timeout", request.timeout, limit=fields.MAX_TIMEOUT_SECONDS))
@@ -81,7 +84,7 @@ def acquisition(
 
 
 def _destination(
-    request: weight_broker_service_pb2.AcquireRequest, instance_id: str, layout: Layout | None, kind: Kind
+    request: weight_broker_service_pb2.AcquireRequest, call: Call, layout: Layout | None, kind: Kind
 ) -> Place:
     if not TRAITS[kind.name].broker_copies:
         _require_own_copy(request)
@@ -93,7 +96,7 @@ def _destination(
         raise InvalidArgument("regions", len(request.regions), "none for TRANSFER_PATH_STAGED")
     return kind.place(
         PlaceRequest(
-            owner=instance_id,
+            owner=call.instance_id,
             layout=layout,
             device_field="device_id",
             device_id=request.device_id,
@@ -102,6 +105,7 @@ def _destination(
             is_mapped=not is_staged,
             stage=StageName("stage_id", request.stage_id) if is_staged or request.stage_id else None,
             refusal=TransferFailed,
+            peer=call.peer,
         )
     )
 

@@ -6,6 +6,8 @@ does not serve.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from weight_broker.errors import InvalidArgument
 from weight_broker.kinds import EMPTY_KIND, TRAITS, kind_of_wire
 from weight_broker.layout import Layout
@@ -13,6 +15,7 @@ from weight_broker.v1 import weight_broker_service_pb2, weight_set_pb2
 from weight_broker.wire import digests_from_wire, key_from_wire
 from weight_brokerd.api.fields import rank_of_group
 from weight_brokerd.api.layouts import LayoutCache
+from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.core.publications import Offer
 from weight_brokerd.kinds.kind import Kind
 from weight_brokerd.kinds.place_request import PlaceRequest, StageName, text
@@ -30,14 +33,18 @@ async def published_kind(request: weight_broker_service_pb2.PublishRequest, kind
 
 
 def offer(
-    request: weight_broker_service_pb2.PublishRequest, instance_id: str, layouts: LayoutCache, kind: Kind
+    request: weight_broker_service_pb2.PublishRequest,
+    instance_id: str,
+    layouts: LayoutCache,
+    kind: Kind,
+    peer: PeerCredentials | None = None,
 ) -> tuple[Offer, PublishedMemory]:
-    """What an instance offers, and where it lies."""
+    """What an instance offers, and where it lies. `peer`: the instance as the kernel knows it."""
     request_id = text("request_id", request.request_id)
     key = key_from_wire(request.key)
     layout = layouts.layout(request.layout)
     digests_from_wire(request.digests, len(layout))
-    place = kind.place(_place_request(request, instance_id, layout, kind.name))
+    place = kind.place(replace(_place_request(request, instance_id, layout, kind.name), peer=peer))
     digests = weight_broker_service_pb2.Granted(digests=request.digests).SerializeToString()
     offered = Offer(
         key=key,

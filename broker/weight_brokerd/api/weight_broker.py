@@ -19,6 +19,7 @@ from weight_brokerd.api import fields as validation
 from weight_brokerd.api.caller import identify, on_end
 from weight_brokerd.api.layouts import LayoutCache
 from weight_brokerd.api.messages import DATA_PLANES, PATHS, Messages
+from weight_brokerd.attach.server import Session
 from weight_brokerd.control.control import Control
 from weight_brokerd.control.mailboxes import Granted, Moved
 from weight_brokerd.core import decisions as decide
@@ -56,7 +57,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         """See the proto."""
         session = identify(self._control, context)
         kind = await acquire_request.receiving_kind(request, self._control.kinds)
-        call = self._call(session.instance_id, context)
+        call = self._call(session, context)
         acquisition, destination = acquire_request.acquisition(request, call, self._layouts, kind)
         acquisition_id = acquisition.acquisition_id
         logger = log.bind(
@@ -118,7 +119,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         """See the proto."""
         session = identify(self._control, context)
         kind = await publish_request.published_kind(request, self._control.kinds)
-        offer, memory = publish_request.offer(request, session.instance_id, self._layouts, kind)
+        offer, memory = publish_request.offer(request, session.instance_id, self._layouts, kind, session.peer)
         publication = await self._control.publishing.publish(offer, memory)
         return pb.PublishResponse(publication=self._messages.publication(publication))
 
@@ -159,11 +160,15 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             case _:
                 raise InvalidArgument("action", None, "give_up or extend")
 
-    def _call(self, instance_id: str, context: Context) -> acquire_request.Call:
+    def _call(self, session: Session, context: Context) -> acquire_request.Call:
         remaining = context.time_remaining()
         wait = self._maximum_wait_seconds if remaining is None else min(remaining, self._maximum_wait_seconds)
         return acquire_request.Call(
-            f"acquisition-{next(self._numbers)}", instance_id, self._control.loop.now(), wait_seconds=wait
+            f"acquisition-{next(self._numbers)}",
+            session.instance_id,
+            self._control.loop.now(),
+            wait_seconds=wait,
+            peer=session.peer,
         )
 
     def _granted(self, granted: Granted, acquisition: Acquisition) -> pb.Granted:

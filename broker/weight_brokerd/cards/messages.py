@@ -63,6 +63,10 @@ class ImportRegion:
     """The GPU that it is on, which may be another one than the process's own."""
     container_device: int = NOT_SAID
     """The number of the card in the container of the chunks' exporter."""
+    exporter_pid: int = 0
+    """Of a GPU's allocation: the instance, in the broker's pid namespace; 0 if it cannot be seen from there."""
+    exporter_uid: int = -1
+    """-1: unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
 from weight_broker.kinds import TRAITS, kind_of_wire
 from weight_broker.layout import Layout
 from weight_broker.v1.weight_set_pb2 import Region, TensorPlacement
+from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.plan.pieces import Placement
 
@@ -46,6 +47,8 @@ class PlaceRequest:
     """Set if its owner offers to copy it."""
     refusal: type[BrokerError] = PublishRefused
     """What is raised if this broker does not take the path."""
+    peer: PeerCredentials | None = None
+    """The instance as the kernel knows it."""
 
 
 def text(field: str, value: str, *, limit: int = MAX_ID_CHARACTERS, required: bool = True) -> str:

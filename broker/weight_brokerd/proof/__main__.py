@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from weight_brokerd.proof import report, unit
 from weight_brokerd.proof.family import FAMILIES, Family, Row, family
+from weight_brokerd.proof.processes import NotRun
 from weight_brokerd.proof.runner import ROW_SECONDS, Result, Verdict, results
 
 _UNLIKE, _REFUSED = 1, 2
@@ -61,8 +62,7 @@ def _prove(kinds: Sequence[str], options: argparse.Namespace, host: dict[str, An
     done: list[Result] = []
     try:
         for kind in kinds:
-            host[kind] = family(kind).host()
-            done += _printed(kind, options, table)
+            _prove_kind(kind, options, table, host, done)
     finally:
         _write(options.json, report.document(host, done))
     print(f"{len(done)} rows: {report.summary(done)}", file=table)
@@ -71,10 +71,17 @@ def _prove(kinds: Sequence[str], options: argparse.Namespace, host: dict[str, An
     return _UNLIKE if any(result.verdict is Verdict.UNLIKE_SOURCE for result in done) else 0
 
 
-def _printed(kind: str, options: argparse.Namespace, table: TextIO) -> Iterator[Result]:
+def _prove_kind(
+    kind: str, options: argparse.Namespace, table: TextIO, host: dict[str, Any], done: list[Result]
+) -> None:
+    try:
+        host[kind] = family(kind).host()
+    except NotRun as why:
+        print(f"{kind}: not run: {why}", file=table)
+        return
     for result in results(kind, _chosen(family(kind), options.rows), options.row_seconds):
         print("\n".join(report.lines(result)), file=table, flush=True)
-        yield result
+        done.append(result)
 
 
 def _chosen(driver: Family, names: str) -> list[Row]:

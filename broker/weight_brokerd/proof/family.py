@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
-FAMILIES = {"npu": "weight_brokerd.proof.npu"}
+FAMILIES = {"npu": "weight_brokerd.proof.npu", "cuda": "weight_brokerd.proof.cuda.family"}
 """By the kind of memory."""
 
 
@@ -63,7 +63,7 @@ class Family(Protocol):
         """Runs the row in processes of its own: `verdict` (a name of `Verdict`), `seen`, `calls`."""
 
     def host(self) -> dict[str, Any]:
-        """Facts of the machine, for the report."""
+        """Facts of the machine, for the report. Raises NotRun if no row can be run."""
 
     def others(self) -> Mapping[int, str]:
         """The processes that have a card open, with their commands."""

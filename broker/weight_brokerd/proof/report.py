@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from weight_brokerd.proof.family import Row
@@ -28,6 +32,7 @@ _HEADS = (
     "Needed by",
 )
 _SHOWN_FUNCTIONS = 6
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user")
 _INDENT = " " * 34
 
 
@@ -49,7 +54,20 @@ def summary(results: Iterable[Result]) -> str:
 
 def document(host: dict[str, Any], results: Sequence[Result]) -> dict[str, Any]:
     """The content of proof.json."""
-    return {"schema": SCHEMA, "host": host, "rows": [_row(result) for result in results]}
+    return {"schema": SCHEMA, "host": _host() | host, "rows": [_row(result) for result in results]}
+
+
+def _host() -> dict[str, Any]:
+    return {
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "weight_broker": version("weight-broker"),
+        "uid": os.geteuid(),
+        "groups": sorted(os.getgroups()),
+        "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in _NAMESPACES},
+        "is_container": Path("/.dockerenv").exists() or Path("/run/.containerenv").exists(),
+    }
 
 
 def _row(result: Result) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     _add_status(commands)
     _add_explain(commands)
     _add(commands, "watch", "print the state, then every change as it happens")
-    _add_answer_timeout(_add(commands, "doctor", "check what can be wrong here, and say what to do about it"))
+    _add_doctor(commands)
     _add_drain(commands)
     _add_evict(commands)
     _add_quarantine(commands)
@@ -129,6 +129,30 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="kind of memory that receives (default: that in which it is published)",
     )
     command.add_argument("--attribute", action="append", metavar="NAME=VALUE", help="engine attribute of the key")
+
+
+def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
+    command = _add(commands, "doctor", "check what can be wrong here, and say what to do about it")
+    _add_answer_timeout(command)
+    command.add_argument(
+        "--prove",
+        nargs="?",
+        const=Path("proof.json"),
+        type=Path,
+        metavar="FILE",
+        help="instead: compare the drivers of this machine's devices with their sources, in processes that use the "
+        "devices for some minutes; write FILE (proof.json) to attach to a report",
+    )
+    command.add_argument(
+        "--beside-others", action="store_true", help="with --prove: although other processes use the devices"
+    )
+    command.add_argument(
+        "--as-unit",
+        nargs="*",
+        metavar="FILE",
+        help="with --prove, as root: under systemd with the properties of weight-broker.service as it is installed, or "
+        "of these files",
+    )
 
 
 def _add_drain(commands: _Commands[argparse.ArgumentParser]) -> None:

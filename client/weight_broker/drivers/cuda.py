@@ -29,6 +29,8 @@ STREAM_NON_BLOCKING = 1
 IS_IPC_CAPABLE = 10
 """CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE"""
 _NAME_BYTES = 256
+_PARTITIONED = " MIG "
+"""In the name of an instance of a partitioned GPU: "NVIDIA A100-SXM4-40GB MIG 1g.5gb"."""
 
 
 class IpcHandle(ctypes.Structure):
@@ -110,11 +112,12 @@ class Cuda:
         return name.value.decode(errors="replace")
 
     def device_id(self, device: int) -> str:
-        """The GPU's name on the wire, the same in every process whatever CUDA_VISIBLE_DEVICES says: its UUID as
-        nvidia-smi writes it, "GPU-..."."""
+        """The GPU's name on the wire, the same in every process, whichever index CUDA_VISIBLE_DEVICES makes it: its
+        UUID as nvidia-smi writes it, "GPU-...", or "MIG-..." for an instance of a partitioned GPU."""
         uuid = _Uuid()
         self._call("cuDeviceGetUuid_v2", ctypes.byref(uuid), self._device(device))
-        return f"GPU-{UUID(bytes=bytes(uuid.bytes))}"
+        prefix = "MIG" if _PARTITIONED in self.device_name(device) else "GPU"
+        return f"{prefix}-{UUID(bytes=bytes(uuid.bytes))}"
 
     def can_access_peer(self, device: int, peer: int) -> bool:
         """Whether kernels and copies of `device` reach the memory of `peer` without the host in between."""

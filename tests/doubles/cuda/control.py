@@ -12,6 +12,8 @@ from uuid import UUID
 from doubles.cuda.build import build
 
 GPUS = 4
+_BUS_NUMBERS = (2, 0, 3, 1)
+"""Of the GPUs in the driver's own order, fastest first: an index is never the number on the bus."""
 
 
 class Fault(enum.StrEnum):
@@ -26,6 +28,8 @@ class Fault(enum.StrEnum):
     SLOW_COPY = "slow-copy"
     """Bytes per second."""
     NO_PEER_ACCESS = "no-peer-access"
+    EXCLUSIVE_PROCESS = "exclusive-process"
+    """The compute mode in which one process at a time has contexts on a GPU."""
     MAPPED_MEMORY = "mapped-memory"
     """What is allocated now is like an expandable segment: it has no handle."""
 
@@ -36,6 +40,7 @@ class CudaHost:
     def __init__(self) -> None:
         shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._directory = Path(tempfile.mkdtemp(prefix="weight-broker-cuda-double-", dir=shared))
+        self._directory.chmod(0o777)  # processes of other users are on the host too
 
     def environment(self, visible: str | None = None) -> dict[str, str]:
         """All variables of a process on the host that runs on the double."""
@@ -49,6 +54,10 @@ class CudaHost:
     def clear(self, fault: Fault) -> None:
         """Ends a fault."""
         (self._directory / f"fault-{fault}").unlink(missing_ok=True)
+
+    def partition(self, gpu: int) -> None:
+        """Divides a GPU into two instances (MIG), for processes that start now."""
+        (self._directory / f"fault-partitioned-{_BUS_NUMBERS[gpu]}").write_text("0")
 
     def violations(self) -> list[str]:
         """What processes did that no process may do."""
@@ -66,5 +75,16 @@ class CudaHost:
 
 
 def uuid(gpu: int) -> str:
-    """The name of a GPU on the wire."""
-    return f"GPU-{UUID(bytes=bytes((0x10 * (gpu + 1) + index) & 0xFF for index in range(16)))}"
+    """The name on the wire of the GPU with this index in a process that sees all of them."""
+    first = 0x10 * (_BUS_NUMBERS[gpu] + 1)
+    return f"GPU-{_uuid(first)}"
+
+
+def instance_uuid(gpu: int, instance: int) -> str:
+    """The same of an instance of a partitioned GPU."""
+    first = 0x10 * (_BUS_NUMBERS[gpu] + 1) + 0x80 + instance
+    return f"MIG-{_uuid(first)}"
+
+
+def _uuid(first: int) -> UUID:
+    return UUID(bytes=bytes((first + index) & 0xFF for index in range(16)))

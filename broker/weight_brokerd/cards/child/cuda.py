@@ -17,6 +17,7 @@ from weight_broker.drivers.cuda import Cuda, CudaError
 from weight_brokerd.cards import messages
 from weight_brokerd.cards.child.copying import CopyingWork
 from weight_brokerd.cards.child.memory import CardMemory, NotPossible, Span
+from weight_brokerd.cards.child.separation import why_not_opened
 from weight_brokerd.cards.messages import ImportRegion, Role
 from weight_brokerd.cards.probe import Device
 
@@ -43,8 +44,7 @@ class CudaDriver:
             known = ", ".join(self._indexes)
             raise NotPossible(f"the region is on {region.device_id or 'no GPU'}; this process sees {known}")
         context = self._context(device)
-        with self._cuda.in_context(context):
-            address = self._cuda.ipc_open(bytes.fromhex(region.ipc_handle))
+        address = self._open(context, region)
         undo.callback(self._close, context, address)
         try:
             _, size = self._cuda.allocation_of(address)
@@ -72,6 +72,15 @@ class CudaDriver:
     def free(self, address: int) -> None:
         """Of `malloc`."""
         self._cuda.free(address)
+
+    def _open(self, context: int, region: ImportRegion) -> int:
+        try:
+            with self._cuda.in_context(context):
+                return self._cuda.ipc_open(bytes.fromhex(region.ipc_handle))
+        except CudaError as error:
+            if why := why_not_opened(region, error.code):
+                raise NotPossible(f"{error}. {why}") from error
+            raise
 
     def _close(self, context: int, address: int) -> None:
         with self._cuda.in_context(context):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import structlog
 
 from weight_broker.errors import BrokerUnavailable, InvalidArgument
 from weight_broker.kinds import MemoryKind
 from weight_broker.v1.weight_set_pb2 import Region
+from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardError
 from weight_brokerd.cards.events import Hooks
@@ -86,7 +88,7 @@ class CudaKind:
         """Allocations that CUDA IPC can open."""
         require_unstaged(self.name, request)
         device_id = device_of(request, self.health.device_ids)
-        regions = regions_of(self.name, request, _import_region)
+        regions = _with_exporter(regions_of(self.name, request, _import_region), request.peer)
         return Place(self.name, device_id, regions, placements_of(self.name, request))
 
     def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
@@ -123,6 +125,13 @@ class CudaKind:
             self._problem = self._gpus.problem or "the driver knows no GPU"
             log.log(40 if self._is_wanted else 10, "no_gpus", problem=self._problem)
         self._events.health_changed()
+
+
+def _with_exporter(regions: tuple[ImportRegion, ...], peer: PeerCredentials | None) -> tuple[ImportRegion, ...]:
+    """The driver may refuse memory because of who exports it."""
+    if peer is None:
+        return regions
+    return tuple(replace(region, exporter_pid=peer.pid, exporter_uid=peer.uid) for region in regions)
 
 
 def _import_region(field: str, region_id: str, region: Region) -> ImportRegion:

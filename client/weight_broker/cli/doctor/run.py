@@ -16,8 +16,10 @@ from weight_broker.cli.failure import ExitCode
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Runs all checks; FAILED if one of them found a problem."""
-    from weight_broker.cli.doctor import ascend, broker, host
+    from weight_broker.cli.doctor import ascend, broker, host, proof
 
+    if options.prove is not None:
+        return proof.run(options)
     findings, state = broker.findings(options.runtime_directory, options.timeout)
     findings += host.findings(state)
     findings += ascend.findings(state)

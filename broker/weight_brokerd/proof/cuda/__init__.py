@@ -1,0 +1,1 @@
+"""The contract of NVIDIA's driver, as far as the product calls it."""
