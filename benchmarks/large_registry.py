@@ -13,8 +13,7 @@ from benchmarks.weights import equal_shapes, publish_random, random_content, tou
 
 from weight_broker import BrokerClient, WeightSetKey
 from weight_broker.digest import ContentDigests
-from weight_broker.memory.host.export import export
-from weight_broker.memory.host.shared import SharedWeights
+from weight_broker.memory.host.export import SharedWeights, export
 from weight_broker.memory.tensors import describe
 from weight_broker.v1 import inspection_service_pb2 as inspection
 

@@ -14,7 +14,7 @@ from benchmarks.harness import Instance
 from weight_broker import BrokerClient, WeightSetKey
 from weight_broker.demo.checkpoint import model_shape
 from weight_broker.memory.host.copying import thread_count
-from weight_broker.memory.host.shared import SharedWeights
+from weight_broker.memory.host.export import SharedWeights
 from weight_broker.transfers.exchange import Mapped, Request
 
 Shapes = Mapping[str, tuple[int, ...]]

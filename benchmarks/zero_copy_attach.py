@@ -12,7 +12,7 @@ from benchmarks.report import Budget, Row, number, size
 from benchmarks.weights import model_shapes, publish_random, size_of, touched
 
 from weight_broker import BrokerClient, WeightSetKey
-from weight_broker.memory.host.shared import SharedWeights
+from weight_broker.memory.host.export import SharedWeights
 from weight_broker.transfers.exchange import Mapped, Request
 
 MOST_MILLISECONDS = 20.0

@@ -29,7 +29,7 @@ MODULES_WITH_RPC = {
 
 PROGRAMS = {"weight_broker.cli", "weight_broker.demo"}
 """Their modules are imported by `cli.main` once a command is chosen, and may need gRPC from the beginning."""
-ENTRIES = {"weight_broker.cli", "weight_broker.cli.main", "weight_broker.cli.text", "weight_broker.demo"}
+ENTRIES = {"weight_broker.cli", "weight_broker.cli.main", "weight_broker.cli.failure", "weight_broker.demo"}
 """What every command line imports, also `--help`."""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from support.asynchronous import on_a_loop
-from support.kinds import ServingStages
+from support.kinds import ServingConnections
 from support.scripted_cards import ScriptedCards
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.cards.errors import CardTimeout
@@ -31,14 +31,14 @@ class Harness:
 
     plane: DataPlane
     cards: ScriptedCards
-    stages: ServingStages
+    staging: ServingConnections
     source: Place
     destination: Place
 
     async def until_moving(self) -> None:
         """Bytes are under way."""
         for _ in range(100_000):
-            if self.cards.moving or self.stages.moving:
+            if self.cards.moving or self.staging.moving:
                 return
             await asyncio.sleep(0)
         raise AssertionError("nothing moves")
@@ -59,21 +59,21 @@ def staged(name: str, card: str) -> Place:
 def copy() -> Harness:
     cards = ScriptedCards("npu:0")
     plane = CopyPlane(cards, may_stage=True)
-    return Harness(plane, cards, ServingStages(), mapped("source", "npu:0"), mapped("destination", "npu:0"))
+    return Harness(plane, cards, ServingConnections(), mapped("source", "npu:0"), mapped("destination", "npu:0"))
 
 
 def datasystem() -> Harness:
     cards = ScriptedCards("npu:0", "npu:1")
     plane = DatasystemPlane(cards, may_stage=True)
-    return Harness(plane, cards, ServingStages(), mapped("source", "npu:0"), mapped("destination", "npu:1"))
+    return Harness(plane, cards, ServingConnections(), mapped("source", "npu:0"), mapped("destination", "npu:1"))
 
 
 def through_buffers(source: Place, destination: Place) -> Harness:
     cards = ScriptedCards("npu:0", "npu:1")
-    stages = ServingStages("source", "destination")
+    staging = ServingConnections("source", "destination")
     inner = DatasystemPlane(cards, may_stage=True)
-    plane = StagedPlane(cards, inner, stages, staging_bytes=4 << 20, answer_seconds=5.0)
-    return Harness(plane, cards, stages, source, destination)
+    plane = StagedPlane(cards, inner, staging, staging_bytes=4 << 20, answer_seconds=5.0)
+    return Harness(plane, cards, staging, source, destination)
 
 
 def staged_source() -> Harness:
@@ -107,7 +107,7 @@ async def test_what_has_arrived_is_told_with_the_seconds_of_its_phases(make: Cal
     host = make()
     assert set(await host.move()) == {"map", "transfer"}
     assert host.cards.moving == 0
-    assert host.cards.buckets == set()
+    assert host.cards.buffers == set()
 
 
 @on_a_loop
@@ -121,22 +121,22 @@ async def test_what_has_no_content_is_there_at_once(make: Callable[[], Harness])
 async def test_a_cancelled_movement_writes_no_more(make: Callable[[], Harness]) -> None:
     host = make()
     host.cards.gate = asyncio.Event()
-    host.stages.gate = host.cards.gate
+    host.staging.gate = host.cards.gate
     moving = asyncio.create_task(host.move())
     async with asyncio.timeout(10):
         await host.until_moving()
         moving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await moving
-    assert host.cards.moving == host.stages.moving == 0
-    assert host.cards.buckets == set()
+    assert host.cards.moving == host.staging.moving == 0
+    assert host.cards.buffers == set()
 
 
 @on_a_loop
 async def test_a_failure_says_whose_it_is_and_how_far_the_bytes_came(make: Callable[[], Harness]) -> None:
     host = make()
     host.cards.failure = CardTimeout("its receiver was killed", touched=True, quiesced=False)
-    host.stages.instances.discard("source")
+    host.staging.instances.discard("source")
     with pytest.raises(MoveFailed) as failed:
         await host.move()
     assert failed.value.cause is FailureCause.SOURCE_UNREACHABLE
@@ -153,7 +153,7 @@ async def test_memory_of_the_receiver_that_cannot_be_mapped_may_be_staged(make: 
     error = failed.value
     assert (error.cause, error.needs_staging) == (FailureCause.RECEIVER, True)
     assert (error.touched, error.quiesced) == (False, True)
-    assert host.cards.buckets == set()
+    assert host.cards.buffers == set()
 
 
 @on_a_loop
@@ -179,7 +179,7 @@ async def test_a_plane_that_may_not_stage_does_not_ask_for_it() -> None:
 @on_a_loop
 async def test_an_instance_that_does_not_copy_for_itself_is_the_receivers_failure() -> None:
     host = staged_destination()
-    host.stages.instances.discard("destination")
+    host.staging.instances.discard("destination")
     with pytest.raises(MoveFailed) as failed:
         await host.move()
     assert (failed.value.cause, failed.value.quiesced) == (FailureCause.RECEIVER, True)

@@ -36,7 +36,7 @@ from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.control.mailboxes import Granted, Moved
 from weight_brokerd.core.publications import PublicationState
 from weight_brokerd.dataplane.plane import PlaneName
-from weight_brokerd.kinds.place_request import StageName
+from weight_brokerd.kinds.place_request import StagingName
 from weight_brokerd.kinds.registry import KindNotServed, Kinds
 
 Scenario = Callable[[Harness], Coroutine[Any, Any, None]]
@@ -158,7 +158,7 @@ def test_content_without_regions_and_regions_of_one_name_are_refused(make: Calla
 
 def test_only_a_kind_that_can_be_staged_takes_a_stage(make: Callable[[], Harness]) -> None:
     async def scenario(harness: Harness) -> None:
-        both = changed(place_request(harness, "r"), stage=StageName("stage_id", "s"))
+        both = changed(place_request(harness, "r"), stage=StagingName("stage_id", "s"))
         only = changed(both, regions=(), placements=(), is_mapped=False)
         if not TRAITS[harness.kind.name].can_be_staged:
             for request in (both, only):

@@ -144,6 +144,10 @@ def observe(seen: dict[str, object]) -> None:
     run("systemctl", "enable", "--quiet", UNIT)
     run("systemctl", "start", UNIT)
     seen["started"] = state()
+    seen["mount_namespaces"] = {
+        "systemd": mount_namespace("1"),
+        "broker": mount_namespace(state()["MainPID"]),
+    }
     seen["health"] = health()
     seen["runtime_directory"] = describe(RUNTIME_DIRECTORY)
     seen["sockets"] = {name: describe(RUNTIME_DIRECTORY / name) for name in ("broker.sock", "attach.sock")}
@@ -188,7 +192,9 @@ def run_with_drop_in(name: str) -> dict[str, object]:
     shutil.copy(SOURCE / "deploy/systemd" / name, DROP_INS)
     run("systemctl", "daemon-reload")
     run("systemctl", "start", UNIT)
-    result: dict[str, object] = {"health": health(), "groups": groups_of(state()["MainPID"])}
+    process = state()["MainPID"]
+    result: dict[str, object] = {"health": health(), "groups": groups_of(process)}
+    result["mount_namespace"] = mount_namespace(process)
     result["properties"] = run("systemctl", "show", UNIT, "--property=MemoryDenyWriteExecute,DevicePolicy").split()
     with published():
         result["acquired"] = act("inference", "acquire")
@@ -196,6 +202,10 @@ def run_with_drop_in(name: str) -> dict[str, object]:
     result["stopped"] = state()
     (DROP_INS / name).unlink()
     return result
+
+
+def mount_namespace(process: str) -> str:
+    return os.readlink(f"/proc/{process}/ns/mnt")
 
 
 def groups_of(process: str) -> list[str]:

@@ -119,6 +119,18 @@ def test_the_broker_works_with_the_device_settings_and_belongs_to_the_devices_gr
     assert CLEAN_STOP.items() <= npu["stopped"].items()
 
 
+def test_without_the_device_settings_the_hardening_makes_a_mount_namespace(seen: dict[str, Any]) -> None:
+    assert seen["mount_namespaces"]["broker"] != seen["mount_namespaces"]["systemd"]
+    strict = seen["drop_ins"]["hardening-strict.conf"]
+    assert strict["mount_namespace"] != seen["mount_namespaces"]["systemd"]
+
+
+def test_with_the_device_settings_the_broker_is_in_the_mount_namespace_of_the_first_process(
+    seen: dict[str, Any],
+) -> None:
+    assert seen["drop_ins"]["npu.conf"]["mount_namespace"] == seen["mount_namespaces"]["systemd"]
+
+
 def test_a_reload_is_heard_and_the_log_is_one_json_object_a_line(seen: dict[str, Any]) -> None:
     events = [json.loads(line)["event"] for line in seen["log"]]
     assert events[0] == "ready"

@@ -95,13 +95,65 @@ def test_the_check_notices_a_missing_program(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("drop_in", "threshold"), [(None, 33), ("hardening-strict.conf", 20), ("npu.conf", 36), ("cuda.conf", 36)]
+    ("drop_in", "threshold"), [(None, 33), ("hardening-strict.conf", 20), ("npu.conf", 38), ("cuda.conf", 36)]
 )
 def test_the_exposure_stays_within_its_limit(root: Path, drop_in: str | None, threshold: int) -> None:
     if drop_in is not None:
         install_drop_in(root, drop_in)
     assert exposure_is_at_most(threshold, root)
     assert not exposure_is_at_most(threshold - 5, root), "the limit can be lowered"
+
+
+MAKE_A_MOUNT_NAMESPACE = {
+    "ProtectSystem": "no",
+    "ProtectHome": "no",
+    "PrivateTmp": "no",
+    "PrivateDevices": "no",
+    "PrivateIPC": "no",
+    "PrivateMounts": "no",
+    "ProtectKernelTunables": "no",
+    "ProtectKernelModules": "no",
+    "ProtectKernelLogs": "no",
+    "ProtectControlGroups": "no",
+    "ProtectProc": "default",
+}
+"""Directives of hardening, with the value that leaves the service in the mount namespace of the host."""
+PATHS = re.compile(
+    r"(Root|ReadOnly|ReadWrite|Inaccessible|Exec|NoExec|Bind(ReadOnly)?|Mount|Extension)(Paths|Directory|Directories|Image"
+    r"|Images|Flags)$|(TemporaryFileSystem|ProcSubset|DynamicUser|LogNamespace|PrivatePIDs)$"
+)
+"""Directives that make a mount namespace whatever their value is."""
+
+
+def settings_in(name: str) -> list[tuple[str, str]]:
+    lines = (SYSTEMD_DIRECTORY / name).read_text().splitlines()
+    return [(key, value) for key, _, value in (line.partition("=") for line in lines) if value and key[0] != "#"]
+
+
+def test_the_broker_of_ascend_hosts_stays_in_the_mount_namespace_of_the_host() -> None:
+    settings = dict(settings_in("npu.conf"))
+    assert {name: settings.get(name) for name in MAKE_A_MOUNT_NAMESPACE} == MAKE_A_MOUNT_NAMESPACE
+    named = [name for file in ("weight-broker.service", "npu.conf") for name, _ in settings_in(file)]
+    assert [name for name in named if PATHS.match(name)] == []
+
+
+def test_it_is_known_of_every_hardening_of_the_unit_whether_it_makes_a_mount_namespace() -> None:
+    harmless = {"ProtectClock", "ProtectHostname"}
+    names = {name for name, _ in settings_in("weight-broker.service") if name.startswith(("Protect", "Private"))}
+    assert names - harmless <= MAKE_A_MOUNT_NAMESPACE.keys()
+
+
+def test_the_device_groups_of_ascends_driver_are_allowed_by_their_names_in_proc_devices() -> None:
+    allowed = {value for name, value in settings_in("npu.conf") if name == "DeviceAllow"}
+    assert {"char-devdrv-cdev rw", "char-hisi_davinci_intf rw", "char-davinci rw"} <= allowed
+    assert not [value for value in allowed if re.search(r"/dev/davinci\d", value)], "every card, not some"
+
+
+def test_cann_finds_itself_and_logs_below_the_state_directory() -> None:
+    settings = settings_in("npu.conf")
+    assert ("Environment", "ASCEND_HOME_PATH=/usr/local/Ascend/ascend-toolkit/latest") in settings
+    assert ("Environment", "ASCEND_PROCESS_LOG_PATH=%S/weight-broker/ascend") in settings
+    assert ("SupplementaryGroups", "HwHiAiUser") in settings
 
 
 def test_stopping_takes_longer_than_draining() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.attach.peer import PeerCredentials
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.control.control import Control
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Acquisition, IfAbsent, Limits, TransferPath
@@ -55,7 +55,7 @@ class ControlRoom:
             kinds=Kinds([HostKind(self.regions)]),
             directory=directory or MemoryDirectory(lease_seconds=60, first_token=1),
             regions=self.regions,
-            stages=Stages(lambda _instance_id, _why: None),
+            staging=StagingConnections(lambda _instance_id, _why: None),
         )
 
     def attach(self, name: str) -> str:

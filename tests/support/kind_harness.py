@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from support.kinds import RecordedEvents, ServingStages, npu_kind
+from support.kinds import RecordedEvents, ServingConnections, npu_kind
 from support.scripted_cards import ScriptedCards
 from support.sealed_memory import memfd
 from weight_broker.errors import PublishRefused
@@ -100,7 +100,7 @@ class NpuHarness(CardHarness):
     def __init__(self) -> None:
         super().__init__("npu:0")
         self.events = RecordedEvents()
-        self.kind: Kind = npu_kind(self.cards, ServingStages(OWNER), self.events)
+        self.kind: Kind = npu_kind(self.cards, ServingConnections(OWNER), self.events)
 
     def handle(self, region: pb.Region) -> None:
         region.npu_allocation.export_key = b"key"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from support.scripted_cards import ScriptedCards
 from weight_broker.v1 import attach_pb2
-from weight_brokerd.attach.stage import StageGone, Stages
+from weight_brokerd.attach.stage import StagingConnections, StagingGone
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.control.control import Control
 from weight_brokerd.core.coordinator import Coordinator
@@ -34,7 +34,7 @@ class RecordedEvents:
         self.health_changes += 1
 
 
-class ServingStages(Stages):
+class ServingConnections(StagingConnections):
     """Instances that copy whatever they are asked for."""
 
     def __init__(self, *instances: str) -> None:
@@ -52,7 +52,7 @@ class ServingStages(Stages):
 
     async def ask(self, instance_id: str, request: attach_pb2.StageRequest, timeout: float) -> None:
         if instance_id not in self.instances:
-            raise StageGone("it has no stage connection")
+            raise StagingGone("it has no stage connection")
         what = request.WhichOneof("request") or ""
         self.asked.append((instance_id, what))
         if what == "copy_chunk" and self.gate is not None:
@@ -80,12 +80,12 @@ async def _connect() -> CardsConfiguration:
     return CardsConfiguration("127.0.0.1", 1)
 
 
-def npu_kind(cards: ScriptedCards, stages: Stages, events: KindEvents, path: str = "auto") -> NpuKind:
+def npu_kind(cards: ScriptedCards, staging: StagingConnections, events: KindEvents, path: str = "auto") -> NpuKind:
     """NPUs on scripted cards; to be started."""
-    return NpuKind(_connect, QuietWorker(), stages, events, path=path, supervise=cards.supervise)
+    return NpuKind(_connect, QuietWorker(), staging, events, path=path, supervise=cards.supervise)
 
 
-def control_of(*kinds: Kind, stages: Stages | None = None) -> tuple[Control, Kinds]:
+def control_of(*kinds: Kind, staging: StagingConnections | None = None) -> tuple[Control, Kinds]:
     """A broker without sockets that serves these kinds."""
     served = Kinds(kinds)
     control = Control(
@@ -93,6 +93,6 @@ def control_of(*kinds: Kind, stages: Stages | None = None) -> tuple[Control, Kin
         regions=RegionTable(regions_per_instance=8),
         directory=MemoryDirectory(lease_seconds=60, first_token=1),
         kinds=served,
-        stages=stages or ServingStages(),
+        staging=staging or ServingConnections(),
     )
     return control, served

@@ -53,8 +53,19 @@ def refusal_of(error: grpc.RpcError) -> Refusal:
     return refusal
 
 
+DEFECTS = (
+    '"internal_error"',
+    "Traceback",
+    "attach_request_failed",
+    "attendance_failed",
+    "directory_claim_failed",
+    "lease_release_failed",
+)
+"""What the log shows of a defect."""
+
+
 def assert_no_defect(log: str) -> None:
     """The daemon has met nothing that it was not written for."""
-    for sign in ('"defect"', "Traceback", "attach_request_failed", "attendance_failed", "directory_call_failed"):
+    for sign in DEFECTS:
         position = log.find(sign)
         assert position < 0, f"the daemon's log has a defect:\n{log[max(0, position - 500) : position + 3000]}"

@@ -14,23 +14,23 @@ from weight_brokerd.cards.health import CardHealth, CardState
 from weight_brokerd.cards.messages import Done, ImportRegion, Request
 from weight_brokerd.cards.offers import OfferEnd
 from weight_brokerd.cards.plan.blobs import BlobList
-from weight_brokerd.cards.plan.chunks import new_bucket_id
+from weight_brokerd.cards.plan.chunks import new_buffer_id
 from weight_brokerd.cards.receivers import Reserve
 
 T = TypeVar("T")
 
 
-def bucket(size: int) -> ImportRegion:
+def staging_buffer(size: int) -> ImportRegion:
     """A staging buffer of a card."""
-    return ImportRegion(new_bucket_id(), size, export_key="6b6579")
+    return ImportRegion(new_buffer_id(), size, export_key="6b6579")
 
 
 @dataclass
-class LentCard:
+class BorrowedCard:
     """A receiver that a job has to itself."""
 
     cards: ScriptedCards
-    bucket: ImportRegion | None
+    buffer: ImportRegion | None
     is_busy: bool = False
 
     async def ask(self, request: Request, timeout: float) -> Done:
@@ -57,7 +57,7 @@ class ScriptedCards:
         self.moved: list[str] = []
         """What was moved, by the name of the call, in order."""
         self.moving = 0
-        self.buckets: set[str] = set()
+        self.buffers: set[str] = set()
         self.hooks = Hooks()
         self.problem = ""
         self.is_closed = False
@@ -140,23 +140,23 @@ class ScriptedCards:
         job: Callable[[Any], Awaitable[T]],
         regions: Sequence[ImportRegion],
         *,
-        bucket_bytes: int = 0,
+        buffer_bytes: int = 0,
         timeout: float,
     ) -> T:
         self._import(regions)
         try:
             async with asyncio.timeout(timeout):
-                return await job(LentCard(self, bucket(bucket_bytes) if bucket_bytes else None))
+                return await job(BorrowedCard(self, staging_buffer(buffer_bytes) if buffer_bytes else None))
         except TimeoutError:
             raise CardTimeout("it was not done in time") from None
 
-    async def make_bucket(self, card: str, size: int) -> ImportRegion:
-        made = bucket(size)
-        self.buckets.add(made.region_id)
-        return made
+    async def make_staging_buffer(self, card: str, size: int) -> ImportRegion:
+        buffer = staging_buffer(size)
+        self.buffers.add(buffer.region_id)
+        return buffer
 
-    async def close_bucket(self, card: str, region_id: str) -> None:
-        self.buckets.discard(region_id)
+    async def close_staging_buffer(self, card: str, region_id: str) -> None:
+        self.buffers.discard(region_id)
 
     def lose(self, region_id: str) -> None:
         """A fresh process could not import a region again."""

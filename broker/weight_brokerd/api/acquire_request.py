@@ -19,7 +19,7 @@ from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.core.model import Acquisition, TransferPath
 from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.kinds.kind import Kind
-from weight_brokerd.kinds.place_request import PlaceRequest, StageName, text
+from weight_brokerd.kinds.place_request import PlaceRequest, StagingName, text
 from weight_brokerd.kinds.registry import KindNotServed, Kinds
 
 
@@ -103,7 +103,7 @@ def _destination(
             regions=request.regions,
             placements=request.placements,
             is_mapped=not is_staged,
-            stage=StageName("stage_id", request.stage_id) if is_staged or request.stage_id else None,
+            stage=StagingName("stage_id", request.stage_id) if is_staged or request.stage_id else None,
             refusal=TransferFailed,
             peer=call.peer,
         )

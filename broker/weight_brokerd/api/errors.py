@@ -116,7 +116,7 @@ def _parsed(request: bytes, parse: Callable[[bytes], object]) -> object:
 
 
 def _defect(error: Exception) -> BrokerError:
-    log.error("defect", exc_info=error)
+    log.error("internal_error", exc_info=error)
     return from_reason(Reason.INTERNAL, "the broker failed; its log says how")
 
 

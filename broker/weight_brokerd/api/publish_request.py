@@ -18,7 +18,7 @@ from weight_brokerd.api.layouts import LayoutCache
 from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.core.publications import Offer
 from weight_brokerd.kinds.kind import Kind
-from weight_brokerd.kinds.place_request import PlaceRequest, StageName, text
+from weight_brokerd.kinds.place_request import PlaceRequest, StagingName, text
 from weight_brokerd.kinds.published import PublishedMemory
 from weight_brokerd.kinds.registry import Kinds
 
@@ -73,7 +73,7 @@ def _place_request(
     field, device_id = "regions[0].device_id", request.regions[0].device_id if request.regions else ""
     stage = None
     if request.HasField("staged"):
-        stage = StageName("staged.stage_id", request.staged.stage_id)
+        stage = StagingName("staged.stage_id", request.staged.stage_id)
         _require_same_memory(request, kind)
         field, device_id = "staged.device_id", request.staged.device_id
     return PlaceRequest(

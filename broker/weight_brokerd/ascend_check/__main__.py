@@ -17,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from weight_broker._version import __version__
-from weight_broker.cli import text
+from weight_broker.cli import output
 from weight_broker.cli.doctor import ascend as doctor_ascend
-from weight_broker.cli.doctor.run import Finding, Verdict
-from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.cli.doctor.findings import Finding, Verdict
+from weight_broker.cli.failure import CommandError, ExitCode, held, stoppable
 from weight_broker.cli.inspector import Inspector, State
-from weight_broker.cli.interruption import held, stoppable
 from weight_broker.cli.progress import Progress
 from weight_broker.demo.checkpoint import parse_size
 from weight_broker.demo.npu import report as demo_npu_report
@@ -69,7 +68,7 @@ def _run(options: argparse.Namespace) -> int:
     progress = Progress(quiet=True)
     framework = demo_npu.framework_of(options.framework)
     model_dir = demo_npu.model(options.model_dir, options.size, 8 << 30, progress)
-    with demo_npu.CardStage(model_dir, framework, progress) as stage:
+    with demo_npu.CardScene(model_dir, framework, progress) as stage:
         host = stage.start(options.instances)
         with progress.step("single steps, without a broker"):
             steps = _steps(stage, host, options)
@@ -94,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     return ExitCode.FAILED if failures else ExitCode.DONE
 
 
-def _steps(stage: demo_npu.CardStage, host: pb.Host, options: argparse.Namespace) -> Steps:
+def _steps(stage: demo_npu.CardScene, host: pb.Host, options: argparse.Namespace) -> Steps:
     """The worker is the broker's, so that both use the same one."""
     variables = demo_npu.driver_variables() | hccl_variables()
     if preload := os.environ.get("WEIGHT_BROKER_CARDS_PRELOAD"):
@@ -168,7 +167,7 @@ def _report(
             for one in each.publications
             if one.device_id == card.device_id
         ]
-        shown = text.state(pb.Card.State.Name(card.state))
+        shown = output.state(pb.Card.State.Name(card.state))
         yield f"| {card.device_id} | {shown} | {card.region_count} | {_cell(', '.join(names))} |"
 
 
@@ -207,14 +206,14 @@ def _cann() -> str:
 def _step(row: Row) -> str:
     if row.problem:
         return f"| {_cell(row.what)} | | not possible | | {_cell(row.problem)} |"
-    size = text.size(row.size_bytes) if row.size_bytes else ""
+    size = output.size(row.size_bytes) if row.size_bytes else ""
     speed = f"{row.size_bytes / row.median / 1e9:.2f}" if row.size_bytes and row.median > 0 else ""
-    spread = f"{text.seconds(min(row.seconds))} to {text.seconds(max(row.seconds))}" if len(row.seconds) > 1 else ""
-    return f"| {_cell(row.what)} | {size} | {text.seconds(row.median)} | {speed} | {spread} |"
+    spread = f"{output.seconds(min(row.seconds))} to {output.seconds(max(row.seconds))}" if len(row.seconds) > 1 else ""
+    return f"| {_cell(row.what)} | {size} | {output.seconds(row.median)} | {speed} | {spread} |"
 
 
 def _cell(value: str) -> str:
-    return text.plain(value.replace("\n", " ")).replace("|", "\\|")
+    return output.plain(value.replace("\n", " ")).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stage connections: on them the broker asks instances to copy between their memory and its buckets."""
+"""Stage connections: on them the broker asks instances to copy between their memory and its staging buffers."""
 
 from __future__ import annotations
 
@@ -17,66 +17,66 @@ from weight_brokerd.processes import packets
 log = structlog.get_logger("weight_brokerd.attach")
 
 
-class StageRefused(Exception):
-    """The instance did not do it; the text says why. It goes on answering."""
+class StagingRefused(Exception):
+    """The instance refused; the text says why. It goes on answering."""
 
 
-class StageGone(Exception):
-    """The instance has no stage connection any more. `Stages.let_go` says when it has no bucket mapped."""
+class StagingGone(Exception):
+    """The instance has no stage connection any more. `let_go` says when it has no staging buffer mapped."""
 
 
-class StageSilent(StageGone):
-    """The instance did not answer, so the connection was ended. It may still be copying."""
+class StagingSilent(StagingGone):
+    """The instance did not answer, so the broker closed the connection. The instance may still be copying."""
 
 
-class Stages:
+class StagingConnections:
     """All stage connections, at most one of each instance."""
 
     def __init__(self, on_lost: Callable[[str, str], None]) -> None:
-        """`on_lost` (instance, why): its stage connection has ended, although the instance has not."""
+        """`on_lost` (instance, why): the stage connection has ended, but the instance lives."""
         self._on_lost = on_lost
         self._connections: dict[str, _Connection] = {}
         self._leaving: set[_Connection] = set()
         """Of instances that are asked nothing more, and have not closed their end yet."""
 
     def connected(self, instance_id: str, connection: socket.socket) -> None:
-        """Takes a connection over; it replaces the one before."""
+        """Takes a connection over; it replaces the instance's earlier connection."""
         self.drop(instance_id)
         self._connections[instance_id] = _Connection(instance_id, connection, self._ended, self._leaving.discard)
 
     def has(self, instance_id: str) -> bool:
-        """Whether the instance can be asked."""
+        """Whether the instance has a stage connection."""
         return instance_id in self._connections
 
     async def ask(self, instance_id: str, request: pb.StageRequest, timeout: float) -> None:
-        """Has the instance do something within `timeout` seconds; one that does not answer loses its connection. If
-        this is cancelled the instance may go on; it does what it is asked in order.
-        Raises StageRefused, StageGone, StageSilent."""
+        """Sends a request and waits for its answer. An instance that does not answer within `timeout` seconds loses its
+        connection. After a cancellation the instance may go on; it carries requests out in order.
+        Raises StagingRefused, StagingGone, StagingSilent."""
         connection = self._connections.get(instance_id)
         if connection is None:
-            raise StageGone("it has no stage connection")
+            raise StagingGone("it has no stage connection")
         await connection.ask(request, timeout)
 
     async def let_go(self, instance_id: str) -> None:
-        """Return when the instance has unmapped the buckets of every connection that has ended. It does so, and closes
-        its end, after what it is doing; or it dies."""
+        """Return when the instance has unmapped the staging buffers of every connection that has ended. It does so,
+        and closes its end, after what it is doing; or it dies."""
         leaving = [connection for connection in self._leaving if connection.instance_id == instance_id]
         await asyncio.gather(*(connection.closed.wait() for connection in leaving))
 
     def drop(self, instance_id: str) -> None:
-        """Ends the instance's connection, if it has one; nobody hears of it."""
+        """Closes the instance's connection, if it has one, without calling `on_lost`."""
         connection = self._connections.pop(instance_id, None)
         if connection is not None:
-            connection.end(StageGone("its stage connection has ended"))
+            connection.end(StagingGone("its stage connection has ended"))
 
     def close(self) -> None:
-        """Ends all of them, and waits for no instance."""
+        """Closes all connections, and waits for no instance."""
         for instance_id in list(self._connections):
             self.drop(instance_id)
         for connection in list(self._leaving):
             connection.close()
 
-    def _ended(self, connection: _Connection, why: StageGone) -> None:
+    def _ended(self, connection: _Connection, why: StagingGone) -> None:
         if not connection.closed.is_set():
             self._leaving.add(connection)
         if self._connections.get(connection.instance_id) is connection:
@@ -85,13 +85,11 @@ class Stages:
 
 
 class _Connection:
-    """One of them."""
-
     def __init__(
         self,
         instance_id: str,
         connection: socket.socket,
-        on_end: Callable[[_Connection, StageGone], None],
+        on_end: Callable[[_Connection, StagingGone], None],
         on_closed: Callable[[_Connection], None],
     ) -> None:
         self.instance_id = instance_id
@@ -107,9 +105,9 @@ class _Connection:
         asyncio.get_running_loop().add_reader(connection.fileno(), self._readable)
 
     async def ask(self, request: pb.StageRequest, timeout: float) -> None:
-        """See `Stages.ask`."""
+        """See `StagingConnections.ask`."""
         if self._has_ended:
-            raise StageGone("its stage connection has ended")
+            raise StagingGone("its stage connection has ended")
         number = next(self._numbers)
         request.number = number
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -118,20 +116,20 @@ class _Connection:
             try:
                 packets.send(self._socket, request.SerializeToString())
             except BlockingIOError:
-                self._break_off("it does not read what it is asked")
+                self._break_off("it does not read its requests")
             except OSError:
-                self.end(StageGone("its stage connection has ended"))
+                self.end(StagingGone("its stage connection has ended"))
             async with asyncio.timeout(timeout):
                 await answer
         except TimeoutError:
             self._break_off(f"it did not answer within {timeout:g} s")
-            raise StageSilent(f"it did not answer within {timeout:g} s") from None
+            raise StagingSilent(f"it did not answer within {timeout:g} s") from None
         finally:
             self._waiting.pop(number, None)
 
-    def end(self, why: StageGone) -> None:
+    def end(self, why: StagingGone) -> None:
         """Ask nothing more, and raise `why` in every waiter. The instance reads the end of the connection, unmaps every
-        bucket and closes its own end, which sets `closed`. Idempotent."""
+        staging buffer and closes its own end, which sets `closed`. Idempotent."""
         if self._has_ended:
             return
         self._has_ended = True
@@ -152,8 +150,8 @@ class _Connection:
         self._on_closed(self)
 
     def _break_off(self, why: str) -> None:
-        log.warning("stage_broken_off", instance_id=self.instance_id, why=why)
-        self.end(StageSilent(why))
+        log.warning("stage_connection_closed", instance_id=self.instance_id, why=why)
+        self.end(StagingSilent(why))
 
     def _readable(self) -> None:
         try:
@@ -164,7 +162,7 @@ class _Connection:
             packet = None
         if packet is None:
             self.close()
-            self.end(StageGone("its stage connection has ended"))
+            self.end(StagingGone("its stage connection has ended"))
             return
         packet.close()
         if self._has_ended:
@@ -176,12 +174,12 @@ class _Connection:
             response.Clear()
         kind = response.WhichOneof("response")
         if kind is None:
-            self._break_off("it answered what makes no sense")
+            self._break_off("its answer is not a StageResponse")
             return
         answer = self._waiting.get(response.number)
-        if answer is None or answer.done():  # nobody waits for it any more
+        if answer is None or answer.done():  # the request was cancelled
             return
         if kind == "accepted":
             answer.set_result(None)
         else:
-            answer.set_exception(StageRefused(response.refused.message))
+            answer.set_exception(StagingRefused(response.refused.message))

@@ -48,10 +48,9 @@ class CardsConfiguration:
     """How long processes stay when there is nothing for them."""
     transfer_seconds: float = 600.0
     """The longest that one transfer may take."""
-    path: str = "auto"
-    """`direct`, `staged` or `auto`: how the memory of instances is read and filled."""
+
     staging_bytes: int = 64 << 20
-    """Size of one bucket of the staged path."""
+    """Size of one staging buffer."""
     restart_seconds: tuple[float, float] = (0.5, 30.0)
     """Wait before starting a sender that ended again: the first time, and the most."""
 

@@ -25,7 +25,7 @@ class EngineRefused(CardRefused):
 
 
 class ImportRefused(CardRefused):
-    """The driver does not let the card's process import a region. Its owner may copy it through a bucket instead."""
+    """The driver does not let the card's process import a region. Its owner may stage it instead."""
 
     def __init__(self, message: str, region_id: str) -> None:
         super().__init__(message)

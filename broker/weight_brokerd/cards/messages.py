@@ -1,7 +1,7 @@
 """What the daemon and a card process say to each other: typed messages, JSON on the wire.
 
-Every request is answered once, with the answer that it names or with `Refusal`; answers carry the request's number and
-may come in any order.
+Every request is answered once, with the answer that it names or with `RequestRefused`. Answers carry the number of
+their request and may come in any order.
 """
 
 from __future__ import annotations
@@ -36,15 +36,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The process serves."""
-
     bare_tgid: int
     """The pid that exporters put on their whitelist."""
     identity: str
     """The card's physical identity."""
     soc: str
     seconds: dict[str, float]
-    """How long each step of the start took."""
+    """Of each step of the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +75,9 @@ class CloseRegion:
 
 
 @dataclass(frozen=True, slots=True)
-class MakeBucket:
+class MakeStagingBuffer:
     """Allocates device memory that instances of this host can import, as a region of this process until CloseRegion.
-    Answer: Bucket."""
+    Answer: StagingBuffer."""
 
     region_id: str
     size_bytes: int
@@ -97,7 +95,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """To a sender: ends an offer. Answer: Done, when nobody reads any more."""
+    """To a sender: ends an offer. Answer: Done, once no process reads any more."""
 
     key: str
     wait_ms: int
@@ -124,7 +122,7 @@ class CopyWithinCard:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Answer: Done, or Refusal `by_engine` if the process had better be replaced."""
+    """Answer: Done, or RequestRefused `by_engine` if the process had better be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +137,21 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """It is done."""
-
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long each step took."""
+    """Of each step."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """A bucket is there."""
+class StagingBuffer:
+    """Answer to MakeStagingBuffer."""
 
     export_key: str
-    """Hexadecimal. Who knows it may import."""
+    """Hexadecimal. Every process that knows the key may import the buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the process has."""
+    """What the process holds."""
 
     regions: int
     region_bytes: int
@@ -164,13 +160,13 @@ class Figures:
     keys: int
     """That the engine knows through this process."""
     staging_bytes: int
-    """Of packs and buckets."""
+    """Of packs and staging buffers."""
     peers: int
     """Named processes that it has exchanged bytes with: as many communicators are set up."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RequestRefused:
     """The request failed; `words` are the driver's or the engine's."""
 
     words: str
@@ -184,7 +180,7 @@ Request = (
     Start
     | ImportRegion
     | CloseRegion
-    | MakeBucket
+    | MakeStagingBuffer
     | Offer
     | Withdraw
     | Fetch
@@ -193,7 +189,7 @@ Request = (
     | AskFigures
     | Stop
 )
-Answer = Ready | Done | Bucket | Figures | Refusal
+Answer = Ready | Done | StagingBuffer | Figures | RequestRefused
 Message = Request | Answer
 
 
@@ -202,7 +198,7 @@ _KINDS: tuple[Callable[..., Message], ...] = (
     Ready,
     ImportRegion,
     CloseRegion,
-    MakeBucket,
+    MakeStagingBuffer,
     Offer,
     Withdraw,
     Fetch,
@@ -211,8 +207,8 @@ _KINDS: tuple[Callable[..., Message], ...] = (
     AskFigures,
     Stop,
     Done,
-    Bucket,
+    StagingBuffer,
     Figures,
-    Refusal,
+    RequestRefused,
 )
 CODEC: Codec[Message] = Codec(_KINDS, {BlobList: BlobList.from_json})

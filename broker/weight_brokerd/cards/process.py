@@ -24,7 +24,7 @@ class EngineFailed(CardRefused):
 
 
 class CardProcess(ChildProcess[messages.Message]):
-    """One child, with its requests and their errors. `pid` is its pid here; exporters need `ready.bare_tgid`."""
+    """One child, with its requests and their errors. `pid` is its pid in the daemon's namespace."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class CardProcess(ChildProcess[messages.Message]):
         answered = await self.exchange(request, timeout)
         answered.close()
         received = answered.message
-        if isinstance(received, messages.Refusal):
+        if isinstance(received, messages.RequestRefused):
             if received.started:
                 raise EngineFailed(received.words)
             raise (EngineRefused if received.by_engine else CardRefused)(received.words)

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import structlog
 
 from weight_brokerd.cards import messages
+from weight_brokerd.cards.borrowed import BorrowedReceiver
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardLost, CardRefused, CardTimeout, CardUnavailable, ImportRefused
 from weight_brokerd.cards.events import Hooks
-from weight_brokerd.cards.lent import Lent
 from weight_brokerd.cards.messages import ImportRegion, Role
 from weight_brokerd.cards.probe import Device
 from weight_brokerd.cards.process import CardProcess, EngineFailed
@@ -74,14 +74,18 @@ class ReceiverSide:
         )
 
     async def lend(
-        self, job: Callable[[Lent], Awaitable[T]], regions: Sequence[ImportRegion], bucket_bytes: int, timeout: float
+        self,
+        job: Callable[[BorrowedReceiver], Awaitable[T]],
+        regions: Sequence[ImportRegion],
+        buffer_bytes: int,
+        timeout: float,
     ) -> T:
-        """Runs `job` within `timeout` seconds with a receiver of its own that has the regions mapped and, if
-        `bucket_bytes`, a bucket of that size. What the job raises is raised, unless the receiver is to be killed for it
-        and does not end (CardLost, not `quiesced`); else as `run`. What was touched the job knows best."""
+        """Runs `job` within `timeout` seconds with a reserved receiver that has the regions mapped and, if
+        `buffer_bytes`, a staging buffer of that size. Raises as `run`, and what the job raises, unless the receiver has
+        to be killed for it and does not end (CardLost, not `quiesced`). Only the job knows what was touched."""
         deadline = asyncio.get_running_loop().time() + timeout
         return await self._with_child(
-            lambda child: self._lend(child, job, regions, bucket_bytes, deadline), deadline, timeout
+            lambda child: self._lend(child, job, regions, buffer_bytes, deadline), deadline, timeout
         )
 
     async def warm_up(self) -> None:
@@ -206,22 +210,22 @@ class ReceiverSide:
     async def _lend(
         self,
         child: CardProcess,
-        job: Callable[[Lent], Awaitable[T]],
+        job: Callable[[BorrowedReceiver], Awaitable[T]],
         regions: Sequence[ImportRegion],
-        bucket_bytes: int,
+        buffer_bytes: int,
         deadline: float,
     ) -> T:
         await self._prepare(child, regions, deadline, None)
-        lent = Lent(child, self._configuration)
+        receiver = BorrowedReceiver(child, self._configuration)
 
         async def unmap() -> bool:
-            return await self._unmap(child, [*regions, *([lent.bucket] if lent.bucket is not None else [])])
+            return await self._unmap(child, [*regions, *([receiver.buffer] if receiver.buffer is not None else [])])
 
         try:
             async with asyncio.timeout_at(deadline):
-                if bucket_bytes:
-                    await lent.make_bucket(bucket_bytes)
-                done = await job(lent)
+                if buffer_bytes:
+                    await receiver.make_staging_buffer(buffer_bytes)
+                done = await job(receiver)
         except TimeoutError:
             quiesced = await uninterrupted(child.kill())
             raise CardTimeout(self._overdue(), quiesced=quiesced) from None
@@ -232,7 +236,7 @@ class ReceiverSide:
             error.quiesced = await uninterrupted(unmap())
             raise
         except BaseException as error:
-            is_clean = not lent.is_busy and await uninterrupted(unmap())
+            is_clean = not receiver.is_busy and await uninterrupted(unmap())
             if not is_clean and not await uninterrupted(child.kill()):
                 raise CardLost(_HELD, touched=True, quiesced=False) from error
             raise
@@ -264,8 +268,6 @@ class ReceiverSide:
     async def _map(self, child: CardProcess, regions: Sequence[ImportRegion], deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
-                for region in regions:
-                    await self._hooks.authorize(region.region_id, child.ready.bare_tgid)
                 seconds = self._configuration.import_seconds
                 importing = (child.ask(region, seconds) for region in regions)
                 outcomes = await asyncio.gather(*importing, return_exceptions=True)

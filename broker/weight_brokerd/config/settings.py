@@ -83,9 +83,9 @@ class CardSettings:
     preload: str = _setting("", rules.absolute_paths)
     """LD_PRELOAD of the card processes; none if empty."""
     path: str = _setting("auto", rules.one_of("auto", "direct", "staged"))
-    """How device memory is read and filled: where it is, through a bucket of the broker, or whatever is possible."""
+    """How device memory is read and filled: in place, through a staging buffer of the broker, or either way."""
     staging_bytes: int = _setting(64 << 20, rules.whole_number(1 << 20, 16 << 30))
-    """Device memory of one bucket of the staged path."""
+    """Device memory of one staging buffer."""
     receivers_per_card: int = _setting(2, rules.whole_number(1, 64))
     """Transfers into one card at the same time. Each has a process of its own."""
     transfer_seconds: float = _setting(600.0, rules.number(1, 1800))

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.cards.health import count_by_state
 from weight_brokerd.control.acquiring import Acquiring
 from weight_brokerd.control.draining import Draining
@@ -32,7 +32,13 @@ class Control:
     """The broker, without its sockets. It is the executor's `Ports`: every decision goes to its desk."""
 
     def __init__(
-        self, *, coordinator: Coordinator, kinds: Kinds, directory: Directory, regions: RegionTable, stages: Stages
+        self,
+        *,
+        coordinator: Coordinator,
+        kinds: Kinds,
+        directory: Directory,
+        regions: RegionTable,
+        staging: StagingConnections,
     ) -> None:
         self.coordinator = coordinator
         self.kinds = kinds
@@ -42,8 +48,8 @@ class Control:
         self.ready_at: float | None = None
         """When the broker became ready, by its clock; None before."""
         self._movements = Movements(kinds.route)
-        self.sessions = Sessions(self.loop, regions, stages)
-        self.publishing = Publishing(self.loop, kinds, self._movements, stages)
+        self.sessions = Sessions(self.loop, regions, staging)
+        self.publishing = Publishing(self.loop, kinds, self._movements, staging)
         self.leasing = Leasing(self.loop, directory)
         self.acquiring = Acquiring(self.loop, kinds, self.publishing, self.leasing, self._movements)
         self.draining = Draining(self.loop)

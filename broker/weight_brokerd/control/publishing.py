@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.control.loop import Loop
 from weight_brokerd.control.movements import Movements
 from weight_brokerd.control.residency import Residency
@@ -19,9 +19,9 @@ from weight_brokerd.telemetry.audit import audit
 class Publishing:
     """The publications of this host's instances, and their memory."""
 
-    def __init__(self, loop: Loop, kinds: Kinds, movements: Movements, stages: Stages) -> None:
+    def __init__(self, loop: Loop, kinds: Kinds, movements: Movements, staging: StagingConnections) -> None:
         self._loop = loop
-        self._stages = stages
+        self._staging = staging
         self._residency = Residency(kinds, movements.readers_gone, self)
         self._offered: dict[str, PublishedMemory] = {}
         self._gone: dict[str, asyncio.Event] = {}
@@ -78,7 +78,7 @@ class Publishing:
             audit("lose_publication", publication_id=publication_id, why=why)
             self._loop.carry_out(self._loop.coordinator.lose(publication_id, why, self._loop.now()))
 
-    def stage_lost(self, instance_id: str, reason: str) -> None:
+    def staging_lost(self, instance_id: str, reason: str) -> None:
         """An instance does not copy for staged transfers any more."""
         publications = self._loop.coordinator.publications.of_instance(instance_id)
         staged = [publication.publication_id for publication in publications if publication.is_staged]
@@ -102,8 +102,8 @@ class Publishing:
         """The publication's memory is readable."""
         is_staged = place.stage is not None
         self._loop.carry_out(self._loop.coordinator.held(publication, self._loop.now(), is_staged=is_staged))
-        if is_staged and not self._stages.has(publication.instance_id):
-            self.stage_lost(publication.instance_id, "its stage connection has ended")
+        if is_staged and not self._staging.has(publication.instance_id):
+            self.staging_lost(publication.instance_id, "its stage connection has ended")
 
     def not_held(self, publication: Publication) -> None:
         """The publication's memory cannot be made readable."""

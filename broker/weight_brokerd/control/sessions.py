@@ -8,7 +8,7 @@ import socket
 
 from weight_broker.errors import NotAttached
 from weight_brokerd.attach.server import PeerCredentials, Session
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.control.loop import Loop
 from weight_brokerd.core.model import Instance
 from weight_brokerd.kinds.host.regions import RegionTable
@@ -18,10 +18,10 @@ from weight_brokerd.telemetry.audit import audit
 class Sessions:
     """Hears the attach socket (`weight_brokerd.attach.server.Attendance`)."""
 
-    def __init__(self, loop: Loop, regions: RegionTable, stages: Stages) -> None:
+    def __init__(self, loop: Loop, regions: RegionTable, staging: StagingConnections) -> None:
         self._loop = loop
         self._regions = regions
-        self._stages = stages
+        self._staging = staging
         self._instance_numbers = itertools.count(1)
         self._sessions: dict[bytes, Session] = {}
         self._tokens: dict[str, bytes] = {}
@@ -51,7 +51,7 @@ class Sessions:
             return
         del self._sessions[token]
         audit("depart", instance_id=instance_id, reason=reason)
-        self._stages.drop(instance_id)
+        self._staging.drop(instance_id)
         self._loop.carry_out(self._loop.coordinator.depart(instance_id, self._loop.now()))
         self._regions.drop_instance(instance_id)
 
@@ -83,7 +83,7 @@ class Sessions:
             connection.close()
             return
         audit("serve_stage", instance_id=instance_id)
-        self._stages.connected(instance_id, connection)
+        self._staging.connected(instance_id, connection)
 
     def session(self, token: bytes) -> Session:
         """The session of a token; raises `NotAttached`."""

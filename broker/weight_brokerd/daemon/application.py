@@ -16,7 +16,7 @@ from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.health import Health, add_reflection
 from weight_brokerd.api.server import SERVICE_NAMES, add_services
 from weight_brokerd.attach.server import AttachServer
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.cards.health import CardState
 from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.loading import Config
@@ -72,8 +72,8 @@ class Application:
         generations = identity.generation_range(lock.generation_mark())
         lock.write(generations.stop)
         self._regions = RegionTable(regions_per_instance=config.limits.regions_per_instance)
-        self._stages = Stages(self._stage_lost)
-        self._kinds = make_kinds(config, directory.path, self._regions, self._stages, self)
+        self._staging = StagingConnections(self._staging_lost)
+        self._kinds = make_kinds(config, directory.path, self._regions, self._staging, self)
         self._control = self._make_control(first=generations.start)
         self._metrics = self._make_metrics()
         self._health = Health(SERVICE_NAMES)
@@ -114,7 +114,11 @@ class Application:
             first_generation=first,
         )
         return Control(
-            coordinator=coordinator, regions=self._regions, directory=directory, kinds=self._kinds, stages=self._stages
+            coordinator=coordinator,
+            regions=self._regions,
+            directory=directory,
+            kinds=self._kinds,
+            staging=self._staging,
         )
 
     def _make_metrics(self) -> Metrics | None:
@@ -181,8 +185,8 @@ class Application:
         """Published memory became unreachable."""
         self._control.memory_lost(kind, publication_ids, why)
 
-    def _stage_lost(self, instance_id: str, why: str) -> None:
-        self._control.publishing.stage_lost(instance_id, why)
+    def _staging_lost(self, instance_id: str, why: str) -> None:
+        self._control.publishing.staging_lost(instance_id, why)
 
     def health_changed(self) -> None:
         """A device, or what it depends on, serves or does not."""
@@ -222,7 +226,7 @@ class Application:
         self._attach_server.close()
         ending = self._loop.create_task(self._control.end_movements())
         await asyncio.wait({ending}, timeout=STOP_SECONDS)
-        self._stages.close()  # an instance that hangs, and keeps a staging buffer, does not keep the daemon
+        self._staging.close()  # an instance that hangs, and keeps a staging buffer, does not keep the daemon
         await ending
         await self._kinds.close()
         self._control.close()
@@ -241,4 +245,4 @@ async def _last_turns() -> None:
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    log.error("defect", message=context.get("message"), exc_info=context.get("exception"))
+    log.error("internal_error", message=context.get("message"), exc_info=context.get("exception"))

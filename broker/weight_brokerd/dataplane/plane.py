@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from weight_broker.kinds import EMPTY_KIND
 from weight_broker.layout import Layout
-from weight_brokerd.cards.lent import Lent
+from weight_brokerd.cards.borrowed import BorrowedReceiver
 from weight_brokerd.cards.messages import Done, ImportRegion
 from weight_brokerd.cards.offers import OfferEnd
 from weight_brokerd.cards.plan.blobs import BlobList
@@ -151,18 +151,18 @@ class Cards(Protocol):
     async def lend(
         self,
         card: str,
-        job: Callable[[Lent], Awaitable[T]],
+        job: Callable[[BorrowedReceiver], Awaitable[T]],
         regions: Sequence[ImportRegion],
         *,
-        bucket_bytes: int = 0,
+        buffer_bytes: int = 0,
         timeout: float,
     ) -> T:
         """Run a job of several steps with a receiver of the card that has the regions mapped."""
         ...
 
-    async def make_bucket(self, card: str, size: int) -> ImportRegion:
+    async def make_staging_buffer(self, card: str, size: int) -> ImportRegion:
         """Make a staging buffer that an instance can import and fill, to be offered."""
         ...
 
-    async def close_bucket(self, card: str, region_id: str) -> None:
+    async def close_staging_buffer(self, card: str, region_id: str) -> None:
         """Free a staging buffer that no instance has mapped. Idempotent; never fails."""

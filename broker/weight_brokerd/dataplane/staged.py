@@ -1,9 +1,9 @@
-"""Through buckets: memory that the broker does not map is copied by its owner, chunk by chunk, between its tensors and
-a bucket on the same card that a card process owns.
+"""Staged transfers: an owner of memory that the broker does not map copies it, chunk by chunk, to or from a staging
+buffer on the same card. A card process owns the buffer.
 
-Between two cards the sender has the source's bucket and the receiver the destination's, and the datasystem carries
-each chunk under a key of its own. Within a card there is one bucket, the receiver's. While one half of a bucket is
-filled the other one is carried on or emptied.
+Between two cards the sender has the source's buffer and the receiver the destination's; the datasystem carries each
+chunk under a fresh key. Within a card there is one buffer, the receiver's. While one half of a buffer is filled, the
+other half is carried on or emptied.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from weight_broker.kinds import TRAITS
 from weight_broker.layout import Layout
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
-from weight_brokerd.attach.stage import StageGone, StageRefused, StageSilent
+from weight_brokerd.attach.stage import StagingGone, StagingRefused, StagingSilent
 from weight_brokerd.cards import messages
+from weight_brokerd.cards.borrowed import BorrowedReceiver
 from weight_brokerd.cards.errors import CardError, CardLost, CardRefused, CardTimeout, ImportRefused
-from weight_brokerd.cards.lent import Lent
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.offers import MAXIMUM_TIMEOUT_SECONDS
-from weight_brokerd.cards.plan import chunks as stage_plan
+from weight_brokerd.cards.plan import chunks as staging_plan
 from weight_brokerd.cards.plan.blobs import Blob, BlobList
 from weight_brokerd.cards.plan.chunks import Chunk, DirectContent
 from weight_brokerd.cards.plan.extents import TooScattered
@@ -37,29 +37,29 @@ from weight_brokerd.processes.tasks import Background, together, uninterrupted
 
 log = structlog.get_logger()
 CLOSE_SECONDS = 10.0
-"""For an instance to finish what it copies and to unmap a bucket."""
+"""For an instance to finish its copies and to unmap a staging buffer."""
 _HALVES = 2
 _GIVE_BACK_SECONDS = 2.0
 """The longest that a transfer waits for its source's buffer to be given back; that goes on behind it."""
 
 
 class Asker(Protocol):
-    """Asks instances (`weight_brokerd.attach.stage.Stages`)."""
+    """Sends requests to instances (`weight_brokerd.attach.stage.StagingConnections`)."""
 
     def has(self, instance_id: str) -> bool:
-        """Whether the instance can be asked."""
+        """Whether the instance has a stage connection."""
 
     async def ask(self, instance_id: str, request: pb.StageRequest, timeout: float) -> None:
-        """Raises StageRefused, StageGone, StageSilent."""
+        """Raises StagingRefused, StagingGone, StagingSilent."""
         ...
 
     async def let_go(self, instance_id: str) -> None:
-        """Return when an instance whose connection has ended has unmapped its buckets."""
+        """Return when an instance whose connection has ended has unmapped its staging buffers."""
         ...
 
 
 class StagedPlane:
-    """Moves what is staged on one side or both."""
+    """Moves weight sets that are staged on one side or both."""
 
     name = PlaneName.STAGED
 
@@ -72,8 +72,8 @@ class StagedPlane:
         staging_bytes: int,
         answer_seconds: float,
     ) -> None:
-        """`staging_bytes` is the size of a bucket; an instance that does not answer within `answer_seconds` is not
-        asked again."""
+        """`staging_bytes` is the size of a staging buffer. An instance that does not answer within `answer_seconds` is
+        not asked again."""
         self._cards = cards
         self._datasystem = datasystem
         self._instances = instances
@@ -87,17 +87,17 @@ class StagedPlane:
         """As `weight_brokerd.dataplane.plane.DataPlane`."""
         if not layout.content_bytes:
             return {}
-        half = stage_plan.half_bytes(layout.content_bytes, self._staging_bytes)
-        chunks = stage_plan.chunks(layout.content_bytes, half)
+        half = staging_plan.half_bytes(layout.content_bytes, self._staging_bytes)
+        chunks = staging_plan.chunks(layout.content_bytes, half)
         try:
-            given = _direct(layout, source)
-            taken = _direct(layout, destination)
+            source_content = _direct(layout, source)
+            destination_content = _direct(layout, destination)
         except TooScattered as error:
             raise MoveFailed(str(error), cause=FailureCause.RECEIVER, touched=False) from error
         making: asyncio.Task[ImportRegion] | None = None
         if source.is_staged and source.device_id != destination.device_id:  # both cards may have to start a process
-            making = asyncio.create_task(self._cards.make_bucket(source.device_id, half * _HALVES))
-        job = _Job(self, chunks, source, destination, given, taken, making, peer)
+            making = asyncio.create_task(self._cards.make_staging_buffer(source.device_id, half * _HALVES))
+        job = _Job(self, chunks, source, destination, source_content, destination_content, making, peer)
         try:
             return await self._lend(job, half * _HALVES, timeout)
         finally:
@@ -112,17 +112,17 @@ class StagedPlane:
     ) -> None:
         await asyncio.wait({making, *([letting_go] if letting_go is not None else [])})
         if not making.cancelled() and making.exception() is None:
-            await self._cards.close_bucket(card, making.result().region_id)
+            await self._cards.close_staging_buffer(card, making.result().region_id)
 
-    async def _lend(self, job: _Job, bucket_bytes: int, timeout: float) -> PhaseSeconds:
-        """Gives the job a receiver. What it raises says how far the job got."""
+    async def _lend(self, job: _Job, buffer_bytes: int, timeout: float) -> PhaseSeconds:
+        """Gives the job a receiver. The error says how far the job got."""
         destination = job.destination
         try:
             await self._cards.lend(
                 destination.device_id,
                 job.run,
                 job.regions,
-                bucket_bytes=bucket_bytes if job.needs_bucket else 0,
+                buffer_bytes=buffer_bytes if job.needs_buffer else 0,
                 timeout=timeout,
             )
         except MoveFailed as error:
@@ -138,34 +138,36 @@ class StagedPlane:
             raise
         return job.seconds
 
-    async def round(self, card: str, given: BlobList, lent: Lent, taken: BlobList, *, peer: str) -> None:
+    async def round(
+        self, card: str, offered: BlobList, receiver: BorrowedReceiver, wanted: BlobList, *, peer: str
+    ) -> None:
         """One chunk from card to card."""
 
         async def fetch(key: str, *, reserve: Reserve) -> messages.Done:
             await reserve()
-            request = messages.Fetch(key, taken, MAXIMUM_TIMEOUT_SECONDS * 1000, peer)
+            request = messages.Fetch(key, wanted, MAXIMUM_TIMEOUT_SECONDS * 1000, peer)
             try:
-                return await lent.ask(request, MAXIMUM_TIMEOUT_SECONDS)
+                return await receiver.ask(request, MAXIMUM_TIMEOUT_SECONDS)
             except CardRefused as error:
-                if lent.is_busy:  # the engine has begun
+                if receiver.is_busy:  # the engine has begun
                     raise CardLost(str(error), touched=True) from error
                 raise
 
-        await self._datasystem.round(card, given, fetch, peer=peer)
+        await self._datasystem.round(card, offered, fetch, peer=peer)
 
     async def ask(self, staged: StagedBy, request: pb.StageRequest) -> None:
-        """Raises StageRefused, StageGone, StageSilent."""
+        """Raises StagingRefused, StagingGone, StagingSilent."""
         await self._instances.ask(staged.instance_id, request, self._answer_seconds)
 
-    async def close(self, staged: StagedBy, bucket_id: str) -> None:
-        """Return when the instance has the bucket unmapped: it answered, or its connection ended and it has let go. The
-        driver does not refuse to free a bucket that an instance uses; the instance's context would break."""
-        request = pb.StageRequest(close_bucket=pb.CloseBucket(bucket_id=bucket_id))
+    async def close(self, staged: StagedBy, buffer_id: str) -> None:
+        """Return when the instance has unmapped a staging buffer: it answered, or its connection ended and it has let
+        go. The driver does not refuse to free a buffer that an instance uses; the instance's context would break."""
+        request = pb.StageRequest(close_bucket=pb.CloseBucket(bucket_id=buffer_id))
         try:
             await self._instances.ask(staged.instance_id, request, CLOSE_SECONDS)
-        except StageRefused as error:  # it does not use it any more
-            log.warning("bucket_not_closed", instance_id=staged.instance_id, error=str(error))
-        except StageGone:
+        except StagingRefused as error:  # it does not use it any more
+            log.warning("staging_buffer_not_closed", instance_id=staged.instance_id, error=str(error))
+        except StagingGone:
             await self._instances.let_go(staged.instance_id)
 
 
@@ -174,22 +176,20 @@ class _StagedSide:
     """A side whose owner copies."""
 
     by: StagedBy
-    bucket: ImportRegion
+    buffer: ImportRegion
     cause: FailureCause
-    """What it is if this side fails."""
+    """The cause of the failure if this side fails."""
 
 
 class _Job:
-    """One movement."""
-
     def __init__(
         self,
         plane: StagedPlane,
         chunks: list[Chunk],
         source: Place,
         destination: Place,
-        given: DirectContent | None,
-        taken: DirectContent | None,
+        source_content: DirectContent | None,
+        destination_content: DirectContent | None,
         making: asyncio.Task[ImportRegion] | None,
         peer: str,
     ) -> None:
@@ -201,62 +201,64 @@ class _Job:
         self._plane = plane
         self._chunks = chunks
         self._source = source
-        self._given, self._taken = given, taken
+        self._source_content, self._destination_content = source_content, destination_content
         self._making = making
-        self._bucket: ImportRegion | None = None
-        """The source's, on a card of its own."""
+        self._buffer: ImportRegion | None = None
+        """The source's staging buffer if the source is on another card."""
         self._peer = peer
         self.letting_go: asyncio.Task[object] | None = None
-        """The source unmaps its own bucket."""
+        """The source unmaps its staging buffer."""
         self._is_local = source.device_id == destination.device_id
 
     @property
     def regions(self) -> tuple[ImportRegion, ...]:
-        """What the receiver needs to have mapped."""
+        """The regions that the receiver maps."""
         return (*(self._source.regions if self._is_local else ()), *self.destination.regions)
 
     @property
-    def needs_bucket(self) -> bool:
-        """Whether the receiver needs a bucket."""
+    def needs_buffer(self) -> bool:
+        """Whether the receiver needs a staging buffer."""
         return self._is_local or self.destination.is_staged
 
     def failed(self, error: CardError) -> MoveFailed:
-        """The receiver's card did not do its part."""
+        """The failure of the transfer after an error of the receiver's card."""
         refused = error.region_id if isinstance(error, ImportRefused) else ""
-        is_mine = refused in {region.region_id for region in self.destination.regions}
-        is_receivers = is_mine or not (refused or isinstance(error, CardLost | CardTimeout))
+        refused_destination = refused in {region.region_id for region in self.destination.regions}
+        is_receivers = refused_destination or not (refused or isinstance(error, CardLost | CardTimeout))
         return MoveFailed(
             str(error),
             cause=FailureCause.RECEIVER if is_receivers else FailureCause.SOURCE_UNREACHABLE,
             touched=self.is_touched,
             quiesced=error.quiesced and self.is_quiesced,
-            needs_staging=is_mine,
+            needs_staging=refused_destination,
         )
 
-    async def run(self, lent: Lent) -> None:
-        """Moves everything. Raises MoveFailed, CardError. When it ends no instance has the receiver's bucket mapped or
-        copies, however long that takes; `letting_go` says so of the source's."""
+    async def run(self, receiver: BorrowedReceiver) -> None:
+        """Moves everything. Raises MoveFailed, CardError. Afterwards no instance copies or has the receiver's staging
+        buffer mapped, however long that takes; `letting_go` says so of the source's."""
         begun = time.monotonic()
         if self._making is not None:
             try:
-                self._bucket = await self._making
+                self._buffer = await self._making
             except CardError as error:
                 raise MoveFailed(
                     f"the source's card: {error}", cause=FailureCause.SOURCE_UNREACHABLE, touched=False
                 ) from error
-        source = self._side(self._source, self._bucket or lent.bucket, FailureCause.SOURCE_UNREACHABLE)
-        destination = self._side(self.destination, lent.bucket, FailureCause.RECEIVER)
+        source = self._side(self._source, self._buffer or receiver.buffer, FailureCause.SOURCE_UNREACHABLE)
+        destination = self._side(self.destination, receiver.buffer, FailureCause.RECEIVER)
         sides = [side for side in (source, destination) if side is not None]
         try:
             await together(*(self._open(side) for side in sides))
             self.seconds["map"] = time.monotonic() - begun
-            await self._move(lent, source, destination)
+            await self._move(receiver, source, destination)
         finally:
             await uninterrupted(self._close(source, destination))
         self.seconds["transfer"] = time.monotonic() - begun - self.seconds["map"]
 
-    async def _move(self, lent: Lent, source: _StagedSide | None, destination: _StagedSide | None) -> None:
-        """Three steps for each chunk, each busy with another one: fill, carry, empty."""
+    async def _move(
+        self, receiver: BorrowedReceiver, source: _StagedSide | None, destination: _StagedSide | None
+    ) -> None:
+        """Three steps for each chunk, all at work on different chunks: fill, carry, empty."""
         is_shared = self._is_local and source is not None and destination is not None
         source_free, destination_free = asyncio.Semaphore(_HALVES), asyncio.Semaphore(_HALVES)
         filled: asyncio.Queue[Chunk] = asyncio.Queue()
@@ -274,7 +276,7 @@ class _Job:
                 chunk = await filled.get()
                 await destination_free.acquire()
                 if not is_shared:
-                    await self._carry(lent, chunk)
+                    await self._carry(receiver, chunk)
                     source_free.release()
                 carried.put_nowait(chunk)
 
@@ -290,64 +292,67 @@ class _Job:
 
         await together(fill(), carry(), empty())
 
-    async def _carry(self, lent: Lent, chunk: Chunk) -> None:
+    async def _carry(self, receiver: BorrowedReceiver, chunk: Chunk) -> None:
         if not self.destination.is_staged:
             self.is_touched = True
         if self._is_local:
-            await self._copy_within_card(lent, chunk)
+            await self._copy_within_card(receiver, chunk)
             return
-        bucket, given, taken = self._bucket, self._given, self._taken
-        if given is None:
-            assert bucket is not None
-            offered = BlobList((bucket.region_id,), (stage_plan.bucket_blob(chunk),))
+        buffer, source, destination = self._buffer, self._source_content, self._destination_content
+        if source is None:
+            assert buffer is not None
+            offered = BlobList((buffer.region_id,), (staging_plan.buffer_blob(chunk),))
         else:
-            offered = BlobList(_ids(self._source), (stage_plan.direct_blob(chunk, given.parts(chunk)),))
-        if taken is None:
-            assert lent.bucket is not None
-            wanted = BlobList((lent.bucket.region_id,), (stage_plan.bucket_blob(chunk),))
+            offered = BlobList(_ids(self._source), (staging_plan.direct_blob(chunk, source.parts(chunk)),))
+        if destination is None:
+            assert receiver.buffer is not None
+            wanted = BlobList((receiver.buffer.region_id,), (staging_plan.buffer_blob(chunk),))
         else:
-            wanted = BlobList(_ids(self.destination), (stage_plan.direct_blob(chunk, taken.parts(chunk)),))
+            wanted = BlobList(_ids(self.destination), (staging_plan.direct_blob(chunk, destination.parts(chunk)),))
         try:
-            await self._plane.round(self._source.device_id, offered, lent, wanted, peer=self._peer)
-        except MoveFailed as error:  # what is written first may be a bucket
+            await self._plane.round(self._source.device_id, offered, receiver, wanted, peer=self._peer)
+        except MoveFailed as error:  # the first bytes may have gone to a staging buffer only
             error.touched = self.is_touched
             raise
 
-    async def _copy_within_card(self, lent: Lent, chunk: Chunk) -> None:
-        """Between the bucket and the side that is not staged."""
-        assert lent.bucket is not None
-        content, place = (self._given, self._source) if self._given is not None else (self._taken, self.destination)
-        assert content is not None
+    async def _copy_within_card(self, receiver: BorrowedReceiver, chunk: Chunk) -> None:
+        """Between the staging buffer and the side that is not staged."""
+        assert receiver.buffer is not None
+        if self._source_content is not None:
+            content, place = self._source_content, self._source
+        else:
+            assert self._destination_content is not None
+            content, place = self._destination_content, self.destination
         parts = content.parts(chunk)
         direct = BlobList(_ids(place), tuple(Blob(part.size, (part,)) for part in parts))
-        staged = BlobList((lent.bucket.region_id,), stage_plan.like(parts, chunk))
-        pair = (direct, staged) if self._given is not None else (staged, direct)
-        await lent.ask(messages.CopyWithinCard(*pair), MAXIMUM_TIMEOUT_SECONDS)
+        staged = BlobList((receiver.buffer.region_id,), staging_plan.like(parts, chunk))
+        pair = (direct, staged) if self._source_content is not None else (staged, direct)
+        await receiver.ask(messages.CopyWithinCard(*pair), MAXIMUM_TIMEOUT_SECONDS)
 
-    def _side(self, place: Place, bucket: ImportRegion | None, cause: FailureCause) -> _StagedSide | None:
+    def _side(self, place: Place, buffer: ImportRegion | None, cause: FailureCause) -> _StagedSide | None:
         if not place.is_staged:
             return None
-        assert bucket is not None
+        assert buffer is not None
         assert place.stage is not None
-        return _StagedSide(place.stage, bucket, cause)
+        return _StagedSide(place.stage, buffer, cause)
 
     async def _open(self, side: _StagedSide) -> None:
         region = weight_set_pb2.Region(
-            region_id=side.bucket.region_id,
+            region_id=side.buffer.region_id,
             device_kind=weight_set_pb2.DeviceKind.ValueType(TRAITS[self.destination.kind].wire_number),
-            size_bytes=side.bucket.size_bytes,
+            size_bytes=side.buffer.size_bytes,
             device_id=self.destination.device_id if side.cause is FailureCause.RECEIVER else self._source.device_id,
-            npu_allocation=weight_set_pb2.NpuAllocation(export_key=bytes.fromhex(side.bucket.export_key)),
+            npu_allocation=weight_set_pb2.NpuAllocation(export_key=bytes.fromhex(side.buffer.export_key)),
         )
         await self._ask(side, pb.StageRequest(open_bucket=pb.OpenBucket(bucket=region, stage_id=side.by.stage_id)))
 
     async def _copy(self, side: _StagedSide, chunk: Chunk, direction: pb.CopyChunk.Direction.ValueType) -> None:
         request = pb.CopyChunk(
-            bucket_id=side.bucket.region_id,
+            bucket_id=side.buffer.region_id,
             stage_id=side.by.stage_id,
             direction=direction,
             content_offset=chunk.content_offset,
-            bucket_offset=chunk.bucket_offset,
+            bucket_offset=chunk.buffer_offset,
             size_bytes=chunk.size,
         )
         await self._ask(side, pb.StageRequest(copy_chunk=request))
@@ -355,9 +360,9 @@ class _Job:
     async def _ask(self, side: _StagedSide, request: pb.StageRequest) -> None:
         try:
             await self._plane.ask(side.by, request)
-        except (StageRefused, StageGone) as error:
+        except (StagingRefused, StagingGone) as error:
             is_receiver = side.cause is FailureCause.RECEIVER
-            if is_receiver and isinstance(error, StageSilent):
+            if is_receiver and isinstance(error, StagingSilent):
                 self.is_quiesced = False
             raise MoveFailed(
                 f"the {'receiver' if is_receiver else 'source'}, {side.by.instance_id}: {error}",
@@ -366,11 +371,11 @@ class _Job:
             ) from error
 
     async def _close(self, source: _StagedSide | None, destination: _StagedSide | None) -> None:
-        if source is not None and self._bucket is not None:  # the source's card gives it back, not the receiver
-            self.letting_go = asyncio.create_task(self._plane.close(source.by, source.bucket.region_id))
+        if source is not None and self._buffer is not None:  # the source's card gives it back, not the receiver
+            self.letting_go = asyncio.create_task(self._plane.close(source.by, source.buffer.region_id))
             source = None
         sides = [side for side in (source, destination) if side is not None]
-        await asyncio.gather(*(self._plane.close(side.by, side.bucket.region_id) for side in sides))
+        await asyncio.gather(*(self._plane.close(side.by, side.buffer.region_id) for side in sides))
         self.is_quiesced = True
 
 

@@ -233,5 +233,5 @@ async def _end(process: asyncio.subprocess.Process) -> bool:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(process.wait(), seconds)
             return True
-    log.error("datasystem_worker_does_not_end", pid=process.pid)
+    log.error("datasystem_worker_not_ended", pid=process.pid)
     return False

@@ -23,7 +23,7 @@ ImportRegionOf = Callable[[str, str, Region], ImportRegion]
 
 
 @dataclass(frozen=True, slots=True)
-class StageName:
+class StagingName:
     """What an instance calls tensors that it copies by itself."""
 
     field: str
@@ -43,7 +43,7 @@ class PlaceRequest:
     placements: Sequence[TensorPlacement] = ()
     is_mapped: bool = True
     """Whether the broker may map the memory: regions and placements say where it is."""
-    stage: StageName | None = None
+    stage: StagingName | None = None
     """Set if its owner offers to copy it."""
     refusal: type[BrokerError] = PublishRefused
     """What is raised if this broker does not take the path."""

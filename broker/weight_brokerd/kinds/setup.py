@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.loading import Config
@@ -33,10 +33,10 @@ def state_directory(runtime: Path) -> Path:
 
 
 def make_kinds(
-    config: Config, runtime_directory: Path, regions: RegionTable, stages: Stages, events: KindEvents
+    config: Config, runtime_directory: Path, regions: RegionTable, staging: StagingConnections, events: KindEvents
 ) -> Kinds:
     """Host memory, and the devices that the settings allow and this host may have."""
-    devices = [*_npus(config, runtime_directory, stages, events), *_gpus(config, events)]
+    devices = [*_npus(config, runtime_directory, staging, events), *_gpus(config, events)]
     return Kinds([HostKind(regions), *devices], transfer_seconds=config.cards.transfer_seconds)
 
 
@@ -48,7 +48,7 @@ def _gpus(config: Config, events: KindEvents) -> Iterator[Kind]:
     yield CudaKind(cuda_configuration(config), events, is_wanted=config.cuda.enabled == "on")
 
 
-def _npus(config: Config, runtime_directory: Path, stages: Stages, events: KindEvents) -> Iterator[Kind]:
+def _npus(config: Config, runtime_directory: Path, staging: StagingConnections, events: KindEvents) -> Iterator[Kind]:
     why_not = why_no_cards(config)
     if why_not and config.cards.enabled != "on":
         log.debug("no_npus", why=why_not)
@@ -62,7 +62,7 @@ def _npus(config: Config, runtime_directory: Path, stages: Stages, events: KindE
         host, port = await worker.start()
         return cards_configuration(config, host, port, files)
 
-    yield NpuKind(connect, worker, stages, events, path=config.cards.path)
+    yield NpuKind(connect, worker, staging, events, path=config.cards.path)
 
 
 def _worker(config: Config, files: Path, events: KindEvents) -> DatasystemWorker:

@@ -141,7 +141,7 @@ class ChildProcess(Generic[M]):
             async with asyncio.timeout(self._exit_seconds):
                 await self._exited.wait()
         except TimeoutError:
-            log.error("child_process_does_not_end", child=self.name, pid=self.pid)
+            log.error("child_process_not_ended", child=self.name, pid=self.pid)
             return False
         return True
 
@@ -192,7 +192,7 @@ class ChildProcess(Generic[M]):
                     continue
                 number, answer = self._codec.decode(message)
             except ValueError as error:
-                log.error("child_process_talks_nonsense", child=self.name, error=str(error))
+                log.error("child_message_invalid", child=self.name, error=str(error))
                 self._close()
                 os.kill(self.pid, signal.SIGKILL)
                 return

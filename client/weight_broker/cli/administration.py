@@ -1,4 +1,4 @@
-"""The Administration service for a command: attaches first, so that the kernel tells the broker who asks."""
+"""The Administration service for a command: attaches first, so that the broker learns the caller from the kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONNECT_SECONDS = 10.0
 
 
 class Administration:
-    """The service's calls, with what proves to them who makes them."""
+    """The service's calls, with the session token of this process."""
 
     def __init__(self, channel: grpc.Channel, token: bytes) -> None:
         self._stub = AdministrationServiceStub(channel)
@@ -36,7 +36,7 @@ class Administration:
         *,
         on_deadline: Reason = Reason.BROKER_UNAVAILABLE,
     ) -> Answer:
-        """What `ask` returns; its failures raise the `BrokerError` tree."""
+        """The result of `ask`. Failures raise the `BrokerError` tree."""
         try:
             return ask(self._stub, self._metadata)
         except grpc.RpcError as error:
@@ -44,10 +44,10 @@ class Administration:
 
 
 @contextmanager
-def administration(given: Path | None, command: str) -> Iterator[Administration]:
-    """The service of the broker in directory `given` (None: the usual places); `command` is shown as the instance's
-    name while it lasts."""
-    directory = given if given is not None else runtime_directory()
+def administration(directory: Path | None, command: str) -> Iterator[Administration]:
+    """The service of the broker in `directory` (None: the usual places). Meanwhile `command` is shown as the instance's
+    name."""
+    directory = directory if directory is not None else runtime_directory()
     connection = AttachConnection(directory / ATTACH_SOCKET, f"weight-broker {command}")
     try:
         token = connection.connect(_CONNECT_SECONDS).session_token
@@ -56,7 +56,7 @@ def administration(given: Path | None, command: str) -> Iterator[Administration]
             yield Administration(channel, token)
         finally:
             channel.close()
-        with contextlib.suppress(BrokerError):  # it has done what was asked; how the parting goes does not matter
+        with contextlib.suppress(BrokerError):  # the work is done; a failed goodbye changes nothing
             connection.goodbye()
     finally:
         connection.close()

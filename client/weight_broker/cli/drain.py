@@ -19,7 +19,7 @@ from weight_broker.cli.status import host_line
 from weight_broker.errors import BrokerError, Reason
 from weight_broker.v1 import administration_service_pb2 as pb
 
-# The broker answers at its own deadline; this only bounds a broker that does not answer at all.
+# The broker answers at the request's deadline; the grace bounds a broker that does not answer at all.
 _GRACE_SECONDS = 10.0
 _LONGEST_DRAIN_SECONDS = 24 * 3600.0
 _MOMENT_SECONDS = 1.0
@@ -32,7 +32,7 @@ class _Call(Protocol):
 
 
 def run(options: argparse.Namespace) -> ExitCode:
-    """Drains; `DrainTimeout` if transfers still run at the end."""
+    """Raises `DrainTimeout` if transfers still run at the end."""
     request = pb.DrainRequest()
     limit = _LONGEST_DRAIN_SECONDS
     if options.timeout is not None:
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> ExitCode:
 
 
 def _answer(call: _Call, options: argparse.Namespace) -> pb.DrainResponse:
-    """Waits for the answer; says what still runs if that takes longer than a moment. Ctrl-C ends the call."""
+    """Wait for the answer; after a second, show the running transfers. Ctrl-C ends the call."""
     try:
         with contextlib.suppress(grpc.FutureTimeoutError):
             return call.result(_MOMENT_SECONDS)

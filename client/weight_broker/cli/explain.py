@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict, ParseError
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.cli.inspector import Inspector
 from weight_broker.errors import InvalidArgument
@@ -23,7 +23,6 @@ _RANKS = ("tensor_parallel", "pipeline_parallel", "expert_parallel", "data_paral
 
 
 def run(options: argparse.Namespace) -> ExitCode:
-    """Prints the explanation."""
     key = key_of(options)
     with Inspector(options.runtime_directory, options.timeout) as inspector:
         if key is not None:
@@ -41,19 +40,19 @@ def run(options: argparse.Namespace) -> ExitCode:
 
 
 def key_of(options: argparse.Namespace) -> weight_set_pb2.WeightSetKey | None:
-    """The key that the options say; None if they give (the start of) an id."""
-    given = {name: value for name in _OPTIONS if (value := getattr(options, name)) is not None}
-    ways = [options.key is not None, options.model_dir is not None, bool(given)]
-    if sum(ways) != 1 and not (ways == [False, True, True] and set(given) == {"dtype"}):
+    """The key that the options describe; None if they name an id or its start."""
+    fields = {name: value for name in _OPTIONS if (value := getattr(options, name)) is not None}
+    ways = [options.key is not None, options.model_dir is not None, bool(fields)]
+    if sum(ways) != 1 and not (ways == [False, True, True] and set(fields) == {"dtype"}):
         raise CommandError(
             "give one of: an id or its start, a key in JSON, --model with its options, --model-dir", ExitCode.USAGE
         )
     if options.model_dir is not None:
         return _key_of_directory(options.model_dir, options.dtype)
-    if given:
-        if "model" not in given:
-            raise CommandError("--model is missing", ExitCode.USAGE)
-        return parse_key({**given, "engine_attributes": dict(map(_attribute, options.attribute or ()))})
+    if fields:
+        if "model" not in fields:
+            raise CommandError("--model is missing: --revision and the like need it", ExitCode.USAGE)
+        return parse_key({**fields, "engine_attributes": dict(map(_attribute, options.attribute or ()))})
     if not options.key.lstrip().startswith("{"):
         return None
     try:
@@ -64,8 +63,8 @@ def key_of(options: argparse.Namespace) -> weight_set_pb2.WeightSetKey | None:
 
 
 def parse_key(content: dict[str, Any]) -> weight_set_pb2.WeightSetKey:
-    """A key from JSON: as `status --json` prints it, as `WeightSetKey.canonical` has it, or with less: what is left out
-    has its default."""
+    """A key in JSON, as `status --json` prints it or as `WeightSetKey.canonical` writes it; missing fields have their
+    defaults."""
     fields = {name: value for name, value in content.items() if name != "form"}
     for name, default in (("role", "target"), ("stage", "loaded")):
         value = str(fields.get(name, default))
@@ -86,7 +85,7 @@ def parse_key(content: dict[str, Any]) -> weight_set_pb2.WeightSetKey:
 
 
 def _key_of_directory(model_dir: str, dtype: str | None) -> weight_set_pb2.WeightSetKey:
-    if not Path(model_dir).is_dir():  # transformers would take it for the name of a repository
+    if not Path(model_dir).is_dir():  # transformers would look for a repository of that name
         raise CommandError(f"{model_dir} is not a directory", ExitCode.USAGE)
     try:
         from weight_broker.integrations.transformers import weight_set_key
@@ -98,15 +97,15 @@ def _key_of_directory(model_dir: str, dtype: str | None) -> weight_set_pb2.Weigh
         raise CommandError(f"{model_dir}: {error}", ExitCode.USAGE) from None
 
 
-def _attribute(given: str) -> tuple[str, str]:
-    name, separator, value = given.partition("=")
+def _attribute(option: str) -> tuple[str, str]:
+    name, separator, value = option.partition("=")
     if not separator:
-        raise CommandError(f"--attribute {given}: write NAME=VALUE", ExitCode.USAGE)
+        raise CommandError(f"--attribute {option}: write NAME=VALUE", ExitCode.USAGE)
     return name, value
 
 
 def _fields(message: weight_set_pb2.WeightSetKey) -> Iterator[tuple[str, str]]:
-    """The key's fields as `--model`, `--attribute` and the like have them; of ranks only groups of several."""
+    """The key's fields under the names of the options; ranks only where the group has several."""
     key = key_from_wire(message)
     for name in (*_OPTIONS[:2], "checkpoint_digest", "dtype", "quantization", "role", "stage"):
         if value := str(getattr(key, name)):
@@ -122,30 +121,30 @@ def _print(answer: pb.ExplainResponse) -> None:
     from rich.text import Text
 
     console = output.console()
-    outcome = text.state(pb.ExplainResponse.Outcome.Name(answer.outcome))
-    console.print(Text.assemble((outcome, "bold"), f": {text.plain(answer.summary)}"))
+    outcome = output.state(pb.ExplainResponse.Outcome.Name(answer.outcome))
+    console.print(Text.assemble((outcome, "bold"), f": {output.plain(answer.summary)}"))
     console.print(f"weight set {answer.weight_set_id}")
     if answer.HasField("key"):
         for name, value in _fields(answer.key):
-            console.print(f"  {name}: {text.plain(value)}", soft_wrap=True)
+            console.print(f"  {name}: {output.plain(value)}", soft_wrap=True)
     if answer.candidates:
         table = output.table("Candidates", "publication|instance|host|generation|>readers|verdict")
         for candidate in answer.candidates:
             source = candidate.publication
-            refusal = text.state(pb.Candidate.Refusal.Name(candidate.refusal)).replace("unspecified", "")
+            refusal = output.state(pb.Candidate.Refusal.Name(candidate.refusal)).replace("unspecified", "")
             verdict = "chosen" if candidate.chosen else f"{refusal}: {candidate.detail}" if refusal else "could serve"
             table.add_row(
                 source.publication_id,
-                text.plain(source.instance_name or source.instance_id),
+                output.plain(source.instance_name or source.instance_id),
                 source.host_id,
                 str(source.generation),
                 f"{source.reader_count}/{source.reader_limit}",
-                text.plain(verdict),
+                output.plain(verdict),
             )
         console.print(table)
     if answer.HasField("cold_load_lease"):
         lease = answer.cold_load_lease
-        holder = text.plain(lease.instance_name or lease.instance_id)
+        holder = output.plain(lease.instance_name or lease.instance_id)
         console.print(f"being loaded by {holder} (fencing token {lease.fencing_token}); {answer.waiting_count} wait")
     for miss in answer.near_misses:
         console.print(

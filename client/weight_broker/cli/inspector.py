@@ -36,7 +36,7 @@ PageAnswer = TypeVar("PageAnswer", bound=_Page)
 
 @dataclass(frozen=True)
 class State:
-    """What the broker knows, read in one go."""
+    """The broker's state. Its lists are read one after the other."""
 
     host: resources_pb2.Host
     weight_sets: list[resources_pb2.WeightSet] = field(default_factory=list)
@@ -46,25 +46,24 @@ class State:
 
     @property
     def leases(self) -> list[resources_pb2.ColdLoadLease]:
-        """The cold-load leases that are held."""
         return [entry.cold_load_lease for entry in self.weight_sets if entry.HasField("cold_load_lease")]
 
 
 class Inspector:
-    """The Inspection service behind plain calls. All of them raise the `BrokerError` tree."""
+    """The Inspection service behind plain calls. Failures raise the `BrokerError` tree."""
 
     def __init__(self, directory: Path | None = None, timeout: float = 10.0) -> None:
         self.directory = directory if directory is not None else runtime_directory()
         self._timeout = timeout
         socket_path = self.directory / GRPC_SOCKET
         if not socket_path.is_socket():
-            # gRPC would only find out at the deadline.
+            # gRPC would notice only at the deadline.
             raise BrokerUnavailable(f"no broker: {socket_path} does not exist")
         self._channel = open_channel(socket_path)
         self._stub = InspectionServiceStub(self._channel)
 
     def state(self, *, transfer_limit: int = 20) -> State:
-        """Everything, with the newest `transfer_limit` transfers."""
+        """The whole state, with the newest `transfer_limit` transfers."""
         return State(
             host=self.host(),
             weight_sets=list(self.weight_sets()),
@@ -73,12 +72,9 @@ class Inspector:
         )
 
     def host(self) -> resources_pb2.Host:
-        """The broker and its host."""
         return self._call(lambda timeout: self._stub.GetHost(pb.GetHostRequest(), timeout=timeout)).host
 
     def weight_sets(self) -> Iterator[resources_pb2.WeightSet]:
-        """All weight sets."""
-
         def ask(token: str, timeout: float) -> pb.ListWeightSetsResponse:
             request = pb.ListWeightSetsRequest(page_size=_PAGE_SIZE, page_token=token)
             return self._stub.ListWeightSets(request, timeout=timeout)
@@ -86,8 +82,6 @@ class Inspector:
         return self._pages(ask, lambda answer: answer.weight_sets)
 
     def instances(self) -> Iterator[resources_pb2.Instance]:
-        """All instances."""
-
         def ask(token: str, timeout: float) -> pb.ListInstancesResponse:
             request = pb.ListInstancesRequest(page_size=_PAGE_SIZE, page_token=token)
             return self._stub.ListInstances(request, timeout=timeout)
@@ -101,7 +95,6 @@ class Inspector:
         return list(answer.transfers)
 
     def explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
-        """What an Acquire would get."""
         return self._call(lambda timeout: self._stub.Explain(request, timeout=timeout))
 
     def watch(self) -> Iterator[pb.WatchResponse]:
@@ -115,7 +108,7 @@ class Inspector:
             stream.cancel()
 
     def resolve(self, prefix: str) -> str:
-        """The id of the only weight set whose id starts with `prefix`; a whole id is returned as it is."""
+        """The id of the only weight set whose id starts with `prefix`. A whole id is not looked up."""
         wanted = prefix.lower()
         if not wanted or set(wanted) - set("0123456789abcdef") or len(wanted) > ID_CHARACTERS:
             raise CommandError(f"{prefix!r} is neither a weight set's id nor a key in JSON", ExitCode.USAGE)
@@ -129,7 +122,6 @@ class Inspector:
         return found[0]
 
     def close(self) -> None:
-        """Closes the channel."""
         self._channel.close()
 
     def __enter__(self) -> Inspector:
@@ -159,5 +151,5 @@ class Inspector:
 
 
 def age_seconds(seconds_since_epoch: float) -> float:
-    """How long ago that was; 0 for a time to come."""
+    """Seconds since then; 0 for a time in the future."""
     return max(time.time() - seconds_since_epoch, 0.0)

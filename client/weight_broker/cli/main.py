@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weight_broker._version import __version__
-from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of
-from weight_broker.cli.interruption import stoppable
+from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of, stoppable
 from weight_broker.errors import BrokerError
 from weight_broker.kinds import TRAITS
 
@@ -21,7 +20,7 @@ _COMMANDS = {
     "evict": "weight_broker.cli.set_aside",
     "quarantine": "weight_broker.cli.set_aside",
 }
-"""Where a command is, if its module is not called like it."""
+"""Modules of the commands whose module has another name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the output has gone (`| head`). Without this Python complains again when it flushes at exit.
+        # The reader of the output has ended (`| head`). Without this, Python reports the pipe again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
 
 
 def _run(options: argparse.Namespace) -> int:
-    # A command is imported when it is asked for: --help needs neither gRPC nor torch.
+    # Commands are imported on use: --help needs neither gRPC nor torch.
     module = importlib.import_module(_COMMANDS.get(options.command, f"weight_broker.cli.{options.command}"))
     code: int = module.run(options)
     sys.stdout.flush()
@@ -52,12 +51,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    with stoppable():  # from the first import on, the longest of which are the demo's
+    with stoppable():  # imports included: the demo's take longest
         return _run(options)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     command_line = argparse.ArgumentParser(
         prog="weight-broker",
         description="Shows and administers this host's weight broker.",
@@ -203,15 +201,15 @@ def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
 
 
-def _positive(given: str) -> float:
-    value = float(given)
+def _positive(text: str) -> float:
+    value = float(text)
     if not 0 < value <= 24 * 3600:
         raise argparse.ArgumentTypeError("must be above 0 and at most a day")
     return value
 
 
-def _count(given: str) -> int:
-    value = int(given)
+def _count(text: str) -> int:
+    value = int(text)
     if not 1 <= value <= 1000:
         raise argparse.ArgumentTypeError("must be from 1 to 1000")
     return value

@@ -1,10 +1,11 @@
-"""Where output goes: JSON with the standard library and protobuf, tables with rich."""
+"""What commands print: JSON, tables, and numbers and states as people read them."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import sys
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.json_format import MessageToDict
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PIPE_WIDTH = 180
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 # protobuf 5.26 renamed the option that prints zeros and empty lists.
 _DEFAULTS_TOO: dict[str, Any] = {
     name: True
@@ -26,7 +28,7 @@ _DEFAULTS_TOO: dict[str, Any] = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A terminal for tables; wide where the output is not a terminal, so that nothing is cut off."""
+    """The console for tables; wide where the output is not a terminal, so that nothing is cut off."""
     try:
         from rich.console import Console
     except ImportError:
@@ -40,7 +42,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(title: str, columns: str) -> Table:
-    """An empty table; `columns` are names separated by "|", one that starts with ">" is aligned to the right."""
+    """An empty table; `columns` are names separated by "|"; ">" before a name aligns it to the right."""
     from rich import box
     from rich.table import Table
 
@@ -49,7 +51,7 @@ def table(title: str, columns: str) -> Table:
     )
     for index, name in enumerate(columns.split("|")):
         right = name.startswith(">")
-        # What a row is called stays in one piece on a narrow terminal.
+        # The first column names the row and is not wrapped.
         table_.add_column(
             name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=index == 0
         )
@@ -62,5 +64,44 @@ def message_to_json(message: Message) -> dict[str, Any]:
 
 
 def print_json(value: object, *, line: bool = False) -> None:
-    """Prints JSON; on one line, at once, if `line`."""
+    """`line`: on one line, flushed."""
     print(json.dumps(value, ensure_ascii=False, indent=None if line else 2), flush=line)
+
+
+def size(count: float) -> str:
+    """Bytes in powers of 1000, for example "988 MB"."""
+    unit = 0
+    while count >= 999.5 and unit < len(_BYTE_UNITS) - 1:
+        count /= 1000
+        unit += 1
+    return f"{count:.0f} {_BYTE_UNITS[unit]}" if unit == 0 or count >= 99.5 else f"{count:.3g} {_BYTE_UNITS[unit]}"
+
+
+def seconds(value: float) -> str:
+    """A duration with three digits, for example "4.21 ms"."""
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} us"
+    if value < 0.9995:
+        return f"{value * 1e3:.3g} ms" if value < 0.0995 else f"{value * 1e3:.0f} ms"
+    if value < 120:
+        return f"{value:.3g} s" if value < 99.5 else f"{value:.0f} s"
+    return age(value)
+
+
+def age(value: float) -> str:
+    """A long duration with its two largest units, for example "3h 12m"."""
+    total = int(value)
+    for unit, length, lower, lower_length in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if total >= length:
+            return f"{total // length}{unit} {total % length // lower_length}{lower}"
+    return f"{total}s"
+
+
+def state(name: str) -> str:
+    """The end of a protobuf enum's name in lower case: "STATE_RESIDENT" is "resident"."""
+    return name.partition("_")[2].lower().replace("_", " ")
+
+
+def plain(text: str) -> str:
+    """Text from an instance, without characters that could drive a terminal or forge lines."""
+    return "".join(character if unicodedata.category(character)[0] != "C" else "�" for character in text)

@@ -1,4 +1,4 @@
-"""How a command shows that it is at work: bars on a terminal, plain lines without rich or on --json."""
+"""Progress of a command: bars on a terminal, plain lines without rich or with --json."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ class Progress:
     """Writes to standard error; standard output is for the result."""
 
     def __init__(self, *, quiet: bool) -> None:
-        """`quiet` needs no rich and shows nothing that moves."""
+        """`quiet` needs no rich and shows no bars."""
         self._console = None if quiet else output.console(stderr=True)
 
     def say(self, sentence: str) -> None:
-        """Says something once."""
         print(sentence, file=sys.stderr, flush=True)
 
     @contextmanager
     def step(self, title: str) -> Iterator[Callable[[str], None]]:
-        """Something of unknown duration: a moving bar with the time that it has taken. Gives a function that changes
-        the title; without a terminal each new title is a line."""
+        """A step of unknown duration: a moving bar with the elapsed time. Yields a function that changes the title;
+        without a terminal each new title is a line."""
         if self._console is None or not self._console.is_terminal:
             shown = [title]
 
@@ -47,7 +46,7 @@ class Progress:
 
     @contextmanager
     def bytes_written(self, title: str, total: int) -> Iterator[Callable[[int, int], None]]:
-        """Something of a known size; the bar appears with the first report."""
+        """A step of known size. Yields a function that takes the bytes done and the bytes in all."""
         if self._console is None or not self._console.is_terminal:
             self.say(title)
             yield lambda done, of: None

@@ -1,10 +1,10 @@
-"""`weight-broker evict` and `weight-broker quarantine`: a publication is not read any more. For administrators."""
+"""`weight-broker evict` and `weight-broker quarantine`: takes a publication out of service. For administrators."""
 
 from __future__ import annotations
 
 import argparse
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.administration import administration
 from weight_broker.cli.failure import ExitCode
 from weight_broker.v1 import administration_service_pb2 as pb
@@ -12,7 +12,7 @@ from weight_broker.v1 import resources_pb2
 
 
 def run(options: argparse.Namespace) -> ExitCode:
-    """Takes the publication out of service, or keeps it in the listings; `PublicationNotFound` if it is unknown."""
+    """Raises `PublicationNotFound`. An evicted publication is gone; a quarantined one stays in the listings."""
     return _evict(options) if options.command == "evict" else _quarantine(options)
 
 
@@ -36,10 +36,10 @@ def _quarantine(options: argparse.Namespace) -> ExitCode:
     if options.json:
         output.print_json({"publication": output.message_to_json(publication)})
     else:
-        reason = text.plain(publication.quarantine_reason)
+        reason = output.plain(publication.quarantine_reason)
         print(f"quarantined {publication.publication_id} of {_holder(publication)}: {reason}")
     return ExitCode.DONE
 
 
 def _holder(publication: resources_pb2.Publication) -> str:
-    return text.plain(publication.instance_name or publication.instance_id)
+    return output.plain(publication.instance_name or publication.instance_id)

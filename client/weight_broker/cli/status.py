@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from weight_broker.cli import output, status_cards, text
+from weight_broker.cli import output, status_cards
 from weight_broker.cli.failure import ExitCode
 from weight_broker.cli.inspector import Inspector, State, age_seconds
 from weight_broker.v1 import resources_pb2 as pb
@@ -22,7 +22,6 @@ _SHORT_ID = 12
 
 
 def run(options: argparse.Namespace) -> ExitCode:
-    """Prints the state once."""
     with Inspector(options.runtime_directory, options.timeout) as inspector:
         state = inspector.state(transfer_limit=options.transfers)
     if options.json:
@@ -47,7 +46,7 @@ def state_to_json(state: State) -> dict[str, Any]:
 
 
 def renderables(state: State) -> list[RenderableType]:
-    """The state as a line about the host and tables; those that would be empty are left out."""
+    """A line about the host, then tables; empty tables are left out."""
     from rich.text import Text
 
     tables = [_weight_sets(state), _publications(state), _instances(state), _leases(state), _transfers(state)]
@@ -58,13 +57,12 @@ def renderables(state: State) -> list[RenderableType]:
 
 
 def host_line(host: pb.Host) -> str:
-    """The host in one line."""
     return (
-        f"{text.plain(host.hostname)}: broker {host.version}, pid {host.pid}, "
-        f"up {text.age(_since(host.uptime, host.start_time))}"
+        f"{output.plain(host.hostname)}: broker {host.version}, pid {host.pid}, "
+        f"up {output.age(_since(host.uptime, host.start_time))}"
         f"{', DRAINING' if host.draining else ''}; directory {host.directory}; "
         f"{host.instance_count} instances, {host.publication_count} publications, "
-        f"{text.size(host.region_bytes)} in {host.region_count} regions, "
+        f"{output.size(host.region_bytes)} in {host.region_count} regions, "
         f"{host.running_transfer_count} transfers running, {host.waiting_acquisition_count} waiting"
     )
 
@@ -76,14 +74,14 @@ def _weight_sets(state: State) -> Any:
         largest = max((source.size_bytes for source in row.publications), default=0)
         table.add_row(
             row.weight_set_id[:_SHORT_ID],
-            text.plain(row.key.model),
-            text.plain(row.key.revision)[:_SHORT_ID],
-            text.plain(row.key.dtype),
+            output.plain(row.key.model),
+            output.plain(row.key.revision)[:_SHORT_ID],
+            output.plain(row.key.dtype),
             rank(row),
-            text.size(largest) if row.publications else "",
+            output.size(largest) if row.publications else "",
             str(len(resident)),
             str(row.waiting_count),
-            text.plain(row.cold_load_lease.instance_name or row.cold_load_lease.instance_id),
+            output.plain(row.cold_load_lease.instance_name or row.cold_load_lease.instance_id),
         )
     return table
 
@@ -92,17 +90,17 @@ def _publications(state: State) -> Any:
     table = output.table("Publications", "id|weight set|instance|state|memory|>tensors|>readers|>served|>age")
     for weight_set in state.weight_sets:
         for row in weight_set.publications:
-            reason = f": {text.plain(row.quarantine_reason)}" if row.quarantine_reason else ""
+            reason = f": {output.plain(row.quarantine_reason)}" if row.quarantine_reason else ""
             table.add_row(
                 row.publication_id,
                 row.weight_set_id[:_SHORT_ID],
-                text.plain(row.instance_name or row.instance_id),
-                text.state(pb.Publication.State.Name(row.state)) + reason,
+                output.plain(row.instance_name or row.instance_id),
+                output.state(pb.Publication.State.Name(row.state)) + reason,
                 status_cards.device(row),
                 str(row.tensor_count),
                 f"{row.reader_count}/{row.reader_limit}",
                 str(row.served_count),
-                text.age(_since(row.age, row.publish_time)),
+                output.age(_since(row.age, row.publish_time)),
             )
     return table
 
@@ -112,12 +110,12 @@ def _instances(state: State) -> Any:
     for row in state.instances:
         table.add_row(
             row.instance_id,
-            text.plain(row.name),
+            output.plain(row.name),
             str(row.pid) if row.pid else "?",
             str(row.uid),
-            text.state(pb.Instance.State.Name(row.state)),
+            output.state(pb.Instance.State.Name(row.state)),
             str(row.publication_count),
-            text.age(_since(row.age, row.attach_time)),
+            output.age(_since(row.age, row.attach_time)),
         )
     return table
 
@@ -127,16 +125,16 @@ def _leases(state: State) -> Any:
     for row in state.leases:
         table.add_row(
             row.weight_set_id[:_SHORT_ID],
-            text.plain(row.instance_name or row.instance_id),
+            output.plain(row.instance_name or row.instance_id),
             str(row.fencing_token),
-            text.age(_since(row.age, row.acquire_time)),
-            text.age(max(lease_end(row) - time.time(), 0.0)),
+            output.age(_since(row.age, row.acquire_time)),
+            output.age(max(lease_end(row) - time.time(), 0.0)),
         )
     return table
 
 
 def _transfers(state: State) -> Any:
-    names = {row.instance_id: text.plain(row.name or row.instance_id) for row in state.instances}
+    names = {row.instance_id: output.plain(row.name or row.instance_id) for row in state.instances}
     table = output.table("Transfers, newest first", "id|weight set|from|to|by|path|state|>size|>duration|failure")
     for row in state.transfers:
         duration = _since(row.elapsed, row.start_time)
@@ -145,18 +143,18 @@ def _transfers(state: State) -> Any:
             row.weight_set_id[:_SHORT_ID],
             names.get(row.source_instance_id, row.source_instance_id),
             names.get(row.receiver_instance_id, row.receiver_instance_id),
-            text.state(pb.DataPlane.Name(row.data_plane)).removeprefix("plane "),
+            output.state(pb.DataPlane.Name(row.data_plane)).removeprefix("plane "),
             path_name(row.path),
-            text.state(pb.Transfer.State.Name(row.state)),
-            text.size(row.size_bytes),
-            text.seconds(max(duration, 0.0)),
-            text.plain(row.failure),
+            output.state(pb.Transfer.State.Name(row.state)),
+            output.size(row.size_bytes),
+            output.seconds(max(duration, 0.0)),
+            output.plain(row.failure),
         )
     return table
 
 
 def rank(weight_set: pb.WeightSet) -> str:
-    """The rank as people write it, for example "tp 1/4"; empty for a model on one device."""
+    """For example "tp 1/4"; empty for a model on one device."""
     ranks = weight_set.key.rank
     found = [
         f"{short} {getattr(ranks, f'{kind}_parallel_rank')}/{getattr(ranks, f'{kind}_parallel_size')}"
@@ -168,10 +166,10 @@ def rank(weight_set: pb.WeightSet) -> str:
 
 def path_name(path: pb.TransferPath.ValueType) -> str:
     """How bytes reach the receiver, for example "zero copy"."""
-    return text.state(pb.TransferPath.Name(path)).removeprefix("path ")
+    return output.state(pb.TransferPath.Name(path)).removeprefix("path ")
 
 
 def _since(measured: Duration, begun: Timestamp) -> float:
-    """Seconds as the broker measured them; from the time of day only where an older broker measured none."""
+    """Seconds as the broker measured them; by the time of day for an older broker, which measured none."""
     seconds = measured.ToNanoseconds() / 1e9
     return seconds if seconds > 0 else age_seconds(begun.ToNanoseconds() / 1e9)

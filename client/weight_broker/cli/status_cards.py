@@ -1,10 +1,10 @@
-"""The part of `weight-broker status` that is about devices: cards, what lies on them, the datasystem worker."""
+"""The devices in `weight-broker status`: cards, resident weight sets, the datasystem worker."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.inspector import State
 from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
@@ -16,13 +16,13 @@ _STYLES = {pb.Card.STATE_DEGRADED: "yellow", pb.Card.STATE_FAILED: "bold red"}
 
 
 def renderables(state: State) -> list[RenderableType]:
-    """Lines and tables; nothing on a host without devices."""
+    """Lines and tables; none on a host without devices."""
     from rich.text import Text
 
     host = state.host
     found: list[RenderableType] = []
     if host.device_problem:
-        found.append(Text(f"Devices are not served: {text.plain(host.device_problem)}", style="bold red"))
+        found.append(Text(f"Devices are not served: {output.plain(host.device_problem)}", style="bold red"))
     if host.HasField("datasystem_worker"):
         worker = host.datasystem_worker
         found.append(Text(worker_line(worker), style="" if worker.reachable else "bold red"))
@@ -32,17 +32,16 @@ def renderables(state: State) -> list[RenderableType]:
 
 
 def worker_line(worker: pb.DatasystemWorker) -> str:
-    """The datasystem worker in one line."""
-    who = "managed by the broker" if worker.managed else "somebody else's"
+    who = "managed by the broker" if worker.managed else "external"
     if worker.reachable:
         return f"Datasystem worker {worker.address}, {who}: reachable"
     return f"Datasystem worker {worker.address}, {who}: AWAY" + (
-        f": {text.plain(worker.problem)}" if worker.problem else ""
+        f": {output.plain(worker.problem)}" if worker.problem else ""
     )
 
 
 def residency(state: State) -> list[dict[str, Any]]:
-    """What lies where: a row for each publication, ordered by device and instance."""
+    """A row for each publication, ordered by device and instance."""
     instances = {card.instance_id: card for card in state.instances}
     rows = [
         {
@@ -62,10 +61,10 @@ def residency(state: State) -> list[dict[str, Any]]:
 
 
 def device(publication: pb.Publication) -> str:
-    """Where a publication lies: the device's identity, or the kind of memory where there is but one of it."""
-    kind = text.state(weight_set_pb2.DeviceKind.Name(publication.device_kind)).removeprefix("kind ")
+    """The device's identity, or the kind of memory for a kind without devices."""
+    kind = output.state(weight_set_pb2.DeviceKind.Name(publication.device_kind)).removeprefix("kind ")
     staged = ", staged" if publication.is_staged else ""
-    return (text.plain(publication.device_id) or kind) + staged
+    return (output.plain(publication.device_id) or kind) + staged
 
 
 def _cards(host: pb.Host) -> Any:
@@ -75,15 +74,15 @@ def _cards(host: pb.Host) -> Any:
         table.add_row(
             card.device_id,
             str(card.device_index),
-            text.plain(card.soc),
-            text.state(pb.Card.State.Name(card.state)),
+            output.plain(card.soc),
+            output.state(pb.Card.State.Name(card.state)),
             str(card.sender_pid or "-"),
             _pids(card.retiring_pids),
             _pids(card.receiver_pids),
             str(card.region_count),
             str(card.offer_count),
             str(card.fetch_count),
-            text.plain(card.problem),
+            output.plain(card.problem),
             style=_STYLES.get(card.state, ""),
         )
     return table
@@ -98,12 +97,12 @@ def _residency(state: State) -> Any:
         where = str(row["device"])
         table.add_row(
             where if where != shown else Text(where, style="dim"),
-            text.plain(row["instance_name"] or row["instance_id"]),
+            output.plain(row["instance_name"] or row["instance_id"]),
             str(row["pid"] or "?"),
-            text.plain(row["model"]),
+            output.plain(row["model"]),
             row["weight_set_id"][:12],
-            text.state(row["state"]),
-            text.size(int(row["size_bytes"])),
+            output.state(row["state"]),
+            output.size(int(row["size_bytes"])),
         )
         shown = where
     return table

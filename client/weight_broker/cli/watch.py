@@ -6,7 +6,7 @@ import argparse
 import datetime
 from collections.abc import Iterator
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.failure import ExitCode
 from weight_broker.cli.inspector import Inspector
 from weight_broker.cli.status import path_name
@@ -15,7 +15,7 @@ from weight_broker.v1 import resources_pb2
 
 
 def run(options: argparse.Namespace) -> ExitCode:
-    """Prints a line for each change until interrupted; with --json each message of the stream."""
+    """Prints a line for each change until interrupted; with --json, each message of the stream."""
     with Inspector(options.runtime_directory) as inspector:
         for response in inspector.watch():
             if options.json:
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> ExitCode:
 
 
 def lines(response: pb.WatchResponse) -> Iterator[str]:
-    """One line for each change; those of a full state begin with "=", new ones with "+", gone ones with "-"."""
+    """One line for each change; "=" in a full state, "+" for a change, "-" for a removal."""
     sign = "=" if response.snapshot else "+"
     if response.snapshot_start:
         yield "= full state"
@@ -39,9 +39,10 @@ def lines(response: pb.WatchResponse) -> Iterator[str]:
             case "removed_weight_set_id":
                 yield f"- weight set {change.removed_weight_set_id}"
             case "instance":
-                one = change.instance
-                state = text.state(resources_pb2.Instance.State.Name(one.state))
-                yield f"{sign} instance {one.instance_id} {text.plain(one.name)} (pid {one.pid}): {state}"
+                instance = change.instance
+                state = output.state(resources_pb2.Instance.State.Name(instance.state))
+                name = output.plain(instance.name)
+                yield f"{sign} instance {instance.instance_id} {name} (pid {instance.pid}): {state}"
             case "removed_instance_id":
                 yield f"- instance {change.removed_instance_id}"
             case "transfer":
@@ -50,25 +51,25 @@ def lines(response: pb.WatchResponse) -> Iterator[str]:
                 pass
 
 
-def _weight_set(one: resources_pb2.WeightSet) -> str:
+def _weight_set(row: resources_pb2.WeightSet) -> str:
     states = [
-        f"{text.plain(source.instance_name or source.instance_id)} "
-        f"{text.state(resources_pb2.Publication.State.Name(source.state))}"
-        for source in one.publications
+        f"{output.plain(source.instance_name or source.instance_id)} "
+        f"{output.state(resources_pb2.Publication.State.Name(source.state))}"
+        for source in row.publications
     ]
     parts = [f"sources: {', '.join(states) or 'none'}"]
-    if one.HasField("cold_load_lease"):
-        holder = one.cold_load_lease.instance_name or one.cold_load_lease.instance_id
-        parts.append(f"loading: {text.plain(holder)}")
-    if one.waiting_count:
-        parts.append(f"waiting: {one.waiting_count}")
-    return f"weight set {one.weight_set_id} {text.plain(one.key.model)}: {'; '.join(parts)}"
+    if row.HasField("cold_load_lease"):
+        holder = row.cold_load_lease.instance_name or row.cold_load_lease.instance_id
+        parts.append(f"loading: {output.plain(holder)}")
+    if row.waiting_count:
+        parts.append(f"waiting: {row.waiting_count}")
+    return f"weight set {row.weight_set_id} {output.plain(row.key.model)}: {'; '.join(parts)}"
 
 
-def _transfer(one: resources_pb2.Transfer) -> str:
-    state = text.state(resources_pb2.Transfer.State.Name(one.state))
-    failure = f" ({text.plain(one.failure)})" if one.failure else ""
+def _transfer(row: resources_pb2.Transfer) -> str:
+    state = output.state(resources_pb2.Transfer.State.Name(row.state))
+    failure = f" ({output.plain(row.failure)})" if row.failure else ""
     return (
-        f"transfer {one.transfer_id} of {one.weight_set_id}, {text.size(one.size_bytes)}, {path_name(one.path)}, "
-        f"{one.source_instance_id} to {one.receiver_instance_id}: {state}{failure}"
+        f"transfer {row.transfer_id} of {row.weight_set_id}, {output.size(row.size_bytes)}, {path_name(row.path)}, "
+        f"{row.source_instance_id} to {row.receiver_instance_id}: {state}{failure}"
     )

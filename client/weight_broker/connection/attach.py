@@ -1,8 +1,8 @@
 """The instance's end of the attach socket: it proves who this process is and carries file descriptors.
 
-The broker reads from the kernel who connected; the token it answers with goes into the metadata of every gRPC call. The
-connection stays open for as long as the process wants to be attached. protobuf is imported only once a broker has
-accepted the connection, so that its absence is noticed in well under a millisecond.
+The broker learns from the kernel which process connected; its token goes into the metadata of every gRPC call. The
+connection stays open while the process is attached. protobuf is imported only once the socket exists, so that a host
+without a broker costs well under a millisecond.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class AttachConnection:
         self._unsure = False
 
     def connect(self, timeout: float = 2.0) -> Welcome:
-        """Attaches this process: returns the token and the ids."""
-        # Whoever has no broker, or may not see its socket, is not to pay for the import.
+        """Attach this process; returns the token and the ids."""
+        # Without a broker, or without permission to see its socket, the import below is not worth its time.
         if not os.path.exists(self.path):
             _connect(self.path, time.monotonic() + timeout).close()
         # Before the clock starts: on a busy host this takes as long as a broker may take to answer.
@@ -71,13 +71,13 @@ class AttachConnection:
         return response.welcome
 
     def offer_region(self, region_id: str, fd: int, size_bytes: int) -> None:
-        """Hands the sealed memfd `fd` over; the caller keeps its own copy of the descriptor."""
+        """Hand the sealed memfd `fd` over; the caller keeps its descriptor."""
         from weight_broker.v1.attach_pb2 import AttachRequest, OfferRegion
 
         self._ask(AttachRequest(offer_region=OfferRegion(region_id=region_id, size_bytes=size_bytes)), fds=(fd,))
 
     def withdraw_region(self, region_id: str) -> None:
-        """Takes a region back that no publication uses."""
+        """Take back a region that no publication uses."""
         from weight_broker.v1.attach_pb2 import AttachRequest, WithdrawRegion
 
         self._ask(AttachRequest(withdraw_region=WithdrawRegion(region_id=region_id)))
@@ -100,7 +100,7 @@ class AttachConnection:
         self._ask(AttachRequest(goodbye=Goodbye()), timeout=2.0)
 
     def leave(self) -> None:
-        """Says goodbye without waiting and closes; imports nothing, so that it is safe in a finalizer."""
+        """Say goodbye without waiting and close. Safe in a finalizer: imports nothing."""
         connected, self._socket = self._socket, None
         if connected is not None:
             with contextlib.suppress(OSError):
@@ -108,14 +108,14 @@ class AttachConnection:
             connected.close()
 
     def close(self) -> None:
-        """Closes the connection without a word. What is published stays until the process ends."""
+        """Close without a goodbye. Publications stay until the process ends."""
         with self._lock:
             connected, self._socket = self._socket, None
             if connected is not None:
                 connected.close()
 
     def forget(self) -> None:
-        """For a forked child: closes its copy of the socket, which says nothing to the broker."""
+        """For a forked child: close its copy of the socket, which the broker does not notice."""
         connected, self._socket = self._socket, None
         self._lock = threading.Lock()
         if connected is not None:
@@ -147,17 +147,15 @@ class AttachConnection:
                 raise NotAttached("the attach connection is closed")
             if self._unsure:
                 self._break_off(self._socket)
-                raise NotAttached("a request on the attach connection was interrupted; attach anew")
+                raise NotAttached("a request on the attach connection was interrupted; attach again")
             try:
                 self._send(self._socket, packet, fds, timeout)
                 answer, received = self._receive_last(self._socket, deadline)
             except TimeoutError:
-                # When it comes round it does what it was asked, so it is told as well that this is over: no region or
-                # lease stays behind that nobody here knows of. What is published is published again.
+                # A broker that recovers carries out the request. The goodbye behind it then ends the session, so that
+                # no region or lease stays that this process does not know of. The keeper publishes again.
                 self._break_off(self._socket)
-                raise BrokerUnavailable(
-                    f"the broker does not answer on {self.path} within the time it was given"
-                ) from None
+                raise BrokerUnavailable(f"the broker does not answer on {self.path} within {timeout:g} s") from None
             except OSError as error:
                 raise NotAttached(f"the broker closed the attach connection ({error.strerror or error})") from None
             finally:
@@ -184,7 +182,7 @@ class AttachConnection:
         readable = select.poll()
         readable.register(connected, select.POLLIN)
         while True:
-            # Whoever is interrupted while it waits knows that it has read nothing.
+            # An interruption in poll() leaves nothing in doubt: nothing was read yet.
             if not readable.poll(max(deadline - time.monotonic(), 0.001) * 1000):
                 raise TimeoutError
             self._unsure = True
@@ -198,8 +196,8 @@ class AttachConnection:
             _close_all(received)
 
     def _break_off(self, connected: socket.socket) -> None:
-        """Ends a connection on which answers may have shifted against questions. It stays open as a descriptor, so that
-        whoever polls it sees its end."""
+        """End a connection on which answers may have shifted against questions. The descriptor stays open, so that the
+        threads that poll it see the end."""
         with contextlib.suppress(OSError):
             connected.send(self._goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         with contextlib.suppress(OSError):
@@ -207,15 +205,17 @@ class AttachConnection:
 
 
 def connect_to(path: Path, timeout: float) -> socket.socket:
-    """A connection to the attach socket that has said nothing yet. Raises `BrokerUnavailable`."""
+    """A connection to the attach socket, before any request. Raises `BrokerUnavailable`."""
     return _connect(path, time.monotonic() + timeout)
 
 
 def _connect(path: Path, deadline: float) -> socket.socket:
     try:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    except OSError as error:  # of this process or its sandbox: no file descriptor is left, say
-        raise BrokerUnavailable(f"no socket can be had to reach the broker on {path}: {error.strerror}") from error
+    except OSError as error:  # a limit of this process or its sandbox, for example no file descriptor left
+        raise BrokerUnavailable(
+            f"this process cannot open a socket to the broker on {path}: {error.strerror}"
+        ) from error
     try:
         while True:
             connected.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -240,7 +240,7 @@ def _connect(path: Path, deadline: float) -> socket.socket:
 
 
 def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:
-    """One packet and its descriptors, which no child inherits: `socket.recv_fds` drops the flag that says so."""
+    """One packet and its descriptors, closed on exec: `socket.recv_fds` drops the flag for that."""
     descriptors = array.array("i")
     answer, ancillary, _, _ = connected.recvmsg(
         MAX_PACKET_BYTES, socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
@@ -252,7 +252,7 @@ def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def decode_refusal(refused: Refused) -> BrokerError:
-    """The exception that a caller sees for it."""
+    """The exception for the caller."""
     try:
         return from_reason(Reason(refused.reason), refused.message)
     except ValueError:  # a newer broker

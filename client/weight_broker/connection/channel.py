@@ -28,22 +28,22 @@ _OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # In gRPC's core this is also what one attempt may take. A unix socket refuses at once, so it costs nothing to let a
-    # broker on a busy host take its time with the handshake.
+    # In gRPC's core this is also the limit of one attempt. A unix socket refuses at once, so a long limit costs nothing
+    # and helps a broker on a busy host.
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
-    # A broker that hangs answers no ping of HTTP/2, whatever a call waits for. Pings only run while one does.
+    # A broker that hangs answers no HTTP/2 ping. Pings run only during a call.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # Streams are read by the calling thread, not by one of gRPC's own: faster, and nothing to lose in a fork.
+    # The calling thread reads streams, not a thread of gRPC's: faster, and safe in a fork.
     (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 )
 
-# What a status without details means: it comes from gRPC itself, or from a broker that is not ours.
+# Reasons for a status without details, which comes from gRPC itself or from a foreign server.
 _REASONS = {
     grpc.StatusCode.UNAVAILABLE: Reason.BROKER_UNAVAILABLE,
     grpc.StatusCode.CANCELLED: Reason.BROKER_UNAVAILABLE,
@@ -60,7 +60,7 @@ _LATE = {
 
 
 def open_channel(socket_path: str | Path) -> grpc.Channel:
-    """A channel to the unix socket; it connects when it is first used."""
+    """A channel to the unix socket; it connects on first use."""
     return grpc.insecure_channel(f"unix:{quote(str(Path(socket_path).absolute()))}", options=_OPTIONS)
 
 
@@ -69,11 +69,10 @@ def decode_error(
     *,
     on_deadline: Reason = Reason.BROKER_UNAVAILABLE,
     touched: bool = False,
-    writer_unless_told: bool = False,
+    broker_writes: bool = False,
 ) -> BrokerError:
-    """The exception that a caller sees for a failed call; `on_deadline` is the reason if gRPC's own deadline passed.
-    With `writer_unless_told` the broker was writing to the caller's memory, and only its own word says that it has
-    stopped."""
+    """The exception for a failed call. `on_deadline` is the reason if gRPC's own deadline passed. `broker_writes`: the
+    broker was writing to the caller's memory, and only an answer of the broker says that the writing has ended."""
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     text = (error.details() if isinstance(error, grpc.Call) else None) or code.name
     information = _error_information(error)
@@ -86,7 +85,7 @@ def decode_error(
         touched = touched or metadata.pop(TOUCHED_METADATA, "") == "true"
         quiesced = metadata.pop(QUIESCED_METADATA, "") != "false"
         return from_reason(reason, text, metadata=metadata, touched=touched, quiesced=quiesced)
-    touched, quiesced = touched or writer_unless_told, not writer_unless_told
+    touched, quiesced = touched or broker_writes, not broker_writes
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return from_reason(on_deadline, _LATE[on_deadline], touched=touched, quiesced=quiesced)
     reason = _REASONS.get(code, Reason.INTERNAL)

@@ -1,8 +1,9 @@
-"""Keeps what this process has published published, also across restarts of the broker.
+"""Keeps the publications of this process published across restarts of the broker.
 
-One daemon thread per process; it exists only while something is published. It sleeps in poll() on the plain attach
+One daemon thread per process; it exists only while there are publications. It sleeps in poll() on the plain attach
 sockets (no gRPC, no periodic work) until one reports its end, then attaches again and publishes again by reference: the
-memory itself has not changed. It is gone after a fork, and so is its work list: the publications are the parent's.
+memory itself has not changed. A forked child has neither the thread nor its work list: the
+publications belong to the parent.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ _logger = logging.getLogger("weight_broker")
 
 
 class Kept(Protocol):
-    """Something that has to be there whenever a broker is."""
+    """A publication, as the keeper sees it."""
 
     @property
     def route(self) -> object:
-        """What it reaches the broker through; if that does not work for one, it does not for any."""
+        """The way to the broker. Publications with the same route are unreachable together."""
 
     def restore(self) -> None:
-        """Makes it so if it is not; raises `BrokerError` if that does not work now."""
+        """Publish again if the session has ended. Raises `BrokerError` if that does not work now."""
 
     def fileno(self) -> int:
-        """The socket whose end says that it has to be restored; -1 if there is none."""
+        """The socket whose end calls for `restore`; -1 if there is none."""
 
 
 class Keeper:
@@ -49,7 +50,7 @@ class Keeper:
         self._bell = -1
 
     def add(self, kept: Kept) -> None:
-        """From now on `kept` is restored when its session ends."""
+        """`kept` is restored whenever its session ends."""
         with self._lock:
             self._kept.add(kept)
             if self._thread is None:
@@ -60,19 +61,20 @@ class Keeper:
                 os.eventfd_write(self._bell, 1)
 
     def remove(self, kept: Kept) -> None:
-        """Forgets `kept`; the thread ends when nothing is left."""
+        """The thread ends with the last entry."""
         with self._lock:
             self._kept.discard(kept)
         self.ring()
 
     def ring(self) -> None:
-        """Makes the thread look at everything now."""
+        """Wake the thread: every entry is checked now."""
         with self._lock:
             if self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
 
     def stop(self) -> None:
-        """Forgets everything and waits briefly for the thread: it must not be in a call when the interpreter ends."""
+        """Clear the work list and wait briefly for the thread, which must not be in a call when the interpreter
+        ends."""
         with self._lock:
             self._kept.clear()
             thread = self._thread
@@ -81,7 +83,7 @@ class Keeper:
             thread.join(_EXIT_SECONDS)
 
     def forget_after_fork(self) -> None:
-        """For a forked child: there is no thread, and nothing of what is kept is the child's."""
+        """For a forked child: it has no thread and no publications."""
         self._lock = threading.Lock()
         self._kept = set()
         self._thread = None
@@ -91,7 +93,7 @@ class Keeper:
 
     def _run(self) -> None:
         retry_seconds = FIRST_RETRY_SECONDS
-        told: set[str] = set()
+        warned: set[str] = set()
         while True:
             with self._lock:
                 kept = list(self._kept)
@@ -99,10 +101,10 @@ class Keeper:
                     self._end()
                     return
                 bell = self._bell
-            broken = _restore(kept, told)
+            broken = _restore(kept, warned)
             if not broken:
                 retry_seconds = FIRST_RETRY_SECONDS
-                told.clear()
+                warned.clear()
             _sleep(bell, (publication.fileno() for publication in kept), retry_seconds if broken else None)
             if broken:
                 retry_seconds = min(retry_seconds * 1.5, LAST_RETRY_SECONDS)
@@ -113,9 +115,9 @@ class Keeper:
         os.close(bell)
 
 
-def _restore(kept: Iterable[Kept], told: set[str]) -> bool:
-    """Restores everything; True if something could not be. `told` has the reasons that were logged as warnings since
-    all was well: each is one only once, since this is tried for as long as it does not work."""
+def _restore(kept: Iterable[Kept], warned: set[str]) -> bool:
+    """True if a publication could not be restored. `warned` has the reasons that were logged as warnings since the last
+    success: retries go on without end, so each reason is a warning only once."""
     broken = False
     blocked: set[int] = set()
     for publication in kept:
@@ -124,21 +126,21 @@ def _restore(kept: Iterable[Kept], told: set[str]) -> bool:
         try:
             publication.restore()
         except BrokerError as error:
-            level = logging.DEBUG if error.reason in told else logging.WARNING
-            told.add(error.reason)
-            _logger.log(level, "%r cannot be published now; this is tried again: %s", publication, error)
+            level = logging.DEBUG if error.reason in warned else logging.WARNING
+            warned.add(error.reason)
+            _logger.log(level, "%r cannot be published now; the next attempt follows: %s", publication, error)
             broken = True
             if isinstance(error, BrokerUnavailable):
                 blocked.add(id(publication.route))
-        except Exception:  # the thread serves every client of the process: one that is closed meanwhile must not end it
+        except Exception:  # a client that closes meanwhile must not end the thread of all clients
             _logger.exception("%r cannot be published now", publication)
             broken = True
     return broken
 
 
 def _sleep(bell: int, sockets: Iterable[int], seconds: float | None) -> None:
-    """Returns when the bell rings, a socket ends or the time is over. While something is broken, ended sockets do not
-    count: they would end every sleep at once."""
+    """Return when the bell rings, a socket ends or the time is over. With `seconds` (a publication is broken) sockets
+    do not count: ended ones would end every sleep at once."""
     poller = select.poll()
     poller.register(bell, select.POLLIN)
     if seconds is None:
@@ -151,7 +153,6 @@ def _sleep(bell: int, sockets: Iterable[int], seconds: float | None) -> None:
 
 
 KEEPER = Keeper()
-"""The keeper of this process."""
 
 os.register_at_fork(after_in_child=KEEPER.forget_after_fork)
 atexit.register(KEEPER.stop)

@@ -1,4 +1,4 @@
-"""How this process is attached to its broker: one session at a time, renewed after a restart, never across a fork."""
+"""This process's attachment to its broker: one session at a time, renewed after a restart, never shared by a fork."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _inherited_channels: list[grpc.Channel] = []
 
 
 class Session:
-    """One attachment: the attach connection, its token and a gRPC channel that is opened on first use."""
+    """The attach connection, its token, and a gRPC channel that is opened on first use."""
 
     def __init__(self, directory: Path, name: str, connect_timeout: float) -> None:
         self.connection = AttachConnection(directory / ATTACH_SOCKET, name)
@@ -45,7 +45,7 @@ class Session:
 
     @property
     def stage(self) -> StagingServer:
-        """What the broker asks for when it wants tensors copied."""
+        """The server of the broker's copy requests."""
         from weight_broker.connection.stage_server import StagingServer
 
         with self._lock:
@@ -55,7 +55,6 @@ class Session:
 
     @property
     def stub(self) -> WeightBrokerServiceStub:
-        """The calls of the service."""
         if self._stub is None:
             from weight_broker.connection.channel import open_channel
             from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
@@ -68,7 +67,7 @@ class Session:
 
     @property
     def metadata(self) -> tuple[tuple[str, bytes], ...]:
-        """What identifies this process in every call."""
+        """Identifies this process in every call."""
         from weight_broker.wire import TOKEN_METADATA_KEY
 
         return ((TOKEN_METADATA_KEY, self._token),)
@@ -79,7 +78,7 @@ class Session:
         return self.connection.is_over()
 
     def end(self) -> None:
-        """Says goodbye: the broker retracts everything of this session. Calls that still run are cancelled."""
+        """Say goodbye: the broker retracts everything of this session. Running calls are cancelled."""
         if self._stage is not None:
             self._stage.close()
         with contextlib.suppress(BrokerError):
@@ -90,14 +89,14 @@ class Session:
             channel.close()
 
     def forget(self) -> None:
-        """For a forked child: lets go of what is the parent's without a word to the broker."""
+        """For a forked child: drop the parent's connection and channel; the broker does not notice."""
         self.connection.forget()
         if self._channel is not None:
             _inherited_channels.append(self._channel)
 
 
 class Attachment:
-    """The process's way to a session: attaches when one is needed and the old one is over."""
+    """Gives out the session; attaches when there is none or when it has ended."""
 
     def __init__(self, directory: Path | None, name: str, connect_timeout: float) -> None:
         self._directory = directory
@@ -110,7 +109,7 @@ class Attachment:
         _attachments.add(self)
 
     def session(self) -> Session:
-        """The session; attaches first if there is none. Raises `BrokerUnavailable`."""
+        """Raises `BrokerUnavailable`."""
         session = self._session
         if session is not None and not session.is_over and not self._closed:
             return session
@@ -122,7 +121,8 @@ class Attachment:
                 return self._session
             self._session = None
             if self._failure is not None and self._failure[0] >= asked:
-                # Another thread found out while this one waited: they must not try one after the other.
+                # Another thread failed while this thread waited for the lock: waiting threads must not try one after
+                # the other.
                 raise BrokerUnavailable(self._failure[1].message, metadata=self._failure[1].metadata)
             directory = self._directory if self._directory is not None else runtime_directory()
             try:
@@ -131,12 +131,12 @@ class Attachment:
                 self._failure = time.monotonic(), BrokerUnavailable(error.message, metadata=error.metadata)
                 raise
             self._failure = None
-            KEEPER.ring()  # what was published in a session before this one has to be published again
+            KEEPER.ring()  # publications of an earlier session have to be published again
             return self._session
 
     def run(self, action: Callable[[Session], Result]) -> Result:
-        """Runs `action` with a session; if the broker turns out not to know it, because it was restarted, attaches anew
-        and runs it once more, provided that nothing was touched."""
+        """Run `action` with a session. If the broker does not know the session (it was restarted) and nothing was
+        touched, attach again and run `action` once more."""
         session = self.session()
         try:
             return action(session)
@@ -150,11 +150,11 @@ class Attachment:
         return action(self.session())
 
     def is_current(self, session: Session | None) -> bool:
-        """True if `session` is the one in use and alive."""
+        """True if `session` is in use and alive."""
         return session is not None and session is self._session and not session.is_over
 
     def end(self) -> None:
-        """Ends the session for good: everything published in it is retracted."""
+        """End the session for good: its publications are retracted."""
         with self._lock:
             self._closed = True
             session, self._session = self._session, None
@@ -167,14 +167,14 @@ class Attachment:
         return session.connection.fileno() if session is not None else -1
 
     def forget_after_fork(self) -> None:
-        """For a forked child: the session is the parent's; the child attaches for itself when it needs to."""
+        """For a forked child: the session belongs to the parent; the child attaches on its next call."""
         self._lock = threading.Lock()
         session, self._session = self._session, None
         if session is not None:
             session.forget()
 
     def __del__(self) -> None:
-        # Nobody can use the session any more (whatever is published keeps its attachment alive).
+        # The session has no user any more: publications keep their attachment alive.
         session = getattr(self, "_session", None)
         if session is not None:
             session.connection.leave()

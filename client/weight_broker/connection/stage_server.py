@@ -1,8 +1,10 @@
-"""Copies between this process's tensors and buckets of the broker's, when the broker asks for it.
+"""Copies between this process's tensors and the broker's staging buffers at the broker's request.
 
-One daemon thread for each session; it exists only while something is staged, as a source or to be filled. It sleeps in
-poll() on a second connection to the attach socket (no gRPC, no periodic work). It is gone after a fork, and so is what
-it serves: the memory is the parent's.
+One daemon thread for each session; it exists only while tensors are staged, as a source or as a destination. It sleeps
+in poll() on a second connection to the attach socket (no gRPC, no periodic work). A forked child has neither the thread
+nor the staged tensors: the memory belongs to the parent.
+
+A staging buffer is a *bucket* on the wire, and in the names here.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ _logger = logging.getLogger("weight_broker")
 
 
 class StagedTensors(Protocol):
-    """Tensors of this process that are copied chunk by chunk. Called in the thread; what is raised is answered."""
+    """Tensors of this process that are copied chunk by chunk. Called in the thread; exceptions become refusals."""
 
     def open(self, bucket: weight_set_pb2.Region) -> None:
-        """Maps a bucket on the tensors' device. Counted: it may be open for other tensors of this process too."""
+        """Map a staging buffer on the tensors' device. Counted: other tensors of this process may have it open too."""
 
     def close(self, bucket_id: str) -> None:
-        """Undoes one `open`."""
+        """Undo one `open`."""
 
     def copy(self, bucket_id: str, bucket_offset: int, content_offset: int, size: int, *, to_bucket: bool) -> None:
-        """Copies a part of the content (see CopyChunk in attach.proto) and waits for it."""
+        """Copy a part of the content (CopyChunk in attach.proto) and wait for the copy."""
 
 
 class StagingServer:
-    """The stage connection of one session."""
+    """The staging connection of one session."""
 
     def __init__(self, path: Path, token: bytes) -> None:
         self._path = path
@@ -55,21 +57,21 @@ class StagingServer:
         self._copied = threading.Condition(self._lock)
         self._staged: dict[str, StagedTensors] = {}
         self._copying = ""
-        """Name of the tensors that the thread is at."""
+        """The stage_id whose tensors are being copied; empty if none are."""
         self._thread: threading.Thread | None = None
         self._socket: socket.socket | None = None
         self._bell = -1
         _servers.add(self)
 
     def add(self, stage_id: str, tensors: StagedTensors) -> None:
-        """From now on the broker may ask for these. Raises `BrokerUnavailable`, `NotAttached`."""
+        """The broker may ask for these tensors from now on. Raises `BrokerUnavailable`, `NotAttached`."""
         with self._lock:
             if self._thread is None:
                 self._start()
             self._staged[stage_id] = tensors
 
     def remove(self, stage_id: str) -> None:
-        """Returns when the tensors are not copied any more, nor will be. Idempotent."""
+        """No copy of the tensors runs or begins after this returns. Idempotent."""
         with self._lock:
             self._staged.pop(stage_id, None)
             while self._copying == stage_id:
@@ -78,11 +80,11 @@ class StagingServer:
                 self._ring()
 
     def serves(self, stage_id: str) -> bool:
-        """Whether the broker can ask for these."""
+        """Whether the broker can ask for these tensors."""
         return self._thread is not None and stage_id in self._staged
 
     def close(self) -> None:
-        """Serves nothing any more, and waits briefly for the thread."""
+        """Stop serving; waits briefly for the thread."""
         with self._lock:
             self._staged.clear()
             thread = self._thread
@@ -91,7 +93,7 @@ class StagingServer:
             thread.join(_EXIT_SECONDS)
 
     def forget(self) -> None:
-        """For a forked child: there is no thread, and what is staged is the parent's."""
+        """For a forked child: it has no thread and no staged tensors."""
         self._lock = threading.Lock()
         self._copied = threading.Condition(self._lock)
         self._staged, self._copying, self._thread = {}, "", None
@@ -132,26 +134,26 @@ class StagingServer:
             except OSError:
                 packet = b""
             is_lost = not packet or not _answer(connected, self._do(packet, opened))
-        # Buckets first: for the broker the end of the connection says that none is mapped.
+        # Unmapped first: the end of the connection tells the broker that no staging buffer is mapped.
         for bucket_id, holders in opened.items():
             for tensors in holders:
                 try:
                     tensors.close(bucket_id)
                 except Exception:
-                    _logger.exception("bucket %s is not unmapped", bucket_id)
+                    _logger.exception("staging buffer %s could not be unmapped", bucket_id)
         connected.close()
         if is_lost and self._is_missed():
-            KEEPER.ring()  # what is published has to be published again
+            KEEPER.ring()  # staged publications have to be published again
 
     def _is_needed(self) -> bool:
-        """If not, the next `add` starts another thread, and this one ends."""
+        """If False, this thread ends, and the next `add` starts another."""
         with self._lock:
             if not self._staged:
                 self._leave()
             return bool(self._staged)
 
     def _is_missed(self) -> bool:
-        """After the connection was lost: whether something is staged still. The next `add` starts another thread."""
+        """Whether tensors are still staged although the connection is lost. The next `add` starts another thread."""
         with self._lock:
             self._leave()
             return bool(self._staged)
@@ -168,8 +170,8 @@ class StagingServer:
         response = pb.StageResponse(number=request.number)
         try:
             self._act(request, opened)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the broker is to hear of it rather than to wait
-            _logger.warning("the broker's request for a chunk failed: %s", error)
+        except Exception as error:  # noqa: BLE001 - the broker must get an answer, also to a defect
+            _logger.warning("a staging request of the broker failed: %s", error)
             response.refused.message = f"{type(error).__name__}: {error}"
         else:
             response.accepted.SetInParent()
@@ -209,7 +211,7 @@ class StagingServer:
         with self._lock:
             tensors = self._staged.get(stage_id)
             if tensors is None:
-                raise ValueError(f"nothing is staged as {stage_id!r} (any more)")
+                raise ValueError(f"nothing is staged as {stage_id!r}")
             self._copying = stage_id
         try:
             yield tensors
@@ -220,7 +222,7 @@ class StagingServer:
 
 
 def _serve_stage(path: Path, token: bytes) -> socket.socket:
-    """A connection that the broker asks on."""
+    """A connection on which the broker sends requests."""
     connected = connect_to(path, REQUEST_TIMEOUT_SECONDS)
     from weight_broker.v1 import attach_pb2 as pb
 
@@ -230,7 +232,7 @@ def _serve_stage(path: Path, token: bytes) -> socket.socket:
         connected.send(request.SerializeToString())
         answer = connected.recv(MAX_PACKET_BYTES)
         if not answer:
-            raise NotAttached("the broker closed the stage connection")
+            raise NotAttached("the broker closed the staging connection")
         response = pb.AttachResponse.FromString(answer)
         if response.WhichOneof("response") == "refused":
             raise decode_refusal(response.refused)
@@ -240,7 +242,7 @@ def _serve_stage(path: Path, token: bytes) -> socket.socket:
         raise BrokerUnavailable(f"the broker does not answer on {path}") from None
     except OSError as error:
         connected.close()
-        raise NotAttached(f"the broker closed the stage connection ({error.strerror or error})") from None
+        raise NotAttached(f"the broker closed the staging connection ({error.strerror or error})") from None
     except BaseException:
         connected.close()
         raise
@@ -248,7 +250,7 @@ def _serve_stage(path: Path, token: bytes) -> socket.socket:
 
 
 def _answer(connected: socket.socket, response: pb.StageResponse) -> bool:
-    """Whether the broker is there still, and reads."""
+    """False if the broker does not read any more."""
     try:
         connected.send(response.SerializeToString(), socket.MSG_NOSIGNAL)
     except OSError:

@@ -11,8 +11,9 @@ SMALLER_SIZES = (512 << 20, 256 << 20, 128 << 20, 64 << 20, 16 << 20)
 
 @dataclass(frozen=True)
 class Plan:
-    """Who keeps weights of its own: instance 1 twice (its own and those it shares), each instance that copies once, the
-    ones that map none. The load from the warm disk is over before the others start."""
+    """How many instances copy and how many map. Instance 1 keeps its weights twice (its own and the published copy), an
+    instance that copies once, an instance that maps not at all. The load from the warm disk ends before the others
+    start."""
 
     copying: int
     mapping: int
@@ -24,7 +25,7 @@ class Plan:
 
 
 def fitting_size(wanted_bytes: int, plan: Plan, available: int | None) -> int:
-    """The largest size up to `wanted_bytes` that fits; the smallest of the smaller ones if none does."""
+    """The largest size up to `wanted_bytes` that fits; the smallest of `SMALLER_SIZES` if none fits."""
     if available is None:
         return wanted_bytes
     sizes = [wanted_bytes, *(size for size in SMALLER_SIZES if size < wanted_bytes)]

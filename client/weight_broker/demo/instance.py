@@ -1,7 +1,7 @@
-"""One instance of the demo, a process of its own: load a model, run it once, stay until told to go.
+"""One instance of the demo in its own process: load a model, run it once, stay until the input ends.
 
-It is told what to do by one argument (JSON), to begin by a line on standard input and to go by the end of that input,
-so that it never outlives the demo. It answers with JSON lines on standard output.
+Its order is one argument (JSON). A line on standard input lets it begin; the end of that input ends it, so that it
+never outlives the demo. It answers with JSON lines on standard output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ PROMPT_TOKENS = 16
 
 
 def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
-    """Runs one instance."""
     order = Order(**json.loads(argument))
     started = time.monotonic()
     _import_everything(order.model_dir)
@@ -45,7 +44,7 @@ def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
 
 
 def _import_everything(model_dir: str) -> None:
-    """What any start of an inference process imports, so that the times below are of loading weights only."""
+    """Import what every inference process imports, so that the times below are of loading weights only."""
     import torch
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -110,7 +109,7 @@ def _say(answers: IO[str], message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # Whatever a library prints goes to standard error; standard output carries the answers alone.
+    # Libraries print to standard error; standard output carries the answers alone.
     private = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     main(sys.argv[1], sys.stdin, private)

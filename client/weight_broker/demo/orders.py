@@ -1,4 +1,4 @@
-"""What instances of the demo are told to do, and what they answer: in host memory, and on cards."""
+"""What the demo asks of its instances and what they answer, in host memory and on cards."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class Order:
-    """What an instance is to do."""
-
     name: str
     model_dir: str
     runtime_directory: str | None
-    """None loads from disk, without a broker."""
+    """None: load from disk, without a broker."""
     zero_copy: bool
     timeout_seconds: float
 
@@ -24,8 +22,6 @@ class Order:
 
 @dataclass(frozen=True)
 class Result:
-    """What an instance did."""
-
     name: str
     source: str
     """"disk", or the name of the instance that the weights came from."""
@@ -33,7 +29,7 @@ class Result:
     """"read", "copy" or "zero_copy"."""
     size_bytes: int
     ready_seconds: float
-    """From the order to begin until every weight is in place."""
+    """From "begin" until every weight is in place."""
     disk_seconds: float
     """Of that, reading the checkpoint."""
     phases: dict[str, float]
@@ -47,19 +43,17 @@ class Result:
     logits_digest: str
     verified: str
     problems: list[str] = field(default_factory=list)
-    """What went wrong on the way; empty if all is well."""
+    """What went wrong; empty if nothing did."""
 
 
 @dataclass(frozen=True)
 class CardOrder:
-    """What an instance is to do."""
-
     name: str
     card: int
-    """Index as this process counts."""
+    """Index within the instance's process."""
     model_dir: str
     runtime_directory: str | None
-    """None loads from disk, without a broker."""
+    """None: load from disk, without a broker."""
     framework: str
     """One of `weight_broker.demo.npu.memory.FRAMEWORKS`."""
     timeout_seconds: float
@@ -71,8 +65,6 @@ class CardOrder:
 
 @dataclass(frozen=True)
 class CardResult:
-    """What an instance did."""
-
     name: str
     device_id: str
     """The physical card."""
@@ -89,7 +81,7 @@ class CardResult:
     allocate_seconds: float
     """Before anything: allocating the tensors."""
     ready_seconds: float
-    """From the order to begin until every weight is in place and verified."""
+    """From "begin" until every weight is in place and verified."""
     disk_seconds: float
     """Of that, reading the checkpoint from disk into the card."""
     phases: dict[str, float]
@@ -100,4 +92,4 @@ class CardResult:
     """Bytes read from the disk for this process; None if the kernel does not say."""
     verified: str
     problems: list[str] = field(default_factory=list)
-    """What went wrong on the way; empty if all is well."""
+    """What went wrong; empty if nothing did."""

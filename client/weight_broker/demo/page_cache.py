@@ -1,4 +1,4 @@
-"""Is a file in the page cache, and can it be put out of it? Works without privileges, for files one can read."""
+"""Tells whether files are in the page cache and drops them from it, without privileges, for readable files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def evict(files: Iterable[Path]) -> None:
 
 
 def read_through(file: Path) -> None:
-    """Reads a file, so that it is in the page cache."""
+    """Read a file into the page cache."""
     with file.open("rb", buffering=0) as stream:
         while stream.read(1 << 24):
             pass
 
 
 def resident_share(files: Iterable[Path]) -> float | None:
-    """Share of the files' pages that are in the page cache, 0.0 to 1.0; None where the kernel does not tell."""
+    """Share of the files' pages that are in the page cache, 0.0 to 1.0; None if the kernel does not say."""
     resident = total = 0
     for file in files:
         counted = _resident_pages(file)

@@ -22,14 +22,14 @@ START_SECONDS = 30.0
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _LOG_LINES = 15
-# The caller's own broker and service manager are none of the demo's business.
+# These belong to the caller's own broker and service manager.
 _FOREIGN_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "RUNTIME_DIRECTORY", ENVIRONMENT_VARIABLE)
 _FOREIGN_PREFIXES = tuple(f"WEIGHT_BROKER_{section}_" for section in ("BROKER", "LIMITS", "METRICS", "LOG"))
 
 
 class Process:
-    """A child with its standard error in a file of its own. In a session of its own too, so that Ctrl-C reaches the
-    demo alone, which then stops its children in order."""
+    """A child with its standard error in a file. Its own session keeps Ctrl-C from it: the demo stops its children in
+    order."""
 
     def __init__(self, name: str, arguments: list[str], directory: Path, **variables: str) -> None:
         self.name = name
@@ -45,14 +45,13 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                # What its libraries put among temporary files goes with the demo's, also if it is killed.
+                # Temporary files of its libraries are removed with the demo's directory, also if the child is killed.
                 env=environment | {"TMPDIR": str(directory)} | variables,
                 start_new_session=True,
             )
 
     @property
     def pid(self) -> int:
-        """Its process id."""
         return self._child.pid
 
     def check_alive(self) -> None:
@@ -61,16 +60,16 @@ class Process:
             raise CommandError(f"{self.name} ended with {self._child.returncode}{self.log_end()}")
 
     def log_end(self, count: int = _LOG_LINES) -> str:
-        """The last lines that it wrote, for an error message."""
+        """The last lines of its log, for an error message."""
         lines = self._log.read_text(errors="replace").splitlines()[-count:]
         return "".join(f"\n    {line}" for line in lines)
 
     def ask_to_stop(self) -> None:
-        """Tells it to end, without waiting."""
+        """Ends it in order; does not wait."""
         self._child.terminate()
 
     def stop(self) -> None:
-        """Waits for its end; kills it if that takes too long."""
+        """Waits for its end; kills the process after 10 seconds."""
         for stream in (self._child.stdin, self._child.stdout):
             if stream is not None:
                 stream.close()
@@ -82,7 +81,7 @@ class Process:
 
 
 class Broker(Process):
-    """A broker in a directory of the demo's own; `variables` are settings other than the defaults."""
+    """A broker in the demo's directory; `variables` are settings other than the defaults."""
 
     def __init__(self, runtime_directory: Path, log_directory: Path, **variables: str) -> None:
         self.runtime_directory = runtime_directory
@@ -94,7 +93,7 @@ class Broker(Process):
         )
 
     def wait_until_ready(self) -> None:
-        """Returns once it answers."""
+        """Raises `CommandError` if it does not answer within 30 seconds."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             self.check_alive()
@@ -109,12 +108,11 @@ class Broker(Process):
 
 
 class Answering(Process):
-    """A child that is told what to do by lines on its standard input and answers with lines of JSON."""
+    """A child that reads commands as lines on its standard input and answers with lines of JSON."""
 
     _buffer = b""
 
     def tell(self, line: str) -> None:
-        """Writes one line to it."""
         if self._child.stdin is not None:
             self._child.stdin.write(line.encode() + b"\n")
             self._child.stdin.flush()
@@ -125,19 +123,18 @@ class Answering(Process):
         self._child.wait()
 
     def ask_to_stop(self) -> None:
-        """The end of its input ends it; it leaves the broker in order."""
+        """Close its input: the child then detaches from the broker and ends."""
         if self._child.stdin is not None:
             self._child.stdin.close()
 
     def answer(self, event: str, deadline: float, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Its next answer, which has to be of this kind."""
+        """Its next answer. Raises `CommandError` if the answer is of another event."""
         answer = self.next_answer(deadline, tick)
         if answer.get("event") != event:
             raise CommandError(f"{self.name} answered {answer.get('event')!r}, not {event!r}")
         return answer
 
     def next_answer(self, deadline: float, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Its next answer."""
         if self._child.stdout is None:
             raise AssertionError("started with a pipe")
         with selectors.DefaultSelector() as selector:
@@ -158,7 +155,7 @@ class Answering(Process):
 
 
 class Instance(Answering):
-    """An instance that waits for the word to begin."""
+    """An instance that loads when `begin` is called."""
 
     def __init__(self, order: Order, directory: Path) -> None:
         self.order = order
@@ -167,13 +164,12 @@ class Instance(Answering):
         )
 
     def wait_until_imported(self, deadline: float, tick: Callable[[], None]) -> None:
-        """Returns once it has imported its libraries."""
+        """Raises `CommandError` if that takes too long."""
         self.answer("ready", deadline, tick)
 
     def begin(self) -> None:
-        """Lets it load."""
         self.tell("begin")
 
     def result(self, deadline: float, tick: Callable[[], None]) -> Result:
-        """What it did, once it has; it stays alive."""
+        """Wait for the load to end; the instance stays alive."""
         return Result(**self.answer("done", deadline, tick)["result"])

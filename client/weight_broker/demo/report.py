@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.demo.orders import Result
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class DemoReport:
     others: tuple[Result, ...]
     """The instances that were started at once."""
     cold_share: float | None
-    """Share of the checkpoint that was in the page cache when instance 1 began; None if nobody says."""
+    """Share of the checkpoint that was in the page cache when instance 1 began; None if the kernel does not say."""
 
     @property
     def all(self) -> tuple[Result, ...]:
-        """All of them, in the order of the table."""
+        """In the order of the table."""
         return (self.first, self.warm, *self.others)
 
     @property
@@ -41,7 +41,7 @@ class DemoReport:
         return self.cold_share is not None and self.cold_share < 0.01
 
     def failures(self) -> list[str]:
-        """Why the demo has failed; empty if it has not."""
+        """Why the demo failed; empty if it did not."""
         found = [f"{result.name}: {problem}" for result in self.all for problem in result.problems]
         found += [
             f"{result.name}: its logits differ from {self.first.name}'s"
@@ -60,11 +60,11 @@ class DemoReport:
         return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
 
     def speed_up(self, result: Result, baseline: Result) -> float:
-        """How many times sooner than `baseline` the weights of `one` were in place."""
+        """How many times sooner than `baseline` the weights of `result` were in place."""
         return baseline.ready_seconds / result.ready_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """For programs."""
         return {
             "cold_page_cache": self.is_cold,
             "page_cache_share": self.cold_share,
@@ -97,9 +97,9 @@ class DemoReport:
         speed = bytes_per_second(result)
         return {
             "instance": result.name,
-            "source": text.plain(result.source),
+            "source": output.plain(result.source),
             "by": _WAYS.get(result.path, result.path),
-            "ready": text.seconds(result.ready_seconds),
+            "ready": output.seconds(result.ready_seconds),
             "read": _seconds(result.disk_seconds),
             "wait": _seconds(waiting),
             "ask": _seconds(asking),
@@ -108,9 +108,9 @@ class DemoReport:
             "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
             "x cold": f"{self.speed_up(result, self.first):.1f}" if self.is_cold else "-",
             "x warm": f"{self.speed_up(result, self.warm):.1f}",
-            "disk": text.size(result.disk_bytes) if result.disk_bytes is not None else "?",
+            "disk": output.size(result.disk_bytes) if result.disk_bytes is not None else "?",
             "publish": _seconds(result.publish_seconds),
-            "forward": text.seconds(result.forward_seconds),
+            "forward": output.seconds(result.forward_seconds),
             "logits": result.logits_digest[:8],
         }
 
@@ -126,4 +126,4 @@ def _sum(result: Result, phases: tuple[str, ...]) -> float:
 
 
 def _seconds(value: float) -> str:
-    return text.seconds(value) if value >= 1e-6 else "-"
+    return output.seconds(value) if value >= 1e-6 else "-"

@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from weight_broker.cli import output, status, text
-from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.cli import output, status
+from weight_broker.cli.failure import CommandError, ExitCode, held
 from weight_broker.cli.inspector import Inspector, State
-from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.demo import available_memory as demo_memory
 from weight_broker.demo import page_cache
@@ -29,7 +28,7 @@ _LEGEND = (
     "ready: until every weight is in place; of that, read: the checkpoint, ask: the broker, wait: for others, move: "
     "the bytes, digests included, rest: key, empty model, assignment. GB/s: over read or move. x cold, x warm: how "
     "many times sooner ready than instance 1 and than `warm disk`, a load from a warm page cache without a broker. "
-    "disk: what came from it. map: nothing is copied, pages are shared until somebody writes to them. Afterwards: "
+    "disk: what came from it. map: nothing is copied, pages are shared until a process writes to them. Afterwards: "
     "publish, and a first forward pass."
 )
 _INSTANCE_SECONDS = 1800.0
@@ -48,8 +47,8 @@ def run(options: argparse.Namespace) -> ExitCode:
         raise CommandError(f"the demo needs {', '.join(missing)}: pip install 'weight-broker[demo]'", ExitCode.USAGE)
     progress = Progress(quiet=options.json)
     model_dir = _model(options, progress)
-    with _HostScene(model_dir, progress) as stage:
-        report, state = stage.play(options.instances)
+    with _HostScene(model_dir, progress) as scene:
+        report, state = scene.play(options.instances)
     failures = report.failures()
     if options.json:
         output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace) -> ExitCode:
 
 
 class _HostScene(Scene):
-    """A broker in a directory of its own, and the instances; leaving the block stops all of them."""
+    """A broker and instances in host memory."""
 
     def __init__(self, model_dir: Path, progress: Progress) -> None:
         super().__init__()
@@ -90,10 +89,10 @@ class _HostScene(Scene):
             warm_result = self._results([warm])[0]
         warm.ask_to_stop()
         warm.stop()
-        # The ways alternate, so that both are shown; the first one is the copy.
+        # Copy and map alternate, the copy first.
         others = [self._instance(f"instance {number + 2}", zero_copy=number % 2 == 1) for number in range(count)]
         self._import(others)
-        # So that reading the disk would show.
+        # Emptied so that a read from disk would show.
         page_cache.evict(self._files)
         with self._progress.step(f"{count} instances at once are filled from instance 1"):
             results = self._results(others)
@@ -110,22 +109,22 @@ class _HostScene(Scene):
         return instance
 
     def _import(self, instances: list[Instance]) -> None:
-        names = ", ".join(one.name for one in instances)
+        names = ", ".join(instance.name for instance in instances)
         with self._progress.step(f"{names}: importing torch and transformers"):
-            for one in instances:
-                one.wait_until_imported(time.monotonic() + _INSTANCE_SECONDS, self._check)
+            for instance in instances:
+                instance.wait_until_imported(time.monotonic() + _INSTANCE_SECONDS, self._check)
 
     def _results(self, instances: list[Instance]) -> list[Result]:
-        for one in instances:
-            one.begin()
-        return [one.result(time.monotonic() + _INSTANCE_SECONDS, self._check) for one in instances]
+        for instance in instances:
+            instance.begin()
+        return [instance.result(time.monotonic() + _INSTANCE_SECONDS, self._check) for instance in instances]
 
     def _check(self) -> None:
         self.processes[0].check_alive()
 
 
 def _model(options: argparse.Namespace, progress: Progress) -> Path:
-    """The directory of the model to load; makes one if none is given."""
+    """The directory of the model to load; writes a model if the options name none."""
     plan = demo_memory.Plan(copying=(options.instances + 1) // 2, mapping=options.instances // 2)
     available = available_bytes()
     if options.model_dir is not None:
@@ -136,8 +135,8 @@ def _model(options: argparse.Namespace, progress: Progress) -> Path:
         except (CheckpointError, OSError) as error:
             raise CommandError(str(error), ExitCode.USAGE) from None
         _check_memory(size, plan, available)
-        given: Path = options.model_dir
-        return given.absolute()
+        model_dir: Path = options.model_dir
+        return model_dir.absolute()
     if options.size is not None:
         try:
             size = parse_size(options.size)
@@ -148,11 +147,11 @@ def _model(options: argparse.Namespace, progress: Progress) -> Path:
         size = demo_memory.fitting_size(DEFAULT_SIZE, plan, available)
         if size != DEFAULT_SIZE and available is not None:
             progress.say(
-                f"a model of {text.size(DEFAULT_SIZE)} needs {text.size(plan.needed_bytes(DEFAULT_SIZE))} of memory, "
-                f"{text.size(available)} are available: taking one of {text.size(size)}"
+                f"a model of {output.size(DEFAULT_SIZE)} needs {output.size(plan.needed_bytes(DEFAULT_SIZE))} of "
+                f"memory, {output.size(available)} are available: using a model of {output.size(size)}"
             )
     shape = model_shape(size)
-    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {text.size(shape.size_bytes)}"
+    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {output.size(shape.size_bytes)}"
     try:
         with progress.bytes_written(title, shape.size_bytes) as report:
             return ensure_checkpoint(size, report)
@@ -164,8 +163,8 @@ def _check_memory(size: int, plan: demo_memory.Plan, available: int | None) -> N
     needed = plan.needed_bytes(size)
     if available is not None and needed > available:
         raise CommandError(
-            f"this needs about {text.size(needed)} of memory and {text.size(available)} are available; take a smaller "
-            "model (--size) or fewer instances (--instances)"
+            f"this needs about {output.size(needed)} of memory and {output.size(available)} are available; take a "
+            "smaller model (--size) or fewer instances (--instances)"
         )
 
 
@@ -177,5 +176,5 @@ def _print(report: DemoReport, state: State) -> None:
     if not report.failures():
         console.print(f"All {len(report.all)} logits are identical, bit for bit.", style="bold green")
     console.print("\nweight-broker status, while all of them were alive:", style="bold")
-    for one in status.renderables(state):
-        console.print(one)
+    for row in status.renderables(state):
+        console.print(row)

@@ -1,4 +1,4 @@
-"""Where a demo takes place: a directory of its own and processes, of which nothing is left however it ends."""
+"""Where a demo takes place: a temporary directory and processes. Nothing remains, however the demo ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from weight_broker.cli import interruption
+from weight_broker.cli import failure
 from weight_broker.demo.process import Process
 from weight_broker.runtime_directory import MAXIMUM_SOCKET_PATH_BYTES
 
@@ -27,13 +27,13 @@ class Scene:
         base = tempfile.gettempdir()
         if len(os.fsencode(base)) + _LONGEST_SOCKET_NAME > MAXIMUM_SOCKET_PATH_BYTES:
             base = "/tmp"
-        with interruption.held():
+        with failure.held():
             self.directory = Path(tempfile.mkdtemp(prefix="weight-broker-demo-", dir=base))
         self.runtime_directory = self.directory / "run"
         return self
 
     def __exit__(self, *_: object) -> None:
-        with interruption.uninterrupted():
+        with failure.uninterrupted():
             # Instances first: they leave the broker in order.
             for group in (self.processes[1:], self.processes[:1]):
                 for process in group:

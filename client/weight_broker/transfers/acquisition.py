@@ -148,7 +148,7 @@ class Acquisition:
                     error,
                     on_deadline=Reason.ACQUIRE_TIMEOUT,
                     touched=self._touched,
-                    writer_unless_told=filled,
+                    broker_writes=filled,
                 )
             )
         return self._without_answer(BrokerError("the broker ended the acquisition without an answer"))

@@ -188,8 +188,8 @@ def _run(
 
 
 def _close_after(destination: Destination, error: BaseException) -> None:
-    """The broker's word is that nothing writes any more; the driver's word counts more. What this process fills itself
-    is settled once it has stopped, whatever the broker knows."""
+    """Only the broker's word says that nothing writes any more; the end of an export does not. What this process fills
+    itself is settled once it has stopped, whatever the broker knows."""
     is_only_writer = destination.stop()
     if isinstance(error, BrokerError) and not error.quiesced and not is_only_writer:
         return

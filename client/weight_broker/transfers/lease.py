@@ -10,7 +10,7 @@ from weight_broker.connection.session import Attachment, Session
 from weight_broker.errors import BrokerError, InvalidArgument, LeaseLost, NotAttached
 
 if TYPE_CHECKING:
-    from weight_broker.memory.host.prepared import PreparedMemory
+    from weight_broker.memory.host.memfd import PreparedMemory
 
 
 class ColdLoadLease:
@@ -46,7 +46,7 @@ class ColdLoadLease:
         """Has the kernel give out memory for publishing about `size_bytes` of host memory with this lease, in the
         background, while they are being loaded: whoever waits for the weights gets them sooner. `acquire_or_load` does
         so by itself. False if there is not plenty of memory: publishing asks for it in its own time then."""
-        from weight_broker.memory.host.prepared import prepare
+        from weight_broker.memory.host.memfd import prepare
 
         if size_bytes <= 0:
             raise InvalidArgument("size_bytes", size_bytes, "more than 0")

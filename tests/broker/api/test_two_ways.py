@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 
-from support.kinds import RecordedEvents, ServingStages, npu_kind
+from support.kinds import RecordedEvents, ServingConnections, npu_kind
 from support.scripted_cards import ScriptedCards
 from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import InvalidArgument, PublishRefused, TransferFailed
@@ -73,7 +73,7 @@ def offer_regions(request: pb.PublishRequest | pb.AcquireRequest, layout: weight
 
 
 async def _with_npu(path: str, serving: tuple[str, ...], parse: Callable[[Kinds], Awaitable[T]]) -> T:
-    kinds = Kinds([npu_kind(ScriptedCards("npu:0"), ServingStages(*serving), RecordedEvents(), path)])
+    kinds = Kinds([npu_kind(ScriptedCards("npu:0"), ServingConnections(*serving), RecordedEvents(), path)])
     kinds.start()
     try:
         return await parse(kinds)

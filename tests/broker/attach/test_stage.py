@@ -18,7 +18,7 @@ from weight_broker.connection.stage_server import StagingServer
 from weight_broker.errors import NotAttached
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
-from weight_brokerd.attach.stage import StageGone, StageRefused, Stages, StageSilent
+from weight_brokerd.attach.stage import StagingConnections, StagingGone, StagingRefused, StagingSilent
 
 OPEN = pb.StageRequest(open_bucket=pb.OpenBucket(bucket=weight_set_pb2.Region(region_id="b"), stage_id="s"))
 COPY = pb.StageRequest(
@@ -55,36 +55,36 @@ class Broker(AttachRoom):
     """An attach server that keeps stage connections."""
 
     def __init__(self, path: Path) -> None:
-        self.stages: Stages | None = None
+        self.staging: StagingConnections | None = None
         self.lost: list[tuple[str, str]] = []
         super().__init__(path)
 
         def connect(instance_id: str, connection: Any) -> None:
-            if self.stages is None:
-                self.stages = Stages(lambda instance_id, why: self.lost.append((instance_id, why)))
-            self.stages.connected(instance_id, connection)
+            if self.staging is None:
+                self.staging = StagingConnections(lambda instance_id, why: self.lost.append((instance_id, why)))
+            self.staging.connected(instance_id, connection)
 
         self.attendance.stage_connected = connect  # type: ignore[method-assign]
 
     def ask(self, request: pb.StageRequest, timeout: float = 10.0) -> Future[None]:
         """Asks the instance."""
-        assert self.stages is not None
+        assert self.staging is not None
         copy = pb.StageRequest()
         copy.CopyFrom(request)
-        return asyncio.run_coroutine_threadsafe(self.stages.ask("instance-1", copy, timeout), self.loop)
+        return asyncio.run_coroutine_threadsafe(self.staging.ask("instance-1", copy, timeout), self.loop)
 
     def let_go(self) -> Future[None]:
         """Ends when the instance has unmapped what it was lent."""
-        assert self.stages is not None
-        return asyncio.run_coroutine_threadsafe(self.stages.let_go("instance-1"), self.loop)
+        assert self.staging is not None
+        return asyncio.run_coroutine_threadsafe(self.staging.let_go("instance-1"), self.loop)
 
     def has(self) -> bool:
         """Whether the instance can be asked."""
-        return self.stages is not None and self.stages.has("instance-1")
+        return self.staging is not None and self.staging.has("instance-1")
 
     def close(self) -> None:
-        if self.stages is not None:
-            self.loop.call_soon_threadsafe(self.stages.close)
+        if self.staging is not None:
+            self.loop.call_soon_threadsafe(self.staging.close)
         super().close()
 
 
@@ -126,10 +126,10 @@ def test_what_fails_is_answered_and_the_next_request_is_served(broker: Broker, s
     server.add("s", tensors)
     eventually(broker.has)
     unlucky = pb.StageRequest(copy_chunk=pb.CopyChunk(bucket_id="b", stage_id="s", size_bytes=13))
-    with pytest.raises(StageRefused, match="thirteen bytes"):
+    with pytest.raises(StagingRefused, match="thirteen bytes"):
         broker.ask(unlucky).result(60)
     stranger = pb.StageRequest(copy_chunk=pb.CopyChunk(bucket_id="b", stage_id="other"))
-    with pytest.raises(StageRefused, match="nothing is staged as 'other'"):
+    with pytest.raises(StagingRefused, match="nothing is staged as 'other'"):
         broker.ask(stranger).result(60)
     broker.ask(OPEN).result(60)
 
@@ -151,7 +151,7 @@ def test_removing_waits_for_the_copy_that_runs_and_nothing_is_copied_after_it(
     tensors.may_go_on.set()
     removing.join(60)
     first.result(60)
-    with pytest.raises(StageRefused, match="any more"):
+    with pytest.raises(StagingRefused, match="nothing is staged"):
         second.result(60)
     assert tensors.done == [("copy", "b", 5, True)]
 
@@ -162,10 +162,10 @@ def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker:
     eventually(broker.has)
     broker.ask(OPEN).result(60)
     tensors.may_go_on.clear()
-    with pytest.raises(StageSilent):
+    with pytest.raises(StagingSilent):
         broker.ask(COPY, timeout=0.2).result(60)
     assert broker.lost == [("instance-1", "it did not answer within 0.2 s")]
-    with pytest.raises(StageGone, match="no stage connection"):
+    with pytest.raises(StagingGone, match="no stage connection"):
         broker.ask(COPY).result(60)
     letting_go = broker.let_go()
     assert ("close", "b") not in tensors.done

@@ -11,7 +11,7 @@ from weight_broker.memory.device.tensor import DeviceTensor
 from weight_broker.memory.npu import stage as npu_stage
 from weight_broker.memory.npu.kind import describe_device
 from weight_broker.memory.npu.stage import NpuStagedTensors
-from weight_brokerd.cards.plan import chunks as stage_plan
+from weight_brokerd.cards.plan import chunks as staging_plan
 from weight_brokerd.cards.plan import pieces as plan
 from weight_brokerd.cards.plan.chunks import GRANULARITY_BYTES, Chunk, DirectContent
 
@@ -20,14 +20,14 @@ SIZES = st.integers(1, 5 * GRANULARITY_BYTES)
 
 @given(SIZES, st.integers(1 << 20, 64 << 20))
 def test_the_chunks_are_the_content_in_turn_through_both_halves(content: int, staging: int) -> None:
-    half = stage_plan.half_bytes(content, staging)
+    half = staging_plan.half_bytes(content, staging)
     assert half % GRANULARITY_BYTES == 0
     assert 2 * half <= max(staging, 2 * GRANULARITY_BYTES)
-    found = stage_plan.chunks(content, half)
+    found = staging_plan.chunks(content, half)
     at = 0
     for index, chunk in enumerate(found):
         assert chunk.content_offset == at
-        assert chunk.bucket_offset == index % 2 * half
+        assert chunk.buffer_offset == index % 2 * half
         assert 0 < chunk.size <= half
         at += chunk.size
     assert at == content
@@ -35,9 +35,9 @@ def test_the_chunks_are_the_content_in_turn_through_both_halves(content: int, st
         assert plan.SMALLEST_AVERAGE < chunk.blob_bytes <= half, "the engine would merge it, or it leaves its half"
 
 
-def test_a_bucket_is_no_larger_than_what_goes_through_it() -> None:
-    assert stage_plan.half_bytes(1000, 64 << 20) == GRANULARITY_BYTES
-    assert stage_plan.half_bytes(1 << 30, 64 << 20) == 32 << 20
+def test_a_staging_buffer_is_no_larger_than_what_goes_through_it() -> None:
+    assert staging_plan.half_bytes(1000, 64 << 20) == GRANULARITY_BYTES
+    assert staging_plan.half_bytes(1 << 30, 64 << 20) == 32 << 20
 
 
 @st.composite
@@ -60,13 +60,13 @@ def test_both_ends_take_the_same_bytes_for_a_chunk(specs: list[TensorSpec], half
     )
     mine = NpuStagedTensors(described, acl=object())  # type: ignore[arg-type]  # nothing is copied here
     seen: list[int] = []
-    for chunk in stage_plan.chunks(layout.content_bytes, half):
+    for chunk in staging_plan.chunks(layout.content_bytes, half):
         parts = content.parts(chunk)
         assert [(part.offset, part.size) for part in parts] == mine.spans(chunk.content_offset, chunk.size)
         assert sum(part.size for part in parts) == chunk.size
-        blobs = stage_plan.like(parts, chunk)
+        blobs = staging_plan.like(parts, chunk)
         assert [blob.size for blob in blobs] == [part.size for part in parts]
-        assert blobs[0].parts[0].offset == chunk.bucket_offset
+        assert blobs[0].parts[0].offset == chunk.buffer_offset
         seen += [byte for part in parts for byte in range(part.offset, part.offset + part.size)]
     expected = [at + byte for spec, at in zip(specs, order, strict=True) for byte in range(spec.storage_bytes)]
     assert seen == expected
@@ -84,6 +84,6 @@ def test_what_is_not_within_the_bucket_or_the_content_is_not_copied() -> None:
 
 def test_a_blob_that_the_engine_would_not_like_is_padded_within_its_half() -> None:
     chunk = Chunk(0, GRANULARITY_BYTES, 5)
-    blob = stage_plan.bucket_blob(chunk)
+    blob = staging_plan.buffer_blob(chunk)
     assert not blob.is_packed
     assert blob.parts[0].offset + blob.size <= 2 * GRANULARITY_BYTES

@@ -29,7 +29,7 @@ ALL: list[messages.Message] = [
     messages.Stop(),
     messages.Done({"dev_mget": 1.5}),
     messages.Figures(1, 2, 3, 4, 5, 6),
-    messages.Refusal("why: \u2603", started=True),
+    messages.RequestRefused("why: \u2603", started=True),
 ]
 
 

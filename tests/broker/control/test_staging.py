@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from support.asynchronous import on_a_loop
-from support.kinds import RecordedEvents, ServingStages, control_of, npu_kind
+from support.kinds import RecordedEvents, ServingConnections, control_of, npu_kind
 from support.scripted_cards import ScriptedCards
 from weight_broker.errors import PublishRefused, Reason
 from weight_broker.key import ParallelRank, WeightSetKey
@@ -40,13 +40,13 @@ class Scene:
 
     control: Control
     cards: ScriptedCards
-    stages: ServingStages
+    staging: ServingConnections
     kinds: Kinds
 
     def attach(self, name: str, *, serves: bool = True) -> str:
         instance_id = self.control.sessions.attach(PeerCredentials(1, 0, 0, frozenset()), name, "").instance_id
         if serves:
-            self.stages.instances.add(instance_id)
+            self.staging.instances.add(instance_id)
         return instance_id
 
     async def publish(
@@ -88,11 +88,11 @@ def place(name: str, card: str, stage_owner: str = "") -> Place:
 
 
 async def scene(path: str = "auto") -> Scene:
-    cards, stages = ScriptedCards(*CARDS), ServingStages()
-    control, kinds = control_of(npu_kind(cards, stages, RecordedEvents(), path), stages=stages)
+    cards, staging = ScriptedCards(*CARDS), ServingConnections()
+    control, kinds = control_of(npu_kind(cards, staging, RecordedEvents(), path), staging=staging)
     kinds.start()
     await kinds.ready("npu")
-    return Scene(control, cards, stages, kinds)
+    return Scene(control, cards, staging, kinds)
 
 
 async def events(mailbox: Mailbox, last: type[AcquisitionEvent]) -> list[AcquisitionEvent]:
@@ -117,7 +117,7 @@ async def test_a_publication_that_the_card_refuses_becomes_a_staged_one_in_the_s
     assert isinstance(granted, Granted)
     assert isinstance(moved, Moved)
     assert moved.transfer.path is TransferPath.STAGED
-    assert {asked for asked, _ in host.stages.asked} == {instance_id}, "the receiver's memory is mapped"
+    assert {asked for asked, _ in host.staging.asked} == {instance_id}, "the receiver's memory is mapped"
     await host.control.publishing.retract(instance_id, publication.publication_id)
     host.control.close()
 
@@ -128,7 +128,7 @@ async def test_a_publication_that_the_card_maps_needs_no_stage() -> None:
     publication, instance_id = await host.publish("source", "npu:0")
     assert (publication.state, publication.is_staged) == (PublicationState.RESIDENT, False)
     assert list(host.cards.registered) == ["source"]
-    host.control.publishing.stage_lost(instance_id, "its stage connection has ended")
+    host.control.publishing.staging_lost(instance_id, "its stage connection has ended")
     assert publication.state is PublicationState.RESIDENT
     host.control.close()
 
@@ -155,7 +155,7 @@ async def test_a_publication_whose_instance_stops_copying_meanwhile_is_refused()
         host.control.publishing.publish(offer, PublishedMemory(place("source", "npu:0", instance_id), b""))
     )
     await asyncio.sleep(0)
-    host.stages.instances.clear()
+    host.staging.instances.clear()
     with pytest.raises(PublishRefused, match="507899"):
         await publishing
     host.control.close()
@@ -173,7 +173,7 @@ async def test_a_receiver_that_the_card_refuses_is_granted_again_with_the_staged
     assert isinstance(moved, Moved)
     assert first.transfer is second.transfer is moved.transfer
     assert moved.transfer.path is TransferPath.STAGED
-    assert host.cards.buckets == set()
+    assert host.cards.buffers == set()
     host.succeed(moved)
     assert host.control.counts().running_transfers == 0
     host.control.close()

@@ -13,7 +13,7 @@ from support.kinds import RecordedEvents
 from weight_broker.drivers.cuda import ARGUMENTS, LIBRARY
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.config.loading import Config, load
 from weight_brokerd.core.model import Acquisition, DataPlane, IfAbsent, TransferPath
 from weight_brokerd.core.publications import Offer, Publications
@@ -30,8 +30,8 @@ def configured(**values: Any) -> Config:
 
 
 def kinds_of(config: Config, directory: Path) -> Kinds:
-    stages = Stages(lambda _instance_id, _why: None)
-    return make_kinds(config, directory, RegionTable(regions_per_instance=8), stages, RecordedEvents())
+    staging = StagingConnections(lambda _instance_id, _why: None)
+    return make_kinds(config, directory, RegionTable(regions_per_instance=8), staging, RecordedEvents())
 
 
 @pytest.fixture
@@ -95,5 +95,6 @@ def test_between_gpus_of_a_host_the_driver_copies(
 
 
 def test_the_double_has_every_function_that_is_called() -> None:
-    source = (Path(__file__).parents[2] / "doubles" / "cuda" / "libcuda.c").read_text()
+    sources = (Path(__file__).parents[2] / "doubles" / "cuda").glob("*.c")
+    source = "".join(path.read_text() for path in sources)
     assert [name for name in ARGUMENTS if f"API int {name}(" not in source] == []

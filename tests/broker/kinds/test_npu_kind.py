@@ -7,7 +7,7 @@ from typing import Any
 
 from support.asynchronous import on_a_loop
 from support.kinds import RecordedEvents
-from weight_brokerd.attach.stage import Stages
+from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.kinds.npu.kind import NpuKind
 
@@ -55,7 +55,9 @@ async def test_a_broker_that_stops_while_it_looks_for_cards_closes_what_it_start
         is_made.set()
         return made[-1]
 
-    kind = NpuKind(connect, NoWorker(), Stages(lambda _instance_id, _why: None), RecordedEvents(), supervise=make)
+    kind = NpuKind(
+        connect, NoWorker(), StagingConnections(lambda _instance_id, _why: None), RecordedEvents(), supervise=make
+    )
     kind.start()
     async with asyncio.timeout(5):
         await is_made.wait()

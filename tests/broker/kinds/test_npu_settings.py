@@ -59,11 +59,10 @@ def test_the_ports_of_hccl_are_chosen_for_each_process_unless_the_operator_has(m
     assert environment["HCCL_HOST_SOCKET_PORT_RANGE"] == "61000-61050"
 
 
-def test_every_setting_of_cards_reaches_them() -> None:
-    given: dict[str, Any] = {
+def test_every_setting_of_the_card_processes_reaches_them() -> None:
+    values: dict[str, Any] = {
         "library_path": "/opt/lib64",
         "preload": "/opt/one.so",
-        "path": "staged",
         "staging_bytes": 2 << 20,
         "receivers_per_card": 5,
         "transfer_seconds": 11.0,
@@ -75,11 +74,11 @@ def test_every_setting_of_cards_reaches_them() -> None:
         "sender_idle_seconds": 17.0,
         "log_directory": "/var/log/clients",
     }
-    assert given.keys() == {one.name for one in fields(Config().cards)} - {"enabled"}
+    assert values.keys() == {setting.name for setting in fields(Config().cards)} - {"enabled", "path"}
     mapped = cards_configuration(
-        configured(**{f"cards_{name}": value for name, value in given.items()}), "host", 1, STATE
+        configured(**{f"cards_{name}": value for name, value in values.items()}), "host", 1, STATE
     )
-    assert {name: getattr(mapped, name) for name in given} == {**given, "log_directory": Path("/var/log/clients")}
+    assert {name: getattr(mapped, name) for name in values} == {**values, "log_directory": Path("/var/log/clients")}
 
 
 def test_secrets_are_handed_over_under_the_names_of_the_clients_arguments(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from weight_broker.cli import text
+from weight_broker.cli import output
 from weight_broker.demo import checkpoint as demo_checkpoint
 from weight_broker.demo import page_cache
 from weight_broker.demo.available_memory import PROCESS_BYTES, Plan, fitting_size
@@ -236,7 +236,7 @@ def test_a_load_that_was_not_cold_is_not_called_cold(share: float | None, words:
     ],
 )
 def test_bytes_are_shown_in_the_unit_that_fits(value: int, shown: str) -> None:
-    assert text.size(value) == shown
+    assert output.size(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,9 @@ def test_bytes_are_shown_in_the_unit_that_fits(value: int, shown: str) -> None:
     [(0.0000021, "2 us"), (0.0042, "4.2 ms"), (0.211, "211 ms"), (1.5, "1.5 s"), (100.2, "100 s"), (4000, "1h 6m")],
 )
 def test_durations_are_shown_with_three_digits(value: float, shown: str) -> None:
-    assert text.seconds(value) == shown
+    assert output.seconds(value) == shown
 
 
 @pytest.mark.parametrize(("value", "shown"), [(5, "5s"), (65, "1m 5s"), (3 * 3600 + 720, "3h 12m"), (90_000, "1d 1h")])
 def test_ages_are_shown_in_two_units(value: float, shown: str) -> None:
-    assert text.age(value) == shown
+    assert output.age(value) == shown

@@ -73,6 +73,7 @@ def test_what_a_driver_refuses_stands_in_the_report_in_its_words(tmp_path: Path)
     report = (tmp_path / "report.md").read_text()
     assert "things did NOT work" in report
     assert "| import, plain allocation | | not possible | | beside it: aclrtIpcMemImportByKey failed" in report
-    # The instances map the broker's buckets no more than the broker maps their memory: they say so, and read the disk.
+    # The instances cannot map the broker's staging buffers, as the broker cannot map their memory: they say so and read
+    # the disk.
     assert "- instance 2: it read the disk" in report
     assert "- instance 3: it read the disk" in report

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from doubles.cann.control import CannHost, card_name
@@ -16,7 +14,6 @@ from weight_broker.layout import MemoryFormat
 from weight_broker.memory.npu.kind import Segment, SegmentKind, describe_device
 from weight_broker.v1 import weight_set_pb2 as pb
 from weight_brokerd.cards.errors import CardRefused
-from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.offers import OfferEnd, fresh_key
 from weight_brokerd.cards.plan import pieces as plan
@@ -55,8 +52,8 @@ class Instance:
             self.process.call(acl.write, place.address, content)
 
     def share(self, name: str, places: list[Place]) -> Shared:
-        """Exports to nobody yet."""
-        return self.process.call(npu_actions.share, name, places, self.segments)
+        """Exports to every process, as published memory is."""
+        return self.process.call(npu_actions.share, name, places, self.segments, any_process=True)
 
     def digests(self) -> tuple[int, ...]:
         """Of every tensor."""
@@ -86,11 +83,6 @@ def test_what_one_instance_exports_fills_what_another_exports(scene: CardScene, 
     destination.fill(100)
     exports = {"source": source.share("it", source.places), "destination": destination.share("it", destination.places)}
     given, taken = (requests(name, shared) for name, shared in exports.items())
-    owners = {"source": source.process, "destination": destination.process}
-
-    async def authorize(region_id: str, bare_tgid: int) -> None:
-        await asyncio.to_thread(owners[region_id.partition("/")[0]].call, npu_actions.admit, "it", bare_tgid)
-
     pieces = plan.pieces(source.layout, exports["source"].placements, exports["destination"].placements)
     ids = [tuple(region.region_id for region in side) for side in (given, taken)]
 
@@ -112,7 +104,7 @@ def test_what_one_instance_exports_fills_what_another_exports(scene: CardScene, 
             await cards.unregister(source.card, region.region_id)
         source.process.call(npu_actions.unshare, "it")
 
-    scene.run(scenario, hooks=Hooks(authorize=authorize))
+    scene.run(scenario)
 
 
 def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go_one_by_one(scene: CardScene) -> None:
@@ -120,9 +112,6 @@ def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go
     whole = requests("whole", instance.share("whole", instance.places))
     part = requests("part", instance.share("part", instance.places[:1] + instance.places[3:4]))
     assert {len(region.shareable_handles) for region in whole + part} == {0, 1, 2}
-
-    async def authorize(region_id: str, bare_tgid: int) -> None:
-        await asyncio.to_thread(instance.process.call, npu_actions.admit, region_id.partition("/")[0], bare_tgid)
 
     async def scenario(cards: CardSupervisor) -> None:
         for region in whole + part:
@@ -137,7 +126,7 @@ def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go
         pid = cards.health[0].sender_pid
         assert not {"imports", "mappings", "reservations"} & set(scene.host.live(pid))
 
-    scene.run(scenario, hooks=Hooks(authorize=authorize))
+    scene.run(scenario)
 
 
 def test_chunks_of_a_container_that_counts_the_cards_otherwise_are_refused_and_keys_are_not(scene: CardScene) -> None:
@@ -149,9 +138,6 @@ def test_chunks_of_a_container_that_counts_the_cards_otherwise_are_refused_and_k
     keys = [region for region in regions if region.export_key]
     assert {region.container_device for region in chunks} == {0}
 
-    async def authorize(region_id: str, bare_tgid: int) -> None:
-        await asyncio.to_thread(elsewhere.call, npu_actions.admit, region_id.partition("/")[0], bare_tgid)
-
     async def scenario(cards: CardSupervisor) -> None:
         for region in keys:
             await cards.register(card_name(0), region)
@@ -159,4 +145,4 @@ def test_chunks_of_a_container_that_counts_the_cards_otherwise_are_refused_and_k
             with pytest.raises(CardRefused, match=r"container of the instance counts this card as 0, .* as 1"):
                 await cards.register(card_name(0), region)
 
-    scene.run(scenario, hooks=Hooks(authorize=authorize))
+    scene.run(scenario)

@@ -63,7 +63,7 @@ def test_status_shows_cards_the_worker_and_what_lies_where(
     code, out = run(broker, capsys, "status")
     card = cards(broker)[card_name(1)]
     assert code == 0
-    assert f"Datasystem worker 127.0.0.1:{host.worker.port if host.worker else 0}, somebody else's: reachable" in out
+    assert f"Datasystem worker 127.0.0.1:{host.worker.port if host.worker else 0}, external: reachable" in out
     assert f"{card_name(1)} 1 {card.soc} ready {card.sender_pid} - - 1 0 0" in squeezed(out)
     assert f"{card_name(1)} first {first.pid} model" in squeezed(out)
     code, out = run(broker, capsys, "status", "--json")
@@ -110,7 +110,7 @@ def test_a_worker_that_is_away_is_told_with_its_address(host: DeviceHost, capsys
     wait_for_cards(broker, 3)
     code, out = run(broker, capsys, "status")
     assert code == 0
-    assert "Datasystem worker 127.0.0.1:1, somebody else's: AWAY" in out
+    assert "Datasystem worker 127.0.0.1:1, external: AWAY" in out
     code, found = doctor(broker, capsys)
     assert code == 1
     assert found["datasystem worker"]["verdict"] == "problem"

@@ -1,4 +1,4 @@
-"""Weights that the broker does not map go through its buckets: bit for bit, copied in the instances' own processes."""
+"""Weights that the broker does not map go through its staging buffers, copied by the instances, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIXED = [
 ]
 LARGE = [*MIXED, Tensor("h.large", (9 * MIB + 333,), "int8"), *(Tensor(f"i.{i:03}", (i + 1, 7)) for i in range(300))]
 """Several chunks of 2 MiB; tensors across their edges, and many in one."""
-SMALL_BUCKET = {"WEIGHT_BROKER_CARDS_STAGING_BYTES": str(4 * MIB)}
+SMALL_BUFFER = {"WEIGHT_BROKER_CARDS_STAGING_BYTES": str(4 * MIB)}
 
 
 @pytest.mark.parametrize("card", [0, 1], ids=["same card", "other card"])
@@ -35,7 +35,7 @@ SMALL_BUCKET = {"WEIGHT_BROKER_CARDS_STAGING_BYTES": str(4 * MIB)}
 def test_what_cannot_be_mapped_is_staged_bit_for_bit(
     device_host: DeviceHost, source: bool, receiver: bool, card: int
 ) -> None:
-    broker = device_host.start_broker(settings=SMALL_BUCKET)
+    broker = device_host.start_broker(settings=SMALL_BUFFER)
     first, second = device_host.start_instance("first"), device_host.start_instance("second")
     first.call(instance.create, "model", 0, LARGE, 7, sleeps=source)
     second.call(instance.create, "model", card, LARGE, None, sleeps=receiver)
@@ -124,7 +124,7 @@ def test_an_instance_forces_its_path(device_host: DeviceHost) -> None:
 
 
 def test_one_process_may_be_both_sides(device_host: DeviceHost) -> None:
-    device_host.start_broker(settings=SMALL_BUCKET)
+    device_host.start_broker(settings=SMALL_BUFFER)
     only = device_host.start_instance("only")
     only.call(instance.create, "model", 0, LARGE, 7, sleeps=True)
     published = only.call(instance.digest, "model")

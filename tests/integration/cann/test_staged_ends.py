@@ -19,14 +19,14 @@ MIB = 1 << 20
 MODEL = [Tensor("a", (1 << 20,)), Tensor("b", (5 * MIB + 333,), "int8"), Tensor("c", (4 * MIB,), "int8")]
 SLOW = 1.5 * MIB
 """Bytes per second: seconds for the model, and more than one for a chunk of 2 MiB."""
-SMALL_BUCKET = {"WEIGHT_BROKER_CARDS_STAGING_BYTES": str(4 * MIB)}
+SMALL_BUFFER = {"WEIGHT_BROKER_CARDS_STAGING_BYTES": str(4 * MIB)}
 
 pytestmark = pytest.mark.timeout(240)
 
 
 def start(device_host: DeviceHost, request_seconds: str = "30") -> tuple[BrokerProcess, CardProcess, CardProcess]:
     """A staged source on card 0, and on card 1 an instance that will be filled."""
-    broker = device_host.start_broker(settings={**SMALL_BUCKET, "WEIGHT_BROKER_CARDS_REQUEST_SECONDS": request_seconds})
+    broker = device_host.start_broker(settings={**SMALL_BUFFER, "WEIGHT_BROKER_CARDS_REQUEST_SECONDS": request_seconds})
     first, second = device_host.start_instance("first"), device_host.start_instance("second")
     first.call(instance.create, "model", 0, MODEL, 7, sleeps=True)
     second.call(instance.create, "model", 1, MODEL, None, sleeps=True)
@@ -35,12 +35,12 @@ def start(device_host: DeviceHost, request_seconds: str = "30") -> tuple[BrokerP
 
 
 def until_both_copy(*processes: CardProcess) -> None:
-    """Both have mapped their bucket."""
+    """Both have mapped their staging buffer."""
     eventually(lambda: all(one.live.get("imports") for one in processes), within=60)
 
 
 def until_nothing_is_mapped(*processes: CardProcess) -> None:
-    """No bucket stays."""
+    """No staging buffer stays."""
     eventually(lambda: not any(one.live.get("imports") for one in processes))
 
 
@@ -92,7 +92,9 @@ def test_a_killed_card_process(device_host: DeviceHost, role: str) -> None:
     assert device_host.cann.violations() == []
 
 
-def test_a_killed_broker_leaves_no_bucket_mapped_and_its_successor_finds_the_source(device_host: DeviceHost) -> None:
+def test_a_killed_broker_leaves_no_staging_buffer_mapped_and_its_successor_finds_the_source(
+    device_host: DeviceHost,
+) -> None:
     broker, first, second = start(device_host)
     device_host.cann.inject(Fault.SLOW_LINK, card=1, value=SLOW)
     answer = second.begin(instance.acquire, "model")
@@ -104,7 +106,7 @@ def test_a_killed_broker_leaves_no_bucket_mapped_and_its_successor_finds_the_sou
     until_nothing_is_mapped(first, second)
     eventually(lambda: not any(is_alive(pid) for pid in children))
     device_host.cann.clear()
-    broker = device_host.start_broker(settings=SMALL_BUCKET)
+    broker = device_host.start_broker(settings=SMALL_BUFFER)
     eventually(lambda: [one.is_staged for one in broker.publications()] == [True], within=60)
     again = second.call(instance.acquire, "model")
     assert (again.error, again.path) == ("", "staged")

@@ -17,7 +17,7 @@ from weight_broker import BrokerClient, WeightSetKey
 from weight_broker.cli.doctor import ascend as doctor_ascend
 from weight_broker.cli.doctor import broker as doctor_broker
 from weight_broker.cli.doctor import host as doctor_host
-from weight_broker.cli.doctor.run import Finding, Verdict
+from weight_broker.cli.doctor.findings import Finding, Verdict
 from weight_broker.cli.main import main
 from weight_broker.memory.npu import driver as npu_driver
 

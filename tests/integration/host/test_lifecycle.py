@@ -136,7 +136,7 @@ def test_the_log_is_one_json_object_a_line_from_beginning_to_end(broker: BrokerP
     ]
     audited = [one["event"] for one in events if one["logger"] == "weight_brokerd.audit"]
     assert audited[:3] == ["attach", "offer_region", "publish"]
-    assert {"defect", "attendance_failed"}.isdisjoint(one["event"] for one in events)
+    assert {"internal_error", "attendance_failed"}.isdisjoint(one["event"] for one in events)
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("0660", 0o660), ("0600", 0o600)])

@@ -17,7 +17,7 @@ class CopyingWork:
         self._memory = memory
 
     def do(self, request: messages.Request) -> messages.Answer:
-        """Raises DriverError or NotPossible if the request did nothing; Refusal says what started."""
+        """Raises DriverError or NotPossible if the request did nothing; RequestRefused says what started."""
         match request:
             case messages.ImportRegion():
                 self._memory.open(request)
@@ -56,7 +56,7 @@ class CopyingWork:
         try:
             self._memory.copy(list(zip(destination, source, strict=True)))
         except DriverError as error:
-            return messages.Refusal(str(error), started=True)
+            return messages.RequestRefused(str(error), started=True)
         clock.stop("copy")
         return messages.Done(clock.seconds)
 

@@ -29,7 +29,7 @@ class CardWork(Protocol):
     """The requests of a card process; called from several threads, each of which uses the card."""
 
     def do(self, request: messages.Request) -> messages.Answer:
-        """Raises DriverError, EngineError or NotPossible if the request did nothing; Refusal says what started."""
+        """Raises DriverError, EngineError or NotPossible if nothing was done; RequestRefused says what started."""
 
     def close(self) -> None:
         """Gives back what can be given back. Raises DriverError, EngineError."""
@@ -79,12 +79,12 @@ class _Child:
             return 0
         number, start = first
         if not isinstance(start, messages.Start):
-            self._connection.answer(number, messages.Refusal("the first request is Start"))
+            self._connection.answer(number, messages.RequestRefused("the first request is Start"))
             return 1
         try:
             work, ready = self._card.start(start)
         except (DriverError, EngineError) as error:
-            self._connection.answer(number, messages.Refusal(str(error)))
+            self._connection.answer(number, messages.RequestRefused(str(error)))
             return 1
         pool = ThreadPoolExecutor(THREADS, "work", initializer=self._card.use)
         self._connection.answer(number, ready)
@@ -102,9 +102,9 @@ class _Child:
         try:
             answer = work.do(message)  # type: ignore[arg-type]  # what is no request is refused there
         except (DriverError, EngineError, NotPossible) as error:
-            answer = messages.Refusal(str(error), by_engine=isinstance(error, EngineError))
+            answer = messages.RequestRefused(str(error), by_engine=isinstance(error, EngineError))
         except BaseException as error:  # noqa: BLE001 - a defect: the daemon is to hear of it rather than to wait
-            answer = messages.Refusal(f"a defect in the card process: {error!r}", started=True)
+            answer = messages.RequestRefused(f"a defect in the card process: {error!r}", started=True)
         self._connection.answer(number, answer)
 
     def _stop(self, work: CardWork) -> None:

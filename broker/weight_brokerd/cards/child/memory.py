@@ -66,7 +66,7 @@ class CardMemory:
         self._lock = threading.Lock()
         self._imports: dict[tuple[object, ...], _Import] = {}
         self._regions: dict[str, tuple[ImportRegion, _Import]] = {}
-        self._buckets: dict[str, tuple[int, int, bytes]] = {}
+        self._staging_buffers: dict[str, tuple[int, int, bytes]] = {}
         """Address, size and export key of regions that are this process's own memory."""
         self.staging_bytes = 0
 
@@ -104,30 +104,30 @@ class CardMemory:
             found.region_ids.add(region.region_id)
             self._regions[region.region_id] = region, found
 
-    def make_bucket(self, region_id: str, size: int) -> bytes:
+    def make_staging_buffer(self, region_id: str, size: int) -> bytes:
         """A region of fresh memory; the key that imports it. Raises DriverError, NotPossible."""
         with self._lock:
             if region_id in self._regions:
                 raise NotPossible(f"region {region_id!r} is there already")
             if self._exporter is None:
-                raise NotPossible("cards of this kind have no buckets")
+                raise NotPossible("cards of this kind have no staging buffers")
             address = self._driver.malloc(size)
             try:
                 key = self._exporter.export(address, size)
             except BaseException:
                 self._driver.free(address)
                 raise
-            self._buckets[region_id] = address, size, key
+            self._staging_buffers[region_id] = address, size, key
             self._regions[region_id] = ImportRegion(region_id, size, key.hex()), _Import(address, size, ExitStack())
             self.staging_bytes += size
             return key
 
     def close(self, region_id: str) -> None:
         """Unmaps the region; nothing may use it any more. Idempotent. Raises DriverError: it may be mapped still. A
-        bucket is to be closed after its borrower: the driver does not refuse to free one that is imported."""
+        staging buffer is to be closed after its borrower: the driver does not refuse to free one that is imported."""
         with self._lock:
-            if region_id in self._buckets:
-                self._free_bucket(region_id)
+            if region_id in self._staging_buffers:
+                self._free_staging_buffer(region_id)
                 return
             known = self._regions.pop(region_id, None)
             if known is None:
@@ -173,11 +173,11 @@ class CardMemory:
         """Copies (destination, source) spans of equal sizes, and waits."""
         self._driver.copy(pairs)
 
-    def _free_bucket(self, region_id: str) -> None:
+    def _free_staging_buffer(self, region_id: str) -> None:
         assert self._exporter is not None
-        address, size, key = self._buckets[region_id]
+        address, size, key = self._staging_buffers[region_id]
         self._exporter.end_export(key)
-        del self._buckets[region_id], self._regions[region_id]
+        del self._staging_buffers[region_id], self._regions[region_id]
         self.staging_bytes -= size
         self._driver.free(address)
 

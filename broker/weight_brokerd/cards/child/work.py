@@ -46,10 +46,10 @@ class Work(CopyingWork):
             threading.Thread(target=self._forget_fetched, name="forget", daemon=True).start()
 
     def do(self, request: messages.Request) -> messages.Answer:
-        """Raises DriverError, EngineError or NotPossible if the request did nothing; Refusal says what started."""
+        """Raises DriverError, EngineError or NotPossible if nothing was done; RequestRefused says what started."""
         match request:
-            case messages.MakeBucket(region_id, size):
-                return messages.Bucket(self._memory.make_bucket(region_id, size).hex())
+            case messages.MakeStagingBuffer(region_id, size):
+                return messages.StagingBuffer(self._memory.make_staging_buffer(region_id, size).hex())
             case messages.Offer() if self._role is Role.SENDER:
                 return self._offer(request)
             case messages.Withdraw(key, wait_ms) if self._role is Role.SENDER:
@@ -122,7 +122,7 @@ class Work(CopyingWork):
             staging.unpack()
             staging.free()
         except (EngineError, DriverError) as error:
-            return messages.Refusal(str(error), started=True)
+            return messages.RequestRefused(str(error), started=True)
         clock.stop("unpack")
         self._peers.add(request.peer)
         with self._wake:

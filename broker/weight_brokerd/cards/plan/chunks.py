@@ -1,7 +1,7 @@
-"""The staged path: what of a weight set moves in which step, and how large the bucket is that it moves through.
+"""The chunks of a staged transfer, and the size of the staging buffer.
 
 The content of a weight set is the memory of its tensors, one after the other in the layout's order. It is cut into
-chunks, and chunk after chunk goes through the two halves of a bucket in turn.
+chunks, which go through the two halves of a staging buffer in turn.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ class Chunk(NamedTuple):
     """A part of the content."""
 
     content_offset: int
-    bucket_offset: int
-    """Where it begins in a bucket, on either side."""
+    buffer_offset: int
+    """Where the chunk begins in a staging buffer, on either side."""
     size: int
 
     @property
     def blob_bytes(self) -> int:
-        """What the engine moves for it: it does not like small ones. The tail means nothing."""
+        """Bytes that the engine moves: small blobs are slow, so they get a tail without meaning."""
         return max(self.size, PADDED_BYTES)
 
 
-def new_bucket_id() -> str:
-    """A region id that nobody has used or will use."""
-    return f"bucket-{secrets.token_hex(16)}"
+def new_buffer_id() -> str:
+    """A region id that is never used twice."""
+    return f"staging-{secrets.token_hex(16)}"
 
 
 def half_bytes(content_bytes: int, staging_bytes: int) -> int:
-    """The size of half a bucket for so much content, if a bucket may have `staging_bytes`."""
+    """Half the size of a staging buffer for so much content; a whole buffer has at most `staging_bytes`."""
     pages = min(staging_bytes // 2 // GRANULARITY_BYTES, -(-content_bytes // GRANULARITY_BYTES))
     return max(pages, 1) * GRANULARITY_BYTES
 
 
 def chunks(content_bytes: int, half: int) -> list[Chunk]:
-    """The chunks, in the order in which they move, in turn through both halves."""
+    """The chunks in the order in which they move, alternating between both halves."""
     return [
         Chunk(begin, index % 2 * half, min(half, content_bytes - begin))
         for index, begin in enumerate(range(0, content_bytes, half))
@@ -68,21 +68,21 @@ class DirectContent:
 
     def parts(self, chunk: Chunk) -> tuple[Part, ...]:
         """Where a chunk's bytes lie, in order."""
-        found = []
+        parts = []
         at, end = chunk.content_offset, chunk.content_offset + chunk.size
         index = bisect_right(self._ends, at)
         while at < end:
             part, part_end = self._parts[index], self._ends[index]
             size = min(end, part_end) - at
-            found.append(Part(part.region, part.offset + part.size - (part_end - at), size))
+            parts.append(Part(part.region, part.offset + part.size - (part_end - at), size))
             at += size
             index += 1
-        return tuple(found)
+        return tuple(parts)
 
 
-def bucket_blob(chunk: Chunk) -> Blob:
-    """The chunk in a bucket that is the only region."""
-    return Blob(chunk.blob_bytes, (Part(0, chunk.bucket_offset, chunk.blob_bytes),))
+def buffer_blob(chunk: Chunk) -> Blob:
+    """The chunk in a staging buffer that is the only region."""
+    return Blob(chunk.blob_bytes, (Part(0, chunk.buffer_offset, chunk.blob_bytes),))
 
 
 def direct_blob(chunk: Chunk, parts: tuple[Part, ...]) -> Blob:
@@ -91,8 +91,8 @@ def direct_blob(chunk: Chunk, parts: tuple[Part, ...]) -> Blob:
 
 
 def like(parts: tuple[Part, ...], chunk: Chunk) -> tuple[Blob, ...]:
-    """The chunk in a bucket that is the only region, cut as `parts` is."""
-    at = chunk.bucket_offset
+    """The chunk in a staging buffer that is the only region, cut as `parts` is."""
+    at = chunk.buffer_offset
     blobs = []
     for part in parts:
         blobs.append(Blob(part.size, (Part(0, at, part.size),)))

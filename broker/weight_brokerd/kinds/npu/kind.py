@@ -56,18 +56,18 @@ class NpuKind:
         self,
         connect: Connect,
         worker: DatasystemWorker,
-        stages: Asker,
+        staging: Asker,
         events: KindEvents,
         *,
         path: str = "auto",
         supervise: Supervise = CardSupervisor,
     ) -> None:
-        """`stages`: the instances that copy by themselves; `path`: `direct`, `staged` or `auto`."""
+        """`staging`: the instances that copy by themselves; `path`: `direct`, `staged` or `auto`."""
         self._connect = connect
         self._worker = worker
-        self._stages = stages
+        self._staging = staging
         self._events = events
-        self._places = NpuPlaces(path, stages)
+        self._places = NpuPlaces(path, staging)
         self._supervise = supervise
         self._parts: _Parts | None = None
         self._problem = ""
@@ -175,7 +175,7 @@ class NpuKind:
         staged = StagedPlane(
             cards,
             datasystem,
-            self._stages,
+            self._staging,
             staging_bytes=configuration.staging_bytes,
             answer_seconds=configuration.request_seconds,
         )

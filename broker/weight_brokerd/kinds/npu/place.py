@@ -11,7 +11,7 @@ from weight_brokerd.cards.messages import NOT_SAID, ImportRegion
 from weight_brokerd.core.coordinator import STAGE_INSTEAD
 from weight_brokerd.dataplane.plane import Place, StagedBy
 from weight_brokerd.dataplane.staged import Asker
-from weight_brokerd.kinds.place_request import PlaceRequest, StageName, device_of, placements_of, regions_of, text
+from weight_brokerd.kinds.place_request import PlaceRequest, StagingName, device_of, placements_of, regions_of, text
 
 MAX_EXPORT_KEY_BYTES = 128
 
@@ -22,9 +22,9 @@ _STAGES = {"direct": False, "auto": True, "staged": True}
 class NpuPlaces:
     """What `cards.path` allows."""
 
-    def __init__(self, path: str, stages: Asker) -> None:
-        """`path`: `direct`, `staged` or `auto`; `stages`: the instances that copy."""
-        self._stages = stages
+    def __init__(self, path: str, staging: Asker) -> None:
+        """`path`: `direct`, `staged` or `auto`; `staging`: the instances that copy."""
+        self._staging = staging
         self.maps = _MAPS[path]
         """Whether the broker maps the memory of instances."""
         self.may_stage = _STAGES[path] and self.maps
@@ -49,11 +49,11 @@ class NpuPlaces:
 
     def can_copy(self, owner: str) -> bool:
         """Whether the instance still serves what it offered to copy."""
-        return self._stages.has(owner)
+        return self._staging.has(owner)
 
-    def _staged_by(self, owner: str, stage: StageName) -> StagedBy:
+    def _staged_by(self, owner: str, stage: StagingName) -> StagedBy:
         text(stage.field, stage.stage_id)
-        if not self._stages.has(owner):
+        if not self._staging.has(owner):
             raise InvalidArgument(
                 stage.field,
                 stage.stage_id,

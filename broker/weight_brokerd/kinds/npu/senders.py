@@ -25,7 +25,7 @@ from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.messages import ImportRegion, Role
 from weight_brokerd.cards.offers import OfferEnd
 from weight_brokerd.cards.plan.blobs import BlobList
-from weight_brokerd.cards.plan.chunks import new_bucket_id
+from weight_brokerd.cards.plan.chunks import new_buffer_id
 from weight_brokerd.cards.probe import Device
 from weight_brokerd.cards.process import CardProcess
 from weight_brokerd.cards.worker_watch import WorkerWatch
@@ -41,7 +41,7 @@ class _Sender:
     imported: set[str] = field(default_factory=set)
     offers: dict[str, frozenset[str]] = field(default_factory=dict)
     """The regions of each key."""
-    buckets: set[str] = field(default_factory=set)
+    buffers: set[str] = field(default_factory=set)
     """Memory of its own that instances fill; a successor has none of it."""
     is_stuck: bool = False
     """Its engine waits for a reader that is gone: it would not end by itself."""
@@ -111,49 +111,49 @@ class SenderSide:
             await self._unmap(sender, region_id)
         self._end_when_idle()
 
-    async def make_bucket(self, size: int) -> ImportRegion:
+    async def make_staging_buffer(self, size: int) -> ImportRegion:
         """Memory of the sender's own that instances can import, to be offered and in the end closed.
         Raises CardRefused, CardUnavailable, CardLost, CardTimeout."""
         if self._idle is not None:
             self._idle.cancel()
         sender = await self._ready()
-        region_id = new_bucket_id()
-        sender.buckets.add(region_id)
+        region_id = new_buffer_id()
+        sender.buffers.add(region_id)
         try:
-            request = messages.MakeBucket(region_id, size)
-            made = await uninterrupted(
-                sender.child.request(request, messages.Bucket, self._configuration.import_seconds)
+            request = messages.MakeStagingBuffer(region_id, size)
+            answer = await uninterrupted(
+                sender.child.request(request, messages.StagingBuffer, self._configuration.import_seconds)
             )
         except TimeoutError:
-            sender.buckets.discard(region_id)
+            sender.buffers.discard(region_id)
             self._retire(sender)
-            raise CardTimeout(f"card {self._device.identity} makes no bucket; its sender is replaced") from None
+            raise CardTimeout(f"card {self._device.identity} makes no staging buffer; its sender is replaced") from None
         except CardError:
-            sender.buckets.discard(region_id)
+            sender.buffers.discard(region_id)
             self._end_if_done(sender)
             self._end_when_idle()
             raise
         except BaseException:
-            self._background.spawn(self.close_bucket(region_id))
+            self._background.spawn(self.close_staging_buffer(region_id))
             raise
-        return ImportRegion(region_id, size, made.export_key)
+        return ImportRegion(region_id, size, answer.export_key)
 
-    async def close_bucket(self, region_id: str) -> None:
-        """Frees a bucket that nobody has imported any more. Never fails: a sender that does not do it is replaced, and
-        ends when its readers are done; one that is being replaced may be stuck in the bucket, which ends with it.
+    async def close_staging_buffer(self, region_id: str) -> None:
+        """Frees a staging buffer that no instance has imported any more. Never fails: a sender that does not free it is
+        replaced and ends when its readers are done. The buffer of a sender that is being replaced ends with the sender.
         Idempotent."""
-        sender = next((one for one in self._all() if region_id in one.buckets), None)
+        sender = next((sender for sender in self._all() if region_id in sender.buffers), None)
         if sender is None:
             return
         try:
             if sender is self._current:
                 await sender.child.ask(messages.CloseRegion(region_id), self._configuration.import_seconds)
         except (TimeoutError, CardRefused) as error:
-            log.warning("bucket_not_freed", device=self._device.identity, bucket=region_id, error=str(error))
+            log.warning("staging_buffer_not_freed", device=self._device.identity, buffer=region_id, error=str(error))
             self._retire(sender)
         except CardLost:
             pass
-        sender.buckets.discard(region_id)
+        sender.buffers.discard(region_id)
         self._end_if_done(sender)
         self._end_when_idle()
 
@@ -168,10 +168,10 @@ class SenderSide:
     async def _offer(self, key: str, blobs: BlobList, peer: str) -> messages.Done:
         if not self._worker.is_there:
             raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
-        sender = next((one for one in self._all() if one.buckets.intersection(blobs.region_ids)), None)
+        sender = next((sender for sender in self._all() if sender.buffers.intersection(blobs.region_ids)), None)
         if sender is None:
             sender = await self._ready()
-        missing = set(blobs.region_ids) - sender.imported - sender.buckets
+        missing = set(blobs.region_ids) - sender.imported - sender.buffers
         if missing:
             raise CardRefused(f"no such regions on card {self._device.identity}: {', '.join(sorted(missing))}")
         sender.offers[key] = frozenset(blobs.region_ids)
@@ -194,7 +194,7 @@ class SenderSide:
 
     async def withdraw(self, key: str, end: OfferEnd) -> messages.Done:
         """Ends an offer. Never fails: a sender that cannot do it is replaced. Idempotent."""
-        sender = next((one for one in self._all() if key in one.offers), None)
+        sender = next((sender for sender in self._all() if key in sender.offers), None)
         if sender is None:
             return messages.Done()
         if end is OfferEnd.ABANDONED:
@@ -281,8 +281,7 @@ class SenderSide:
         async with sender.importing:
             if region.region_id in sender.imported or self.regions.get(region.region_id) != region:
                 return
-            await self._hooks.authorize(region.region_id, sender.child.ready.bare_tgid)
-            sender.imported.add(region.region_id)  # before it is: whatever happens, it is to be closed
+            sender.imported.add(region.region_id)  # first: the region must be closed however the import ends
             try:
                 await sender.child.ask(region, self._configuration.import_seconds)
             except TimeoutError:
@@ -346,19 +345,19 @@ class SenderSide:
         self._end_if_done(sender)
 
     def _end_if_done(self, sender: _Sender) -> None:
-        if sender in self._retiring and not sender.offers and not sender.buckets and not self._is_closed:
+        if sender in self._retiring and not sender.offers and not sender.buffers and not self._is_closed:
             self._background.spawn(sender.child.kill() if sender.is_stuck else sender.child.stop())
 
     def _end_when_idle(self) -> None:
         """If nothing needs the sender now, it ends after a while."""
-        if self.regions or self._current is None or self._current.buckets or self._is_closed:
+        if self.regions or self._current is None or self._current.buffers or self._is_closed:
             return
         if self._idle is not None:
             self._idle.cancel()
         self._idle = asyncio.get_running_loop().call_later(self._configuration.sender_idle_seconds, self._end_if_idle)
 
     def _end_if_idle(self) -> None:
-        if not self.regions and self._current is not None and not self._current.buckets:
+        if not self.regions and self._current is not None and not self._current.buffers:
             self._retire(self._current)
 
     async def _unmap(self, sender: _Sender, region_id: str) -> None:

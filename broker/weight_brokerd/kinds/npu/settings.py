@@ -49,7 +49,6 @@ def cards_configuration(
         receiver_idle_seconds=cards.receiver_idle_seconds,
         sender_idle_seconds=cards.sender_idle_seconds,
         transfer_seconds=cards.transfer_seconds,
-        path=cards.path,
         staging_bytes=cards.staging_bytes,
     )
 

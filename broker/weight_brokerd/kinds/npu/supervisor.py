@@ -11,11 +11,11 @@ from typing import TypeVar
 import structlog
 
 from weight_brokerd.cards import messages
+from weight_brokerd.cards.borrowed import BorrowedReceiver
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardUnavailable
 from weight_brokerd.cards.events import Hooks
 from weight_brokerd.cards.health import CardHealth, CardState
-from weight_brokerd.cards.lent import Lent
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.offers import MAXIMUM_TIMEOUT_SECONDS, OfferEnd
 from weight_brokerd.cards.plan.blobs import BlobList
@@ -84,13 +84,13 @@ class CardSupervisor:
         nothing to end or the sender could not."""
         return await self._card(card).senders.withdraw(key, end)
 
-    async def make_bucket(self, card: str, size: int) -> ImportRegion:
+    async def make_staging_buffer(self, card: str, size: int) -> ImportRegion:
         """Memory of the card's sender that an instance can import and fill, to be offered. Raises CardError."""
-        return await self._card(card).senders.make_bucket(size)
+        return await self._card(card).senders.make_staging_buffer(size)
 
-    async def close_bucket(self, card: str, region_id: str) -> None:
+    async def close_staging_buffer(self, card: str, region_id: str) -> None:
         """Frees it; whoever has imported it has closed it before. Idempotent; never fails."""
-        await self._card(card).senders.close_bucket(region_id)
+        await self._card(card).senders.close_staging_buffer(region_id)
 
     # Destinations
 
@@ -129,15 +129,15 @@ class CardSupervisor:
     async def lend(
         self,
         card: str,
-        job: Callable[[Lent], Awaitable[T]],
+        job: Callable[[BorrowedReceiver], Awaitable[T]],
         regions: Sequence[ImportRegion],
         *,
-        bucket_bytes: int = 0,
+        buffer_bytes: int = 0,
         timeout: float,
     ) -> T:
-        """Runs a job of several steps with a receiver of the card, which has the regions mapped meanwhile and a bucket
-        if one is asked for. Raises CardError, and what the job raises; else as `fetch`."""
-        return await self._card(card).receivers.lend(job, regions, bucket_bytes, timeout)
+        """Runs a job of several steps with a receiver of the card. It has the regions mapped meanwhile, and a staging
+        buffer if `buffer_bytes` is not 0. Raises CardError, and what the job raises; else as `fetch`."""
+        return await self._card(card).receivers.lend(job, regions, buffer_bytes, timeout)
 
     async def warm_up(self, card: str) -> None:
         """Has a receiver ready before it is needed. Raises CardUnavailable."""

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from weight_broker.cli import status_cards, text
+from weight_broker.cli import output, status_cards
 from weight_broker.cli.doctor import ascend_driver
 from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
@@ -155,12 +155,12 @@ def _cards(state: State | None) -> list[Finding]:
     if state.host.device_problem:
         found.append(problem("devices", f"the broker does not serve them: {state.host.device_problem}", _RESTART))
     for card in state.host.cards:
-        name, soc = f"card {card.device_id}", text.plain(card.soc)
+        name, soc = f"card {card.device_id}", output.plain(card.soc)
         if card.state == pb.Card.STATE_READY:
             found.append(ok(name, f"{soc}, ready; {card.region_count} regions are mapped"))
         else:
             fix = _RESTART if card.state == pb.Card.STATE_FAILED else _LOOK_AGAIN
-            found.append(problem(name, f"{text.state(pb.Card.State.Name(card.state))}: {card.problem}", fix))
+            found.append(problem(name, f"{output.state(pb.Card.State.Name(card.state))}: {card.problem}", fix))
     return found
 
 
@@ -197,7 +197,7 @@ def _settings(state: State | None, version: str | None) -> list[Finding]:
         except OSError:
             continue
         variables = dict(entry.split("=", 1) for entry in entries if "=" in entry)
-        who = text.plain(instance.name or instance.instance_id)
+        who = output.plain(instance.name or instance.instance_id)
         found += _settings_of(who, variables, command, version)
         found += ascend_driver.ports(who, variables)
     return found

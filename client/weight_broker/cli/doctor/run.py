@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.cli.doctor.findings import Finding as Finding
 from weight_broker.cli.doctor.findings import Verdict as Verdict
 from weight_broker.cli.failure import ExitCode
@@ -29,8 +29,8 @@ def run(options: argparse.Namespace) -> ExitCode:
     else:
         width = max(len(finding.check) for finding in findings)
         for finding in findings:
-            print(f"{finding.verdict:<7}  {finding.check:<{width}}  {text.plain(finding.found)}")
+            print(f"{finding.verdict:<7}  {finding.check:<{width}}  {output.plain(finding.found)}")
             if finding.fix:
-                print(f"{'':<7}  {'':<{width}}  -> {text.plain(finding.fix)}")
+                print(f"{'':<7}  {'':<{width}}  -> {output.plain(finding.fix)}")
         print(f"\n{counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} checks are fine")
     return ExitCode.FAILED if counts["problem"] else ExitCode.DONE

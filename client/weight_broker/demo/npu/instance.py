@@ -1,8 +1,8 @@
-"""One instance on an Ascend card, a process of its own, for the demo and for `ascend-check`.
+"""One instance on an Ascend card in its own process, for the demo and for `ascend-check`.
 
-It gets a model's weights into its card's memory, from a peer or from disk, and stays until told to go. What to do is in
-one argument (JSON) and in lines on standard input: `begin` loads, `digest` reads everything back from the card; the end
-of the input ends it. It answers with JSON lines on standard output.
+It loads a model's weights into its card's memory, from a peer or from disk, and stays until the input ends. Its order
+is one argument (JSON); lines on standard input are commands: `begin` loads, `digest` reads everything back from the
+card. It answers with JSON lines on standard output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
-    """Runs one instance."""
     order = CardOrder(**json.loads(argument))
     from weight_broker import BrokerClient
     from weight_broker.demo.npu.memory import card_memory, checkpoint, digest
@@ -50,7 +49,7 @@ def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
 
 
 def _open(order: CardOrder) -> str:
-    """Opens the card and imports what any start of an inference process imports; the card's physical identity."""
+    """Open the card, import what every inference process imports, and return the card's physical identity."""
     from weight_broker.drivers import acl
     from weight_broker.memory.npu import kind as npu
 
@@ -134,7 +133,7 @@ def _say(answers: IO[str], message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # Whatever a library prints goes to standard error; standard output carries the answers alone.
+    # Libraries print to standard error; standard output carries the answers alone.
     private = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     main(sys.argv[1], sys.stdin, private)

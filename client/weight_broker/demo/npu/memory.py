@@ -1,5 +1,5 @@
 """A checkpoint's tensors in the memory of an Ascend card, for the demo and for `ascend-check`: allocated, read from
-disk, digested. By torch_npu where it is wanted, else by Ascend's runtime alone."""
+disk, digested. By torch_npu if the caller asks for it, else by Ascend's runtime alone."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ _BUFFER_BYTES = 32 << 20
 
 
 class CardMemory(Protocol):
-    """Where an instance keeps its weights."""
+    """An instance's weights in the memory of a card."""
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """What is handed to the broker, by name."""
+        """The tensors to publish or fill, by name."""
 
     def load(self) -> None:
         """Reads the checkpoint from disk."""
 
     def content(self, name: str) -> Iterator[bytes | memoryview]:
-        """A tensor's bytes, as they are on the card now."""
+        """A tensor's present bytes on the card."""
 
 
 def checkpoint(model_dir: Path) -> list[CheckpointTensor]:
-    """All tensors of a checkpoint. Raises `CheckpointError` if there is one of an unknown type or none at all."""
+    """All tensors of a checkpoint. Raises `CheckpointError` if a type is unknown or there are no tensors."""
     from weight_broker.integrations.checkpoint import CheckpointError
 
     found = [tensor for file in checkpoint_files(model_dir) for tensor in checkpoint_tensors(file)]
-    unknown = next((one for one in found if one.dtype not in TYPES), None)
+    unknown = next((tensor for tensor in found if tensor.dtype not in TYPES), None)
     if unknown is not None:
-        raise CheckpointError(f"{unknown.file}: tensor {unknown.name!r} has type {unknown.dtype}, which is not known")
+        raise CheckpointError(f"{unknown.file}: tensor {unknown.name!r} has the unknown type {unknown.dtype}")
     if not found:
         raise CheckpointError(f"{model_dir} has no tensors in its safetensors files")
     return found
@@ -61,7 +61,7 @@ def card_memory(framework: str, card: int, tensors: Sequence[CheckpointTensor]) 
 
 
 def digest(contents: Iterable[tuple[str, Iterator[bytes | memoryview]]]) -> str:
-    """SHA-256 of all tensors' names and bytes, whatever order they come in."""
+    """SHA-256 of all tensors' names and bytes, independent of their order."""
     rows = []
     for name, parts in contents:
         state = hashlib.sha256()
@@ -72,16 +72,16 @@ def digest(contents: Iterable[tuple[str, Iterator[bytes | memoryview]]]) -> str:
 
 
 def file_content(tensor: CheckpointTensor) -> Iterator[memoryview]:
-    """A tensor's bytes in its file. What is yielded is overwritten by the next step."""
+    """A tensor's bytes in its file. Each part is overwritten by the next."""
     buffer = memoryview(bytearray(min(tensor.size_bytes, _BUFFER_BYTES)))
     with tensor.file.open("rb", buffering=0) as stream:
         stream.seek(tensor.begin)
-        left = tensor.size_bytes
-        while left:
-            count = stream.readinto(buffer[:left] if left < len(buffer) else buffer)
+        remaining = tensor.size_bytes
+        while remaining:
+            count = stream.readinto(buffer[:remaining] if remaining < len(buffer) else buffer)
             if not count:
-                raise OSError(f"{tensor.file} was cut off while it was read")
-            left -= count
+                raise OSError(f"{tensor.file} ended before the tensor did; write the checkpoint again")
+            remaining -= count
             yield buffer[:count]
 
 
@@ -89,48 +89,47 @@ class AclMemory:
     """Memory of Ascend's runtime: allocations of at most 1 GiB (or one tensor), with the tensors one after another."""
 
     def __init__(self, card: int, tensors: Sequence[CheckpointTensor]) -> None:
-        self._checkpoint = {one.name: one for one in tensors}
+        self._checkpoint = {tensor.name: tensor for tensor in tensors}
         self._acl = acl.load()
         self._acl.set_device(card)
         self._buffer = ctypes.create_string_buffer(_BUFFER_BYTES)
         self.tensors: dict[str, DeviceTensor] = {}
         for group in _groups(tensors):
-            size = sum(_aligned(one.size_bytes) for one in group)
+            size = sum(_aligned(tensor.size_bytes) for tensor in group)
             segment = Segment(0, 0)
             if size:
                 size = -(-size // _PAGE_BYTES) * _PAGE_BYTES
                 segment = Segment(self._acl.malloc(size), size)
             at = segment.base
-            for one in group:
-                self.tensors[one.name] = DeviceTensor(
-                    at if one.size_bytes else 0,
-                    TYPES[one.dtype],
-                    one.shape,
-                    _stride(one.shape),
-                    one.size_bytes,
+            for tensor in group:
+                self.tensors[tensor.name] = DeviceTensor(
+                    at if tensor.size_bytes else 0,
+                    TYPES[tensor.dtype],
+                    tensor.shape,
+                    _stride(tensor.shape),
+                    tensor.size_bytes,
                     card,
-                    segment=segment if one.size_bytes else None,
+                    segment=segment if tensor.size_bytes else None,
                 )
-                at += _aligned(one.size_bytes)
+                at += _aligned(tensor.size_bytes)
 
     def load(self) -> None:
-        """See `CardMemory`."""
         start = ctypes.addressof(self._buffer)
         view = memoryview(self._buffer).cast("B")
-        for one in self._checkpoint.values():
-            at = self.tensors[one.name].address
-            with one.file.open("rb", buffering=0) as stream:
-                stream.seek(one.begin)
-                left = one.size_bytes
-                while left:
-                    count = stream.readinto(view[: min(left, len(view))])
+        for tensor in self._checkpoint.values():
+            at = self.tensors[tensor.name].address
+            with tensor.file.open("rb", buffering=0) as stream:
+                stream.seek(tensor.begin)
+                remaining = tensor.size_bytes
+                while remaining:
+                    count = stream.readinto(view[: min(remaining, len(view))])
                     if not count:
-                        raise OSError(f"{one.file} was cut off while it was read")
-                    self._acl.memcpy(at, left, start, count, MemcpyKind.HOST_TO_DEVICE)
-                    at, left = at + count, left - count
+                        raise OSError(f"{tensor.file} ended before the tensor did; write the checkpoint again")
+                    self._acl.memcpy(at, remaining, start, count, MemcpyKind.HOST_TO_DEVICE)
+                    at, remaining = at + count, remaining - count
 
     def content(self, name: str) -> Iterator[memoryview]:
-        """See `CardMemory`. What is yielded is overwritten by the next step."""
+        """Each part is overwritten by the next."""
         tensor = self.tensors[name]
         start, view = ctypes.addressof(self._buffer), memoryview(self._buffer).cast("B")
         for offset in range(0, tensor.storage_bytes, len(view)):
@@ -152,23 +151,21 @@ class TorchMemory:
         self._checkpoint = list(tensors)
         self._npu.set_device(card)
         self.tensors = {
-            one.name: torch.empty(one.shape, dtype=getattr(torch, TYPES[one.dtype]), device=f"npu:{card}")
-            for one in tensors
+            tensor.name: torch.empty(tensor.shape, dtype=getattr(torch, TYPES[tensor.dtype]), device=f"npu:{card}")
+            for tensor in tensors
         }
 
     def load(self) -> None:
-        """See `CardMemory`."""
         from safetensors import safe_open
 
-        for file in sorted({one.file for one in self._checkpoint}):
+        for file in sorted({tensor.file for tensor in self._checkpoint}):
             with safe_open(os.fspath(file), framework="pt") as opened:
-                for one in self._checkpoint:
-                    if one.file == file:
-                        self.tensors[one.name].copy_(opened.get_tensor(one.name))
+                for tensor in self._checkpoint:
+                    if tensor.file == file:
+                        self.tensors[tensor.name].copy_(opened.get_tensor(tensor.name))
         self._npu.synchronize()
 
     def content(self, name: str) -> Iterator[memoryview]:
-        """See `CardMemory`."""
         flat = self.tensors[name].cpu().contiguous().reshape(-1)
         if flat.numel():
             yield flat.view(self._torch.uint8).numpy().data
@@ -177,12 +174,12 @@ class TorchMemory:
 def _groups(tensors: Sequence[CheckpointTensor]) -> Iterator[list[CheckpointTensor]]:
     group: list[CheckpointTensor] = []
     size = 0
-    for one in tensors:
-        if group and size + _aligned(one.size_bytes) > _SEGMENT_BYTES:
+    for tensor in tensors:
+        if group and size + _aligned(tensor.size_bytes) > _SEGMENT_BYTES:
             yield group
             group, size = [], 0
-        group.append(one)
-        size += _aligned(one.size_bytes)
+        group.append(tensor)
+        size += _aligned(tensor.size_bytes)
     if group:
         yield group
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from weight_broker.cli import output, text
+from weight_broker.cli import output
 from weight_broker.demo.orders import CardResult
 
 if TYPE_CHECKING:
@@ -38,19 +38,19 @@ class CardReport:
     warm: CardResult
     """The same from a warm page cache, without a broker."""
     others: tuple[CardResult, ...]
-    """Those that were started at once, and last the one that was started after instance 1 was killed."""
+    """The instances started at once; last, the instance started after instance 1 was killed."""
     digests: Mapping[str, str]
-    """What each instance had on its card, read back, by the instance's name."""
+    """Digest of each instance's weights, read back from its card, by the instance's name."""
     expected: str
-    """The same of the checkpoint's files."""
+    """The digest of the checkpoint's files."""
     changed: Sequence[str]
-    """Instances whose memory was another one later."""
+    """Instances whose memory changed after it was filled."""
     cold_share: float | None
-    """Share of the checkpoint that was in the page cache when instance 1 began; None if nobody says."""
+    """Share of the checkpoint that was in the page cache when instance 1 began; None if the kernel does not say."""
 
     @property
     def all(self) -> tuple[CardResult, ...]:
-        """All of them, in the order of the table."""
+        """In the order of the table."""
         return (self.first, self.warm, *self.others)
 
     @property
@@ -59,7 +59,7 @@ class CardReport:
         return self.cold_share is not None and self.cold_share < 0.01
 
     def failures(self) -> list[str]:
-        """Why the demo has failed; empty if it has not."""
+        """Why the demo failed; empty if it did not."""
         found = [f"{result.name}: {problem}" for result in self.all for problem in result.problems]
         found += [f"{result.name}: it read the disk" for result in self.others if result.source == "disk"]
         found += [f"{name}: its memory changed after it was filled" for name in self.changed]
@@ -77,7 +77,7 @@ class CardReport:
         """When there are no failures."""
         return (
             f"All {len(self.digests)} instances had exactly the checkpoint's bytes on their cards: "
-            f"{self.first.tensor_count} tensors, {text.size(self.first.size_bytes)}, SHA-256 {self.expected[:16]}..."
+            f"{self.first.tensor_count} tensors, {output.size(self.first.size_bytes)}, SHA-256 {self.expected[:16]}..."
         )
 
     def cold_sentence(self) -> str:
@@ -89,11 +89,11 @@ class CardReport:
         return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
 
     def speed_up(self, result: CardResult, baseline: CardResult) -> float:
-        """How many times sooner than `baseline` the weights of `one` were in place."""
+        """How many times sooner than `baseline` the weights of `result` were in place."""
         return baseline.ready_seconds / result.ready_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """For programs."""
         return {
             "cold_page_cache": self.is_cold,
             "page_cache_share": self.cold_share,
@@ -134,10 +134,10 @@ class CardReport:
         return {
             "instance": result.name,
             "card": result.device_id,
-            "source": text.plain(result.source),
+            "source": output.plain(result.source),
             "plane": result.data_plane or "-",
             "path": result.path,
-            "ready": text.seconds(result.ready_seconds),
+            "ready": output.seconds(result.ready_seconds),
             "read": _seconds(result.disk_seconds),
             **{name: _seconds(seconds_of(result, name)) for name in PHASES},
             "GB/s": f"{speed / 1e9:.2f}" if speed is not None else "-",
@@ -160,4 +160,4 @@ def bytes_per_second(result: CardResult) -> float | None:
 
 
 def _seconds(value: float) -> str:
-    return text.seconds(value) if value >= 1e-6 else "-"
+    return output.seconds(value) if value >= 1e-6 else "-"

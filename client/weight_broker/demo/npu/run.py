@@ -1,7 +1,7 @@
 """`weight-broker demo --device npu`: the main job on Ascend cards.
 
 The instance on the first card loads a checkpoint from disk and publishes it; instances on the other cards, started at
-once, are filled from it; then the first is killed and one that starts in its place is filled from the others. Fails
+once, are filled from it; then the first is killed and an instance in its place is filled from the others. Fails
 unless all of them have the checkpoint's bytes, bit for bit.
 """
 
@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from weight_broker.cli import output, status, text
-from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.cli import output, status
+from weight_broker.cli.failure import CommandError, ExitCode, held
 from weight_broker.cli.inspector import Inspector, State
-from weight_broker.cli.interruption import held
 from weight_broker.cli.progress import Progress
 from weight_broker.demo import checkpoint as demo_checkpoint
 from weight_broker.demo import page_cache
@@ -45,9 +44,9 @@ def run(options: argparse.Namespace) -> ExitCode:
     progress = Progress(quiet=options.json)
     framework = framework_of(options.framework)
     model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
-    with CardStage(model_dir, framework, progress) as stage:
-        stage.start(options.instances)
-        report, state = stage.play()
+    with CardScene(model_dir, framework, progress) as scene:
+        scene.start(options.instances)
+        report, state = scene.play()
     failures = report.failures()
     if options.json:
         output.print_json({"model_dir": str(model_dir), **report.to_json(), "status": status.state_to_json(state)})
@@ -58,38 +57,38 @@ def run(options: argparse.Namespace) -> ExitCode:
         if not failures:
             console.print(report.verdict(), style="bold green")
         console.print("\nweight-broker status, while all of them were alive:", style="bold")
-        for one in status.renderables(state):
-            console.print(one)
+        for row in status.renderables(state):
+            console.print(row)
     for failure in failures:
         print(f"weight-broker: {failure}", file=sys.stderr)
     return ExitCode.FAILED if failures else ExitCode.DONE
 
 
 def framework_of(wanted: str) -> str:
-    """Who allocates: what is wanted, or torch_npu if it is installed."""
+    """The allocator of the tensors; "auto" is torch_npu if it is installed."""
     installed = importlib.util.find_spec("torch_npu") is not None
     if wanted == "torch_npu" and not installed:
         raise CommandError("torch_npu is not installed here; --framework acl does without", ExitCode.USAGE)
     return wanted if wanted != "auto" else "torch_npu" if installed else "acl"
 
 
-def model(given: Path | None, size: str | None, default_size: int, progress: Progress) -> Path:
-    """The directory of the model to load; makes one with random weights if none is given."""
-    if given is not None:
+def model(model_dir: Path | None, size: str | None, default_size: int, progress: Progress) -> Path:
+    """The directory of the model to load; writes a model with random weights if `model_dir` is None."""
+    if model_dir is not None:
         if size is not None:
             raise CommandError("--size is for the random model; it does not go with --model-dir", ExitCode.USAGE)
         try:
-            npu_memory.checkpoint(given)
+            npu_memory.checkpoint(model_dir)
         except (CheckpointError, OSError) as error:
             raise CommandError(str(error), ExitCode.USAGE) from None
-        return given.absolute()
+        return model_dir.absolute()
     if importlib.util.find_spec("torch") is None:
         raise CommandError("the random model needs torch: pip install torch, or --model-dir", ExitCode.USAGE)
     try:
         shape = demo_checkpoint.model_shape(demo_checkpoint.parse_size(size) if size is not None else default_size)
     except ValueError as error:
         raise CommandError(str(error), ExitCode.USAGE) from None
-    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {text.size(shape.size_bytes)}"
+    title = f"Qwen2 model with random weights, {shape.layers} layers of {shape.hidden}, {output.size(shape.size_bytes)}"
     try:
         with progress.bytes_written(title, shape.size_bytes) as report:
             return demo_checkpoint.ensure_checkpoint(shape.size_bytes, report)
@@ -98,27 +97,27 @@ def model(given: Path | None, size: str | None, default_size: int, progress: Pro
 
 
 def driver_variables() -> dict[str, str]:
-    """What lets a process other than the broker's find Ascend's libraries: the same that the broker's processes get."""
+    """Variables with which a process finds Ascend's libraries; the broker's own processes get the same."""
     path = os.environ.get("WEIGHT_BROKER_CARDS_LIBRARY_PATH")
     return {"LD_LIBRARY_PATH": path} if path else {}
 
 
-def start_broker(stage: Scene) -> Broker:
-    """A broker that serves the host's cards, with a datasystem worker of its own unless the environment names one."""
+def start_broker(scene: Scene) -> Broker:
+    """A broker that serves the host's cards, with a managed datasystem worker unless the environment names another."""
     settings = {"WEIGHT_BROKER_CARDS_ENABLED": "on"}
     if not any(os.environ.get(name) for name in _WORKER_VARIABLES):
         settings["WEIGHT_BROKER_DATASYSTEM_MANAGED"] = "true"
     with held():
-        broker = Broker(stage.runtime_directory, stage.directory, **settings)
-        stage.processes.append(broker)
+        broker = Broker(scene.runtime_directory, scene.directory, **settings)
+        scene.processes.append(broker)
     broker.wait_until_ready()
     return broker
 
 
-def wait_for_cards(stage: Scene, tick: Callable[[], None]) -> pb.Host:
-    """The host, once its driver was asked and the datasystem worker serves. Raises `CommandError` if it never does."""
+def wait_for_cards(scene: Scene, tick: Callable[[], None]) -> pb.Host:
+    """The host, once its cards are listed and the datasystem worker serves. Raises `CommandError` after 150 seconds."""
     deadline = time.monotonic() + _CARDS_SECONDS
-    with Inspector(stage.runtime_directory) as inspector:
+    with Inspector(scene.runtime_directory) as inspector:
         while True:
             tick()
             host = inspector.host()
@@ -129,25 +128,22 @@ def wait_for_cards(stage: Scene, tick: Callable[[], None]) -> pb.Host:
                 return host
             if time.monotonic() > deadline:
                 why = host.datasystem_worker.problem or "the datasystem worker is not reachable"
-                raise CommandError(f"no card serves after {_CARDS_SECONDS:.0f} s: {text.plain(why)}")
+                raise CommandError(f"no card serves after {_CARDS_SECONDS:.0f} s: {output.plain(why)}")
             time.sleep(_POLL_SECONDS)
 
 
 def npus(host: pb.Host) -> list[pb.Card]:
-    """The host's cards of this kind."""
-    return [one for one in host.cards if one.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
+    return [card for card in host.cards if card.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
 
 
 class CardInstance(Answering):
-    """An instance on a card."""
-
     def __init__(self, order: CardOrder, directory: Path) -> None:
         self.order = order
         arguments = ["-m", "weight_broker.demo.npu.instance", order.to_argument()]
         super().__init__(order.name, arguments, directory, **driver_variables())
 
 
-class CardStage(Scene):
+class CardScene(Scene):
     """A broker and instances on cards."""
 
     def __init__(self, model_dir: Path, framework: str, progress: Progress) -> None:
@@ -160,11 +156,11 @@ class CardStage(Scene):
 
     @property
     def cards(self) -> list[int]:
-        """Indices of the cards that are used."""
+        """Indices of the cards in use, the first instance's first."""
         return self._cards
 
     def start(self, count: int | None) -> pb.Host:
-        """Starts the broker; the host as it is then. `count`: instances that are to be started at once."""
+        """Starts the broker and returns its host. `count`: instances to start at once."""
         with self._progress.step("starting a broker and its datasystem worker, asking the driver for its cards"):
             start_broker(self)
             host = wait_for_cards(self, self._check)
@@ -179,16 +175,16 @@ class CardStage(Scene):
         share = page_cache.resident_share(self._files)
         with self._progress.step(f"{first.name} loads from disk into its card and publishes"):
             first_result = self._results([first])[0]
-        if first_result.problems:  # without a source there is nothing to see
-            log = self.processes[0].log_end()
-            raise CommandError(f"{first.name} is no source: {'; '.join(first_result.problems)}\nthe broker:{log}")
+        if first_result.problems:
+            problems, log = "; ".join(first_result.problems), self.processes[0].log_end()
+            raise CommandError(f"{first.name} did not become a source: {problems}\nthe broker:{log}")
         warm_result = self._load_warm()
         others = [self._instance(f"instance {number + 2}", card) for number, card in enumerate(self._cards[1:])]
         self._open(others)
         page_cache.evict(self._files)  # so that reading the disk would show
-        with self._progress.step(f"{len(others)} instances at once, each on a card of its own"):
+        with self._progress.step(f"{len(others)} instances at once, each on its own card"):
             results = self._results(others)
-        digests = {one.name: self._digest(one) for one in (first, *others)}
+        digests = {instance.name: self._digest(instance) for instance in (first, *others)}
         restarted = self._instance(f"instance {len(others) + 2}", self._cards[0])
         self._open([restarted])
         with self._progress.step(f"{first.name} is killed (kill -9); {restarted.name} starts on its card"):
@@ -196,8 +192,8 @@ class CardStage(Scene):
             self.processes.remove(first)
             self._wait_until_gone(first.name)
             results += self._results([restarted])
-        # Once more: what was filled must not have changed while others were.
-        again = {one.name: self._digest(one) for one in (*others, restarted)}
+        # Digested again: memory that was filled must not change while other instances are filled.
+        again = {instance.name: self._digest(instance) for instance in (*others, restarted)}
         with Inspector(self.runtime_directory) as inspector:
             state = inspector.state()
         expected = npu_memory.digest(
@@ -210,13 +206,14 @@ class CardStage(Scene):
         return report, state
 
     def _usable(self, host: pb.Host, count: int | None) -> list[int]:
-        """Indices of the cards to be used: one more than the instances that are started at once."""
-        ready = [one.device_index for one in npus(host) if one.state == pb.Card.STATE_READY]
+        """Indices of the cards to use: one more than the instances started at once."""
+        ready = [card.device_index for card in npus(host) if card.state == pb.Card.STATE_READY]
         wanted = (count or min(INSTANCES, len(ready) - 1)) + 1
         if wanted < 2 or wanted > len(ready):
-            others = "".join(f"\n    {one.device_id}: {text.plain(one.problem)}" for one in npus(host) if one.problem)
-            fix = f"take --instances {len(ready) - 1}" if len(ready) > 1 else "two are the least"
-            raise CommandError(f"{max(wanted, 2)} cards are needed and {len(ready)} are ready; {fix}{others}")
+            broken = [card for card in npus(host) if card.problem]
+            reasons = "".join(f"\n    {card.device_id}: {output.plain(card.problem)}" for card in broken)
+            fix = f"take --instances {len(ready) - 1}" if len(ready) > 1 else "the demo needs two"
+            raise CommandError(f"{max(wanted, 2)} cards are needed and {len(ready)} are ready; {fix}{reasons}")
         return ready[:wanted]
 
     def _load_warm(self) -> CardResult:
@@ -240,16 +237,17 @@ class CardStage(Scene):
         return instance
 
     def _open(self, instances: list[CardInstance]) -> None:
-        names = ", ".join(one.name for one in instances)
+        names = ", ".join(instance.name for instance in instances)
         with self._progress.step(f"{names}: opening the card, allocating memory"):
-            for one in instances:
-                one.answer("ready", time.monotonic() + _SECONDS, self._check)
+            for instance in instances:
+                instance.answer("ready", time.monotonic() + _SECONDS, self._check)
 
     def _results(self, instances: list[CardInstance]) -> list[CardResult]:
-        for one in instances:
-            one.tell("begin")
+        for instance in instances:
+            instance.tell("begin")
         return [
-            CardResult(**one.answer("done", time.monotonic() + _SECONDS, self._check)["result"]) for one in instances
+            CardResult(**instance.answer("done", time.monotonic() + _SECONDS, self._check)["result"])
+            for instance in instances
         ]
 
     def _digest(self, instance: CardInstance) -> str:
@@ -259,7 +257,7 @@ class CardStage(Scene):
     def _wait_until_gone(self, name: str) -> None:
         deadline = time.monotonic() + _GONE_SECONDS
         with Inspector(self.runtime_directory) as inspector:
-            while any(one.name == name for one in inspector.instances()):
+            while any(instance.name == name for instance in inspector.instances()):
                 if time.monotonic() > deadline:
                     raise CommandError(f"{name} was killed and is still listed after {_GONE_SECONDS:.0f} s")
                 time.sleep(_POLL_SECONDS / 10)

@@ -18,8 +18,8 @@ from weight_broker.memory.described import DescribedTensors
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.host import copying
 from weight_broker.memory.host.address_space import Mapping
+from weight_broker.memory.host.export import SharedWeights
 from weight_broker.memory.host.fill import copy_in
-from weight_broker.memory.host.shared import SharedWeights
 from weight_broker.memory.host.view import Framework, map_tensors
 from weight_broker.memory.kind import ClaimRegion, DeadlinePassed, Received
 

@@ -19,8 +19,7 @@ from weight_broker.memory.described import DescribedTensors
 from weight_broker.memory.host import copying, strided
 from weight_broker.memory.host.describe import describe_host
 from weight_broker.memory.host.destination import TensorFiller
-from weight_broker.memory.host.export import export, region_bytes
-from weight_broker.memory.host.shared import SharedWeights
+from weight_broker.memory.host.export import SharedWeights, export, region_bytes
 from weight_broker.memory.kind import Destination, Kind, Prepared, Shared, Terms
 
 

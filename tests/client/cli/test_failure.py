@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from weight_broker.cli import interruption
+from weight_broker.cli import failure
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -42,7 +42,7 @@ def handlers_are_given_back() -> Iterator[None]:
 
 def run(*steps: Callable[[], object]) -> None:
     """Runs a command of these steps as the command line does."""
-    with interruption.stoppable():
+    with failure.stoppable():
         for step in steps:
             step()
 
@@ -78,7 +78,7 @@ def test_what_is_made_while_signals_are_held_is_noted_before_one_ends_the_comman
     made: list[str] = []
 
     def make() -> None:
-        with interruption.held():
+        with failure.held():
             signal.raise_signal(signal.SIGTERM)
             made.append("a process")
 
@@ -89,7 +89,7 @@ def test_what_is_made_while_signals_are_held_is_noted_before_one_ends_the_comman
 
 def test_cleaning_up_is_not_interrupted() -> None:
     done: list[str] = []
-    with interruption.stoppable(), interruption.uninterrupted():
+    with failure.stoppable(), failure.uninterrupted():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             signal.raise_signal(number)
         done.append("all removed")

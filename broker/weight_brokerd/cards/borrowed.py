@@ -1,4 +1,4 @@
-"""A receiver that one transfer has to itself."""
+"""A receiver process reserved for one staged transfer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ from weight_brokerd.cards import messages
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardRefused
 from weight_brokerd.cards.messages import ImportRegion
-from weight_brokerd.cards.plan.chunks import new_bucket_id
+from weight_brokerd.cards.plan.chunks import new_buffer_id
 from weight_brokerd.cards.process import AnswerT, CardProcess, EngineFailed
 
 
-class Lent:
-    """A card process as a job sees it."""
-
+class BorrowedReceiver:
     def __init__(self, child: CardProcess, configuration: CardsConfiguration) -> None:
-        self.bucket: ImportRegion | None = None
-        """Memory of the process's own that instances can import; gone when the job has ended."""
+        self.buffer: ImportRegion | None = None
+        """The process's staging buffer, which instances can import; freed when the job has ended."""
         self.is_busy = False
-        """Whether the process may be doing something that nobody waits for any more: it is to be killed."""
+        """Whether a request may still run without a waiter: the process must then be killed."""
         self._child = child
         self._configuration = configuration
 
@@ -25,19 +23,19 @@ class Lent:
         """One request at a time. Raises TimeoutError, CardRefused, EngineFailed, CardLost."""
         return await self._request(request, messages.Done, timeout)
 
-    async def make_bucket(self, size: int) -> None:
-        """Sets `bucket`. Raises as `ask`."""
-        region_id = new_bucket_id()
-        request = messages.MakeBucket(region_id, size)
-        made = await self._request(request, messages.Bucket, self._configuration.import_seconds)
-        self.bucket = ImportRegion(region_id, size, made.export_key)
+    async def make_staging_buffer(self, size: int) -> None:
+        """Sets `buffer`. Raises as `ask`."""
+        region_id = new_buffer_id()
+        request = messages.MakeStagingBuffer(region_id, size)
+        answer = await self._request(request, messages.StagingBuffer, self._configuration.import_seconds)
+        self.buffer = ImportRegion(region_id, size, answer.export_key)
 
     async def _request(self, request: messages.Request, answer: type[AnswerT], timeout: float) -> AnswerT:
         self.is_busy = True
         try:
-            answered = await self._child.request(request, answer, timeout)
+            received = await self._child.request(request, answer, timeout)
         except CardRefused as error:
             self.is_busy = isinstance(error, EngineFailed)
             raise
         self.is_busy = False
-        return answered
+        return received

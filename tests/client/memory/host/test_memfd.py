@@ -17,10 +17,10 @@ from support.waiting import eventually
 from weight_broker import ColdLoadLease, PublishRefused
 from weight_broker.key import WeightSetKey
 from weight_broker.memory.host import export as host
-from weight_broker.memory.host import prepared
+from weight_broker.memory.host import memfd
 from weight_broker.memory.host.address_space import Mapping
 from weight_broker.memory.host.export import copy_in, export, region_bytes
-from weight_broker.memory.host.prepared import PreparedMemory, prepare
+from weight_broker.memory.host.memfd import PreparedMemory, prepare
 from weight_broker.memory.tensors import describe
 from weight_broker.transfers.exchange import Exchange
 from weight_broker.transfers.load import Load
@@ -96,7 +96,7 @@ def test_publishing_that_is_refused_gives_it_back_too(monkeypatch: pytest.Monkey
 
 
 def test_memory_that_was_asked_for_but_is_not_there_yet_is_checked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "allocate_range", lambda *_: None)
+    monkeypatch.setattr(memfd, "allocate_range", lambda *_: None)
     memory, described = PreparedMemory(SIZE_BYTES), describe(weights())
     monkeypatch.setattr(host, "available_bytes", lambda: SIZE_BYTES - 1)
     with pytest.raises(PublishRefused, match=str(region_bytes(described.layout))):
@@ -115,9 +115,9 @@ def test_what_cannot_be_shared_is_not_prepared_for_and_stops_no_loader() -> None
 
 
 def test_nothing_is_prepared_where_memory_is_not_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "available_bytes", lambda: 3 * SIZE_BYTES - 1)
+    monkeypatch.setattr(memfd, "available_bytes", lambda: 3 * SIZE_BYTES - 1)
     assert prepare(SIZE_BYTES) is None
-    monkeypatch.setattr(prepared, "available_bytes", lambda: 3 * SIZE_BYTES)
+    monkeypatch.setattr(memfd, "available_bytes", lambda: 3 * SIZE_BYTES)
     memory = prepare(SIZE_BYTES)
     assert memory is not None
     memory.close()
@@ -129,7 +129,7 @@ def test_little_memory_is_not_prepared_and_a_limit_of_the_process_is_no_error(mo
     def refuse(size_bytes: int) -> int:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(prepared, "create", refuse)
+    monkeypatch.setattr(memfd, "create", refuse)
     assert prepare(SIZE_BYTES) is None
 
 
@@ -137,9 +137,10 @@ def test_memory_that_runs_out_on_the_way_is_left_to_publishing_to_report(monkeyp
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepared, "allocate_range", refuse)
+    monkeypatch.setattr(memfd, "allocate_range", refuse)
     memory, described = PreparedMemory(SIZE_BYTES), describe(weights())
     until_it_is_there(memory)
+    monkeypatch.undo()
     export(described, prepared=memory).close()
 
 
@@ -171,7 +172,7 @@ def test_taking_it_does_not_wait_for_all_of_it(monkeypatch: pytest.MonkeyPatch) 
         begun.set()
         made.get(timeout=60)._stop.wait(60)  # the next one would come after it was taken
 
-    monkeypatch.setattr(prepared, "allocate_range", allocate)
+    monkeypatch.setattr(memfd, "allocate_range", allocate)
     memory = PreparedMemory(1 << 40)
     made.put(memory)
     assert begun.wait(60)
