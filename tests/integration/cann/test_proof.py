@@ -22,6 +22,8 @@ from doubles.cann.run import variables
 from support.datasystem_worker import require_wheel
 from weight_brokerd.ascend_check.contract.machine.costs import BYTES_VARIABLE
 from weight_brokerd.ascend_check.contract.table import ROWS
+from weight_brokerd.proof import npu
+from weight_brokerd.proof.__main__ import main
 
 pytestmark = pytest.mark.timeout(600)
 BYTES = 16 << 20
@@ -140,3 +142,28 @@ def test_a_proof_for_a_pipe_leaves_the_table_to_standard_error(machine: Machine,
     done, _ = prove(machine, tmp_path, "--rows", "M1", "--json", "-")
     assert json.loads(done.stdout)["rows"][0]["id"] == "M1"
     assert "M1" in done.stderr
+
+
+def test_the_script_of_an_ascend_host_starts_the_same_proof(machine: Machine, tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "deploy/ascend-check.sh"
+    file = tmp_path / "proof.json"
+    done = subprocess.run(
+        [script, "--prove", "--rows", "M1", "--json", file],
+        env=os.environ | variables(machine.host) | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert verdicts(json.loads(file.read_text())) == {"M1": "as_source"}
+
+
+def test_a_card_in_use_is_left_alone_unless_the_operator_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(npu, "others", lambda: {77: "vllm serve model"})
+    file = tmp_path / "proof.json"
+    assert main(["npu", "--json", str(file), "--rows", "none"]) == 2
+    assert "77 vllm serve model" in capsys.readouterr().err
+    assert not file.exists()
+    assert main(["npu", "--json", str(file), "--rows", "none", "--beside-others"]) == 0
+    assert json.loads(file.read_text())["host"]["beside"] == {"77": "vllm serve model"}
