@@ -46,7 +46,7 @@ def _measured(
     receiver.ask("allocate", name=name, size=size, blobs=_BLOBS)
     first = _transfer(sender, receiver, name)
     exact = sender.ask("content", name=name)["digest"] == receiver.ask("content", name=name)["digest"]
-    return exact, first, statistics.median(_transfer(sender, receiver, name) for _ in range(_WARM))
+    return exact, first, round(statistics.median(_transfer(sender, receiver, name) for _ in range(_WARM)), 4)
 
 
 def _transfer(sender: StoreProcess, receiver: StoreProcess, name: str) -> float:

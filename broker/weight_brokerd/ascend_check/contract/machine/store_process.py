@@ -16,8 +16,8 @@ from typing import IO, Any, Self, cast
 
 from weight_brokerd.ascend_check.contract.driver import PORTS_CHOSEN, Call, NotRun, Scene
 
-_READY_SECONDS = 30.0
-_CONNECT_SECONDS = 20.0
+_READY_SECONDS = _CONNECT_SECONDS = 120.0
+"""More than a row has on a machine in order: there the row's own limit counts."""
 _POLL_SECONDS = 0.05
 
 
