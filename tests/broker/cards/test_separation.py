@@ -47,6 +47,11 @@ def test_without_the_right_to_look_the_numbers_of_the_process_tell(
     assert bool(why_not_opened(region(PID), INVALID_CONTEXT, processes=tmp_path)) == is_apart
 
 
+def test_nothing_is_said_of_a_process_that_has_ended(tmp_path: Path) -> None:
+    process(tmp_path, "self", namespace="pid:[1]", numbers="5")
+    assert why_not_opened(region(PID), INVALID_CONTEXT, processes=tmp_path) == ""
+
+
 @pytest.mark.parametrize("code", [INVALID_CONTEXT, MAP_FAILED])
 def test_users_are_compared_whichever_code_the_driver_has_for_it(code: int) -> None:
     why = why_not_opened(region(os.getpid(), os.geteuid() + 1), code)

@@ -38,7 +38,8 @@ def _is_in_other_namespace(pid: int, processes: Path) -> bool:
     theirs, ours = _namespace(processes / str(pid)), _namespace(processes / "self")
     if theirs and ours:
         return theirs != ours
-    return _depth(processes / str(pid)) != _depth(processes / "self")
+    depths = _depth(processes / str(pid)), _depth(processes / "self")
+    return all(depths) and depths[0] != depths[1]
 
 
 def _namespace(process: Path) -> str:

@@ -13,8 +13,6 @@ from weight_brokerd.proof.occupants import occupants
 from weight_brokerd.proof.processes import NotRun
 from weight_brokerd.proof.runner import Verdict
 
-_GPU = r"/dev/nvidia\d+"
-
 
 def present() -> bool:
     """Whether there is a GPU."""
@@ -46,4 +44,4 @@ def host() -> dict[str, Any]:
 
 def others() -> Mapping[int, str]:
     """The processes that have a GPU open."""
-    return occupants(_GPU)
+    return occupants(table.DEVICE_FILES)

@@ -20,6 +20,8 @@ ROWS: tuple[Row[CudaScene], ...] = (
     *separation.ROWS,
     *torch_rows.ROWS,
 )
+DEVICE_FILES = r"/dev/nvidia\d+"
+"""Of GPUs, not of the driver as a whole."""
 _KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 _VARIABLES = ("CUDA_", "NVIDIA_", "PYTORCH_CUDA_ALLOC_CONF", "LD_LIBRARY_PATH")
 

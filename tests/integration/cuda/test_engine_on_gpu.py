@@ -1,0 +1,49 @@
+"""An engine loads onto a GPU, on a double of NVIDIA's driver: from disk, from a source, with a driver that fails."""
+
+from __future__ import annotations
+
+import pytest
+
+from doubles.cuda.control import Fault, uuid
+from support import gpu_engine as engine
+from support.device_host import published_on
+from support.gpu_host import GpuHost
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_an_engine_loads_and_publishes_and_the_next_one_is_filled_from_it(gpu_host: GpuHost) -> None:
+    broker = gpu_host.start_broker()
+    first, second = gpu_host.start_instance("first"), gpu_host.start_instance("second")
+    first.call(engine.make, 0)
+    second.call(engine.make, 1)
+    assert first.call(engine.load) == ("disk", True, "", "")
+    assert second.call(engine.load) == ("peer", True, "", "")
+    assert second.call(engine.digest) == first.call(engine.digest)
+    assert sorted(device for _, device in published_on(broker)) == sorted([uuid(0), uuid(1)])
+    assert gpu_host.cuda.violations() == []
+
+
+@pytest.mark.parametrize("fault", [Fault.OUT_OF_MEMORY, Fault.OPEN_REFUSED, Fault.MAPPED_MEMORY])
+def test_a_driver_that_fails_costs_the_publication_and_not_the_load(gpu_host: GpuHost, fault: Fault) -> None:
+    gpu_host.start_broker()
+    first, whole = gpu_host.start_instance("first"), gpu_host.start_instance("whole")
+    whole.call(engine.make, 0)
+    if fault is Fault.MAPPED_MEMORY:
+        gpu_host.cuda.inject(fault)
+    first.call(engine.make, 0)
+    gpu_host.cuda.inject(fault)
+    loaded = first.call(engine.load)
+    assert (loaded.source, loaded.is_published) == ("disk", False)
+    assert loaded.not_published
+    gpu_host.cuda.clear(fault)
+    assert whole.call(engine.load).is_published
+    assert first.call(engine.digest) == whole.call(engine.digest)
+
+
+def test_without_a_broker_an_engine_loads_as_ever(gpu_host: GpuHost) -> None:
+    alone = gpu_host.start_instance("alone")
+    alone.call(engine.make, 0)
+    loaded = alone.call(engine.load)
+    assert (loaded.source, loaded.is_published) == ("disk", False)
+    assert loaded.acquire_error
