@@ -1,27 +1,41 @@
-"""Processes that use the devices of a proof: rows would meet them, and they would meet the rows."""
+"""Who has a device open."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 
-def occupants(device_files: str, *, processes: Path = Path("/proc")) -> list[int]:
-    """Pids of the processes that have a file open whose whole path matches, as far as this user may look."""
-    pattern = re.compile(device_files)
-    numbers = (int(entry.name) for entry in processes.iterdir() if entry.name.isdecimal())
-    return sorted(pid for pid in numbers if any(map(pattern.fullmatch, _open_files(processes / str(pid) / "fd"))))
+def occupants(nodes: str, proc: Path = Path("/proc")) -> dict[int, str]:
+    """The processes that have one of the device nodes open, with their commands. `nodes`: an expression for paths.
+
+    Only root sees the processes of other users.
+    """
+    return {
+        int(process.name): _command(process)
+        for process in proc.iterdir()
+        if process.name.isdigit() and int(process.name) != os.getpid() and _has_open(process, re.compile(nodes))
+    }
 
 
-def _open_files(directory: Path) -> Iterator[str]:
+def _has_open(process: Path, nodes: re.Pattern[str]) -> bool:
     try:
-        names = os.listdir(directory)
-    except OSError:  # of another user, or ended
-        return
-    for name in names:
-        try:
-            yield os.readlink(directory / name)
-        except OSError:
-            continue
+        return any(nodes.fullmatch(target) for target in map(_target, (process / "fd").iterdir()))
+    except OSError:  # it has ended, or belongs to another user
+        return False
+
+
+def _target(descriptor: Path) -> str:
+    try:
+        return os.readlink(descriptor)
+    except OSError:
+        return ""
+
+
+def _command(process: Path) -> str:
+    try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return " ".join(word.decode(errors="replace") for word in words[:3]).strip()

@@ -139,9 +139,18 @@ def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
         type=Path,
         metavar="FILE",
         help="instead: compare the drivers of this machine's devices with their sources, in processes that use the "
-        "devices for a minute; write FILE (proof.json) to attach to a report",
+        "devices for some minutes; write FILE (proof.json) to attach to a report",
     )
-    command.add_argument("--beside", action="store_true", help="with --prove: although other processes use the devices")
+    command.add_argument(
+        "--beside-others", action="store_true", help="with --prove: although other processes use the devices"
+    )
+    command.add_argument(
+        "--as-unit",
+        nargs="*",
+        metavar="FILE",
+        help="with --prove, as root: under systemd with the properties of weight-broker.service as it is installed, or "
+        "of these files",
+    )
 
 
 def _add_drain(commands: _Commands[argparse.ArgumentParser]) -> None:

@@ -1,24 +1,35 @@
-"""Which processes use a device."""
+"""Whoever has a card open is found by its descriptors."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from weight_brokerd.proof.cuda.table import DEVICE_FILES
 from weight_brokerd.proof.occupants import occupants
 
-
-def process(root: Path, pid: int, *files: str) -> None:
-    directory = root / str(pid) / "fd"
-    directory.mkdir(parents=True)
-    for number, file in enumerate(files):
-        (directory / str(number)).symlink_to(file)
+CARD = r"/dev/davinci\d+"
 
 
-def test_processes_with_a_device_open_are_found(tmp_path: Path) -> None:
-    process(tmp_path, 30, "/dev/null", "/dev/nvidia0")
-    process(tmp_path, 4, "/dev/nvidia11")
-    process(tmp_path, 5, "/dev/nvidiactl", "/dev/nvidia-uvm", "/home/dev/nvidia0")
-    (tmp_path / "self").mkdir()
-    (tmp_path / "6").mkdir()
-    assert occupants(DEVICE_FILES, processes=tmp_path) == [4, 30]
+def process(proc: Path, pid: int, *targets: str) -> None:
+    descriptors = proc / str(pid) / "fd"
+    descriptors.mkdir(parents=True)
+    (proc / str(pid) / "cmdline").write_bytes(b"vllm\0serve\0model\0--port\0")
+    for number, target in enumerate(targets):
+        (descriptors / str(number)).symlink_to(target)
+
+
+def test_a_process_with_a_card_is_named_with_its_command(tmp_path: Path) -> None:
+    process(tmp_path, 7, "/dev/null", "/dev/davinci3")
+    assert occupants(CARD, tmp_path) == {7: "vllm serve model"}
+
+
+def test_a_process_with_other_devices_or_the_manager_alone_is_none(tmp_path: Path) -> None:
+    process(tmp_path, 8, "/dev/davinci_manager", "/dev/dri/card0")
+    assert occupants(CARD, tmp_path) == {}
+
+
+def test_the_asking_process_and_what_is_no_process_are_left_out(tmp_path: Path) -> None:
+    process(tmp_path, os.getpid(), "/dev/davinci0")
+    (tmp_path / "meminfo").write_text("")
+    (tmp_path / "9").mkdir()
+    assert occupants(CARD, tmp_path) == {}

@@ -148,6 +148,13 @@ API int aclrtDeviceDisablePeerAccess(int32_t device)
     if (!code) peers_of[card] &= ~(1ULL << peer);
     return code;
 }
+API int aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer)
+{
+    if (card_of_device(device) < 0 || card_of_device(peer) < 0)
+        return refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d or %d", device, peer);
+    *can = device != peer;
+    return ACL_SUCCESS;
+}
 
 API int rtGetDeviceInfo(uint32_t device, int32_t module, int32_t information, int64_t *value)
 {

@@ -121,22 +121,6 @@ def device(scene: Scene) -> object:
 
 
 @row(
-    "O1",
-    "aclrtSetDevice",
-    done="two mount namespaces (containers): the card is set in one, in the other, and there after the first one's end",
-    expected=(0, REFUSED, 0),
-    owner="a card belongs to the mount namespace of its opener; the host's, and root with all capabilities, are exempt",
-    source="drv uda_access.c uda_occupy_dev_by_ns, uda_cur_is_admin",
-    needed_by="the broker's unit must have no mount namespace of its own",
-)
-def occupied(scene: Scene) -> object:
-    first, second = scene.in_a_container(), scene.in_a_container()
-    codes = first.code("aclrtSetDevice", i32(0)), second.code("aclrtSetDevice", i32(0))
-    first.kill()
-    return *codes, second.code("aclrtSetDevice", i32(0))
-
-
-@row(
     "D2",
     "aclrtSynchronizeDevice",
     "aclrtQueryDeviceStatus",

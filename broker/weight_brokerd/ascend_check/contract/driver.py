@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -70,12 +69,28 @@ class NotRun(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A call that a row has made, for the report."""
+
+    process: int
+    """The row's processes are numbered from 1."""
+    name: str
+    code: int | None
+    """None: the function or the process is gone."""
+    words: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a call gave."""
 
-    code: int
+    code: Any
+    """0, an error, or None if the function or the process is gone."""
     out: list[Any]
     words: str
+    seconds: float = 0.0
+    """How long the call took, in its process."""
 
     @property
     def value(self) -> Any:
@@ -86,10 +101,17 @@ class Answer:
 class DriverProcess:
     """A process that calls the driver."""
 
-    def __init__(self, environment: Mapping[str, str], wrapper: Sequence[str] = ()) -> None:
-        """`wrapper`: the command that starts it."""
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        note: Callable[[str, Answer], None],
+        options: Sequence[str] = (),
+        wrapper: Sequence[str] = (),
+    ) -> None:
+        """`note` is called with every answer; `options`: of `worker`; `wrapper`: the command that starts it."""
+        self._note = note
         self._child = subprocess.Popen(
-            [*wrapper, sys.executable, "-m", "weight_brokerd.ascend_check.contract.worker"],
+            [*wrapper, sys.executable, "-m", "weight_brokerd.ascend_check.contract.worker", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -110,13 +132,19 @@ class DriverProcess:
             line = self._out.readline()
             timer.cancel()
             if not line:
-                raise NotRun(f"the process ended with {self._child.wait()} in {name}")
+                raise self._gone(name, f"the process ended with {self._child.wait()} in {name}")
             found = json.loads(line)
             if found["code"] is None:
-                raise NotRun(f"{name} is not in this CANN")
-            return Answer(found["code"], found["out"], found["words"])
+                raise self._gone(name, f"{name} is not in this CANN")
+            answered = Answer(found["code"], found["out"], found["words"], found["seconds"])
+            self._note(name, answered)
+            return answered
 
         return answer
+
+    def _gone(self, name: str, words: str) -> NotRun:
+        self._note(name, Answer(None, [], words))
+        return NotRun(words)
 
     def call(self, name: str, *arguments: Argument | str, **how: bool) -> Answer:
         """Calls a function. `thread=True`: in a fresh thread, which has no device."""
@@ -124,7 +152,7 @@ class DriverProcess:
 
     def code(self, name: str, *arguments: Argument, **how: bool) -> int:
         """Its code."""
-        return self.call(name, *arguments, **how).code
+        return int(self.call(name, *arguments, **how).code)
 
     def value(self, name: str, *arguments: Argument, **how: bool) -> Any:
         """Its first out argument. Raises NotRun if it fails: the row is about something else."""
@@ -209,24 +237,26 @@ class DriverProcess:
 
 
 class Scene:
-    """The processes of one row. A context manager: they are gone at its end."""
+    """The processes of one row, and their calls. A context manager: the processes are gone at its end."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        """`environment`: what every process has; this process's own if left out."""
-        self._environment = dict(os.environ if environment is None else environment)
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """`environment`: what every process has."""
+        self.calls: list[Call] = []
+        self.environment = dict(environment)
         self._processes: list[DriverProcess] = []
 
-    def fresh(self, visible: str | None = None, **environment: str) -> DriverProcess:
-        """A process that has called nothing yet. `visible`: ASCEND_RT_VISIBLE_DEVICES."""
-        variables = {**self._environment, **environment}
+    def fresh(self, visible: str | None = None, options: Sequence[str] = (), **environment: str) -> DriverProcess:
+        """A process that has called nothing yet. `visible`: ASCEND_RT_VISIBLE_DEVICES; `options`: of `worker`."""
+        variables = {**self.environment, **environment}
         if visible is not None:
             variables["ASCEND_RT_VISIBLE_DEVICES"] = visible
-        self._processes.append(DriverProcess(variables))
-        return self._processes[-1]
+        return self._start(variables, options)
 
-    def process(self, device: int = 0, visible: str | None = None, **environment: str) -> DriverProcess:
+    def process(
+        self, device: int = 0, visible: str | None = None, options: Sequence[str] = (), **environment: str
+    ) -> DriverProcess:
         """A process that is initialised, on a device. Raises NotRun if there is none."""
-        process = self.fresh(visible, **environment)
+        process = self.fresh(visible, options, **environment)
         process.code("aclInit", NULL)
         process.value("aclrtSetDevice", i32(device))
         return process
@@ -235,8 +265,19 @@ class Scene:
         """An initialised process in a mount namespace of its own, and not root for the host."""
         if shutil.which(_CONTAINER[0]) is None:
             raise NotRun(f"there is no {_CONTAINER[0]}")
-        self._processes.append(DriverProcess(self._environment, _CONTAINER))
-        self._processes[-1].code("aclInit", NULL)
+        process = self._start(self.environment, wrapper=_CONTAINER)
+        process.code("aclInit", NULL)
+        return process
+
+    def _start(
+        self, variables: Mapping[str, str], options: Sequence[str] = (), wrapper: Sequence[str] = ()
+    ) -> DriverProcess:
+        number = len(self._processes) + 1
+
+        def note(name: str, answer: Answer) -> None:
+            self.calls.append(Call(number, name, answer.code, answer.words, answer.seconds))
+
+        self._processes.append(DriverProcess(variables, note, options, wrapper))
         return self._processes[-1]
 
     def __enter__(self) -> Self:

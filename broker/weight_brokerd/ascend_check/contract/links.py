@@ -26,7 +26,7 @@ _INT8 = 0
 _BYTES = "abcd"
 
 
-class _End:
+class End:
     """A rank."""
 
     def __init__(self, process: DriverProcess, communicator: int) -> None:
@@ -44,7 +44,8 @@ class _End:
         return self.process.code("aclrtSynchronizeStreamWithTimeout", self._stream, i32(30_000))
 
 
-def _connected(one: DriverProcess, other: DriverProcess) -> tuple[_End, _End]:
+def connected(one: DriverProcess, other: DriverProcess) -> tuple[End, End]:
+    """Two ranks of a communicator. Raises NotRun if there is none."""
     root = one.call("HcclGetRootInfo", ("room", ROOT_INFO_BYTES))
     if root.code:
         raise NotRun(f"HcclGetRootInfo failed with {root.code}: {root.words}")
@@ -55,10 +56,10 @@ def _connected(one: DriverProcess, other: DriverProcess) -> tuple[_End, _End]:
     here = waiting()
     if here.code or there.code:
         raise NotRun(f"{name} failed with {here.code}, {there.code}: {here.words or there.words}")
-    return _End(one, here.value), _End(other, there.value)
+    return End(one, here.value), End(other, there.value)
 
 
-def _moved(one: _End, other: _End, source: int, destination: int) -> tuple[int, str]:
+def _moved(one: End, other: End, source: int, destination: int) -> tuple[int, str]:
     """The worst code of a transfer, and what arrived."""
     codes = [one.move("HcclSend", source, 1), other.move("HcclRecv", destination, 0), one.wait(), other.wait()]
     return max(codes), other.process.read(destination, 2)[1]
@@ -80,7 +81,7 @@ def _moved(one: _End, other: _End, source: int, destination: int) -> tuple[int, 
     needed_by="every transfer between cards",
 )
 def link(scene: Scene) -> object:
-    one, other = _connected(scene.process(0, **PORTS_CHOSEN), scene.process(1, **PORTS_CHOSEN))
+    one, other = connected(scene.process(0, **PORTS_CHOSEN), scene.process(1, **PORTS_CHOSEN))
     source, destination = one.process.malloc(CHUNK), other.process.malloc(CHUNK)
     one.process.write(source, _BYTES)
     code, read = _moved(one, other, source, destination)
@@ -102,7 +103,7 @@ def imported(scene: Scene) -> object:
     owner, keeper = scene.process(0), scene.process(1)
     allocation = owner.malloc(CHUNK)
     owner.write(allocation, _BYTES)
-    one, other = _connected(scene.process(0, **PORTS_CHOSEN), scene.process(1, **PORTS_CHOSEN))
+    one, other = connected(scene.process(0, **PORTS_CHOSEN), scene.process(1, **PORTS_CHOSEN))
     _, source = one.process.import_key(owner.export(allocation, CHUNK)[1])
     shareable = keeper.share(keeper.chunk(device=1).value).value
     handle = other.process.adopt(shareable, 1).value
@@ -122,7 +123,7 @@ def imported(scene: Scene) -> object:
 )
 def ports_in_use(scene: Scene) -> object:
     defaults = dict.fromkeys(PORTS_CHOSEN, "")
-    _connected(scene.process(0, **defaults), scene.process(1, **defaults))
+    connected(scene.process(0, **defaults), scene.process(1, **defaults))
     return scene.process(0, **defaults).code("HcclGetRootInfo", ("room", ROOT_INFO_BYTES))
 
 
@@ -139,5 +140,5 @@ def ports_in_use(scene: Scene) -> object:
 def ports_chosen(scene: Scene) -> object:
     defaults = dict.fromkeys(PORTS_CHOSEN, "")
     for variables in (PORTS_CHOSEN, PORTS_CHOSEN, defaults):
-        _connected(scene.process(0, **variables), scene.process(1, **variables))
+        connected(scene.process(0, **variables), scene.process(1, **variables))
     return True

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from weight_brokerd.ascend_check.contract.driver import NotRun, Scene
+from weight_brokerd.ascend_check.contract.driver import Call, NotRun, Scene
 
 
 class _AnyError:
@@ -22,7 +23,43 @@ class _AnyError:
         return "refused"
 
 
+class _Anything:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 2
+
+
 REFUSED = _AnyError()
+_ANYTHING = _Anything()
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Assumed:
+    """The source does not say; the worse is assumed. The double shows it, and a machine may be kinder."""
+
+    worse: object
+
+    def __eq__(self, other: object) -> bool:
+        return self.worse == other
+
+    def __hash__(self) -> int:
+        return 3
+
+    def __repr__(self) -> str:
+        return f"unknown, {self.worse!r} is assumed"
+
+
+class _Unknown(Assumed):
+    """The source says nothing, and nothing is assumed: the value is what the row is run for."""
+
+    def __repr__(self) -> str:
+        return "unknown"
+
+
+UNKNOWN = _Unknown(worse=float("nan"))
+"""Equal to nothing, so that it is always recorded."""
 
 
 class Verdict(enum.StrEnum):
@@ -30,7 +67,23 @@ class Verdict(enum.StrEnum):
 
     AS_SOURCE = "as the source"
     UNLIKE_SOURCE = "UNLIKE the source"
+    RECORDED = "recorded"
+    """What the source says is so, and what it does not say is an answer that was unknown."""
     NOT_RUN = "not run"
+
+
+def verdict_of(expected: object, seen: object) -> Verdict:
+    """Of a row that came to its end."""
+    if expected == seen:
+        return Verdict.AS_SOURCE
+    return Verdict.RECORDED if _as_stated(expected) == seen else Verdict.UNLIKE_SOURCE
+
+
+def _as_stated(expected: object) -> object:
+    """Without what is only assumed."""
+    if isinstance(expected, tuple):
+        return tuple(_as_stated(part) for part in expected)
+    return _ANYTHING if isinstance(expected, Assumed) else expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +116,7 @@ class Outcome:
     row: Row
     verdict: Verdict
     seen: str
+    calls: tuple[Call, ...] = ()
 
 
 def rows() -> tuple[list[Row], Callable[..., Callable[[Callable[[Scene], object]], Callable[[Scene], object]]]]:
@@ -91,9 +145,9 @@ def rows() -> tuple[list[Row], Callable[..., Callable[[Callable[[Scene], object]
 
 def run(row: Row, environment: Mapping[str, str] | None = None) -> Outcome:
     """Runs the row in processes of its own."""
-    try:
-        with Scene(environment) as scene:
+    with Scene(os.environ if environment is None else environment) as scene:
+        try:
             seen = row.body(scene)
-    except NotRun as why:
-        return Outcome(row, Verdict.NOT_RUN, str(why))
-    return Outcome(row, Verdict.AS_SOURCE if row.expected == seen else Verdict.UNLIKE_SOURCE, repr(seen))
+        except NotRun as why:
+            return Outcome(row, Verdict.NOT_RUN, str(why), tuple(scene.calls))
+        return Outcome(row, verdict_of(row.expected, seen), repr(seen), tuple(scene.calls))

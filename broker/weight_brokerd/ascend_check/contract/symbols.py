@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weight_brokerd.ascend_check.contract.driver import Scene
+from weight_brokerd.ascend_check.contract.driver import NotRun, Scene
 from weight_brokerd.ascend_check.contract.row import rows
 
 ROWS, row = rows()
@@ -118,4 +118,9 @@ CALLED = (
     needed_by="CANN 8.5 is the oldest in which the datasystem's client loads",
 )
 def linked(scene: Scene) -> object:
-    return tuple(scene.fresh().missing(LINKED_ONLY + CALLED))
+    missing = scene.fresh().missing(LINKED_ONLY + CALLED)
+    if "aclInit" in missing:
+        raise NotRun(
+            "aclInit is not in this CANN: is libascendcl.so found? Source set_env.sh, or set cards.library_path"
+        )
+    return tuple(missing)

@@ -5,11 +5,13 @@ Every row has processes of its own, because a fault on a card takes a process al
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 _SCALARS: dict[str, Any] = {
@@ -20,6 +22,8 @@ _SCALARS: dict[str, Any] = {
     "u64": ctypes.c_uint64,
 }
 _LOCATION_DEVICE = 1
+_NAMESPACES = {"mnt": 0x00020000, "net": 0x40000000}
+"""CLONE_NEWNS, CLONE_NEWNET"""
 _LIBRARIES = ("libascendcl.so", "libhccl.so", "libruntime.so", "libhccl_plf.so", "libra.so")
 
 
@@ -45,7 +49,7 @@ class Worker:
 
     def missing(self, names: list[str]) -> dict[str, Any]:
         """Those of the names that no library has."""
-        return {"code": 0, "out": [name for name in names if self._find(name) is None], "words": ""}
+        return {"code": 0, "out": [name for name in names if self._find(name) is None], "words": "", "seconds": 0.0}
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
         """Calls a function. The answer has its code, what it put into its out arguments, and the driver's words."""
@@ -53,12 +57,15 @@ class Worker:
             return self.missing(request["arguments"])
         function = self._find(request["call"])
         if function is None:
-            return {"code": None, "out": [], "words": "there is no such function"}
+            return {"code": None, "out": [], "words": "there is no such function", "seconds": 0.0}
         function.restype = ctypes.c_void_p if request.get("pointer") else ctypes.c_int32
         outs: list[Any] = []
         arguments = [self._argument(kind, value, outs) for kind, value in request["arguments"]]
+        began = time.monotonic()
         code = function(*arguments)
-        return {"code": code, "out": [_content(out) for out in outs], "words": self._words() if code else ""}
+        seconds = round(time.monotonic() - began, 6)
+        words = self._words() if code else ""
+        return {"code": code, "out": [_content(out) for out in outs], "words": words, "seconds": seconds}
 
     def _find(self, name: str) -> Any:
         return next((getattr(library, name) for library in self._libraries if hasattr(library, name)), None)
@@ -105,8 +112,28 @@ def _content(out: Any) -> Any:
     return out.raw.hex() if isinstance(out, ctypes.Array) else out.value or 0
 
 
+def _go_apart(options: argparse.Namespace) -> None:
+    """Leaves the namespaces and the user that the process was started with. Raises OSError if that is not allowed."""
+    for namespace in options.own:
+        if ctypes.CDLL(None, use_errno=True).unshare(_NAMESPACES[namespace]):
+            raise OSError(ctypes.get_errno(), f"unshare({namespace})")
+    if options.uid is not None:
+        os.setgroups(options.groups)
+        os.setresgid(options.uid, options.uid, options.uid)
+        os.setresuid(options.uid, options.uid, options.uid)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="worker")
+    parser.add_argument("--own", choices=tuple(_NAMESPACES), action="append", default=[], help="namespace to leave")
+    parser.add_argument("--uid", type=int, help="user and group to become")
+    parser.add_argument("--groups", type=int, nargs="*", default=[], help="other groups to be in")
+    return parser.parse_args()
+
+
 def main() -> None:
     """Answers on standard output; whatever a library prints goes to standard error."""
+    _go_apart(_options())
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = Worker()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weight_broker.cli import output, status_cards
-from weight_broker.cli.doctor import ascend_versions, occupation
+from weight_broker.cli.doctor import ascend_driver, ascend_versions, occupation
 from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
 from weight_broker.drivers import hdk
@@ -40,6 +40,9 @@ def findings(state: State | None, *, devices: Path = Path("/dev"), driver: Path 
     found = [_runtime(probed), _driver(version), _nodes(devices, nodes, int(probed.get("devices", 0)))]
     found += ascend_versions.findings(probed, nodes, is_served=_is_ready(state))
     found += occupation.findings(state.host.pid if state is not None else 0)
+    found += ascend_driver.groups() if nodes else ()
+    if probed.get("devices"):
+        found.append(ascend_driver.numbers(_probe("card_probe")))
     found += _torch_npu(probed)
     found += cards
     if state is not None and not _npus(state) and not state.host.device_problem:
@@ -55,14 +58,14 @@ def findings(state: State | None, *, devices: Path = Path("/dev"), driver: Path 
     return found + _settings(state, version)
 
 
-def _probe() -> dict[str, Any]:
+def _probe(module: str = "probe") -> dict[str, Any]:
     """What a process of its own sees, because a broken installation may end whoever loads it."""
     environment = dict(os.environ)
     if path := environment.get("WEIGHT_BROKER_CARDS_LIBRARY_PATH"):  # as a broker started from here would do
         environment["LD_LIBRARY_PATH"] = path
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "weight_broker.cli.doctor.probe"],
+            [sys.executable, "-m", f"weight_broker.cli.doctor.{module}"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -198,7 +201,9 @@ def _settings(state: State | None, version: str | None) -> list[Finding]:
         except OSError:
             continue
         variables = dict(entry.split("=", 1) for entry in entries if "=" in entry)
-        found += _settings_of(output.plain(instance.name or instance.instance_id), variables, command, version)
+        who = output.plain(instance.name or instance.instance_id)
+        found += _settings_of(who, variables, command, version)
+        found += ascend_driver.ports(who, variables)
     return found
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from weight_broker.drivers import acl, cann_symbols
 
-_NEEDED = tuple(name for name in acl.ARGUMENTS if name.startswith(("aclrtIpcMem", "aclrtMem")))
+_NEWER = ("aclrtMemGetAddressRange",)
+"""CANN 9.0 has it; the client does without."""
+_NEEDED = tuple(name for name in acl.ARGUMENTS if name.startswith(("aclrtIpcMem", "aclrtMem")) and name not in _NEWER)
 
 
 def main() -> dict[str, Any]:

@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> ExitCode:
     from weight_broker.cli.doctor import ascend, broker, host, proof
 
     if options.prove is not None:
-        return proof.run(options.prove, beside=options.beside)
+        return proof.run(options)
     findings, state = broker.findings(options.runtime_directory, options.timeout)
     findings += host.findings(state)
     findings += ascend.findings(state)
