@@ -53,9 +53,6 @@ class Row(Protocol):
 class Family(Protocol):
     """A driver. A module has these names."""
 
-    def present(self) -> bool:
-        """Whether the driver is installed here."""
-
     def rows(self) -> Sequence[Row]:
         """Every row, in the order in which they are run."""
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from weight_brokerd.ascend_check.contract import row as contract_row
-from weight_brokerd.ascend_check.contract.driver import NotRun, Scene
+from weight_brokerd.ascend_check.contract.driver import Scene
 from weight_brokerd.ascend_check.contract.machine import facts
 from weight_brokerd.ascend_check.contract.table import ROWS
 from weight_brokerd.proof.family import Row
 from weight_brokerd.proof.occupants import occupants
+from weight_brokerd.proof.processes import NotRun
 
 _CARD = r"/dev/davinci\d+"
 
@@ -24,17 +25,6 @@ def environment() -> dict[str, str]:
     if path := variables.get("WEIGHT_BROKER_CARDS_LIBRARY_PATH"):
         variables["LD_LIBRARY_PATH"] = path
     return variables
-
-
-def present() -> bool:
-    """Whether there is a card, or Ascend's runtime."""
-    if any(Path("/dev").glob("davinci[0-9]*")):
-        return True
-    try:
-        with Scene(environment()) as scene:
-            return not scene.fresh().missing(("aclInit",))
-    except NotRun:
-        return False
 
 
 def rows() -> Sequence[Row]:
@@ -50,8 +40,15 @@ def run(row: Row) -> dict[str, Any]:
 
 
 def host() -> dict[str, Any]:
-    """Versions, device nodes, namespaces, variables."""
+    """Versions, device nodes, namespaces, variables. Raises NotRun if there is neither a card nor a runtime."""
+    if not any(Path("/dev").glob("davinci[0-9]*")) and not _has_runtime():
+        raise NotRun("no Ascend: neither /dev/davinci* nor libascendcl.so are found; source CANN's set_env.sh")
     return facts.host()
+
+
+def _has_runtime() -> bool:
+    with Scene(environment()) as scene:
+        return not scene.fresh().missing(("aclInit",))
 
 
 def others() -> Mapping[int, str]:

@@ -95,7 +95,8 @@ def test_every_row_says_what_the_contract_says(machine: Machine, tmp_path: Path)
     assert {identity for identity, verdict in found.items() if verdict == "recorded"} == SILENT - not_run
     assert set(found.values()) == {"as_source", "recorded", "not_run"}
     assert proof["schema"] == 1
-    assert proof["host"]["npu"]["kernel"]
+    assert proof["host"]["kernel"]
+    assert proof["host"]["npu"]["tools"]
     for row in proof["rows"]:
         assert row["question"]
         assert row["decides"]
@@ -126,8 +127,8 @@ def test_without_cards_nothing_is_ok(tmp_path: Path) -> None:
     environment = {**os.environ, "WEIGHT_BROKER_CARDS_LIBRARY_PATH": str(tmp_path / "empty")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
-    assert set(verdicts(json.loads((tmp_path / "proof.json").read_text())).values()) == {"not_run"}
-    assert "is not in this CANN" in done.stdout
+    assert "npu: not run: no Ascend" in done.stdout
+    assert json.loads((tmp_path / "proof.json").read_text())["rows"] == []
 
 
 def test_a_second_card_that_is_missing_is_said(tmp_path: Path) -> None:
@@ -158,8 +159,9 @@ def test_the_script_of_an_ascend_host_starts_the_same_proof(machine: Machine, tm
 
 
 def test_a_card_in_use_is_left_alone_unless_the_operator_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("WEIGHT_BROKER_CARDS_LIBRARY_PATH", str(machine.libraries))
     monkeypatch.setattr(npu, "others", lambda: {77: "vllm serve model"})
     file = tmp_path / "proof.json"
     assert main(["npu", "--json", str(file), "--rows", "none"]) == 2

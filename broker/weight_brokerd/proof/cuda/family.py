@@ -10,17 +10,7 @@ from weight_brokerd.proof.cuda import table
 from weight_brokerd.proof.cuda.scene import CudaScene
 from weight_brokerd.proof.family import Row
 from weight_brokerd.proof.occupants import occupants
-from weight_brokerd.proof.processes import NotRun
 from weight_brokerd.proof.runner import Verdict
-
-
-def present() -> bool:
-    """Whether there is a GPU."""
-    try:
-        table.facts()
-    except NotRun:
-        return False
-    return True
 
 
 def rows() -> Sequence[Row]:
