@@ -92,9 +92,6 @@ class CoreMachine(RuleBasedStateMachine):
     # What instances do
 
     @rule(target=instances)
-    def attach(self) -> str:
-        return self.new_instance()
-
     def new_instance(self) -> str:
         self.number += 1
         instance_id = f"instance-{self.number}"
@@ -103,9 +100,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(instance_id=consumes(instances))
     def die(self, instance_id: str) -> None:
-        for acquisition in list(self.coordinator.acquisitions):
-            if acquisition.instance_id == instance_id:
-                self.abandoned.add(acquisition.acquisition_id)
+        acquisitions = list(self.coordinator.acquisitions)
+        self.abandoned |= {owned.acquisition_id for owned in acquisitions if owned.instance_id == instance_id}
         self.carry_out(self.coordinator.depart(instance_id, self.now))
         assert not self.coordinator.publications.of_instance(instance_id)
 
@@ -410,13 +406,13 @@ class CoreMachine(RuleBasedStateMachine):
             self.carry_out(self.coordinator.lease_ended(lease, self.now))
 
     def notice(self, notice: decide.Notice) -> None:
-        """No watcher here."""
+        pass
 
     def failed(self, decision: decide.Decision, error: Exception) -> None:
         raise error
 
     def settled(self) -> None:
-        """The timer is this test's."""
+        pass
 
     def forget_load(self, lease: ColdLoadLease) -> None:
         held = self.loading.get(lease.weight_set_id)
