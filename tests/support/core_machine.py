@@ -75,14 +75,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.generations: set[int] = set()
         self.evicted: set[str] = set()
         self.mapping: list[Publication] = []
-        """Publications in device memory whose card has not said yet whether it can map them."""
         self.reserving: list[Transfer] = []
-        """Transfers whose source has not been kept for them yet."""
         self.writing: set[str] = set()
-        """Transfers whose bytes the broker moves now."""
         self.granted: set[str] = set()
         self.held: dict[str, set[str]] = {}
-        """Transfers that hold a publication's memory, by publication."""
 
     @property
     def open(self) -> list[str]:
@@ -92,6 +88,9 @@ class CoreMachine(RuleBasedStateMachine):
     # What instances do
 
     @rule(target=instances)
+    def attach(self) -> str:
+        return self.new_instance()
+
     def new_instance(self) -> str:
         self.number += 1
         instance_id = f"instance-{self.number}"
