@@ -4,6 +4,7 @@ are filled from it and never read the disk. Fails unless all of them compute the
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 import time
@@ -22,6 +23,7 @@ from weight_broker.demo.report import DemoReport
 from weight_broker.demo.scene import Scene
 from weight_broker.drivers.available_memory import available_bytes
 from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_files
+from weight_broker.kinds import MemoryKind
 
 _PACKAGES = ("torch", "transformers", "safetensors", "weight_brokerd")
 _LEGEND = (
@@ -33,14 +35,15 @@ _LEGEND = (
 )
 _INSTANCE_SECONDS = 1800.0
 _INSTANCES = 3
+_ON_DEVICES = {MemoryKind.NPU: "weight_broker.demo.npu.run"}
+"""The demo of each kind of device memory; every other kind has this one."""
 
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Runs the demo and prints what it measured."""
-    if options.device == "npu":
-        from weight_broker.demo.npu import run as demo_npu
-
-        return demo_npu.run(options)
+    if (module := _ON_DEVICES.get(options.device)) is not None:
+        code: ExitCode = importlib.import_module(module).run(options)
+        return code
     options.instances = options.instances or _INSTANCES
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
