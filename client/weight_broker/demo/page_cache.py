@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _WINDOW_BYTES = 1 << 30
+_COLD_BELOW = 0.01
 
 
 def evict(files: Iterable[Path]) -> None:
@@ -39,6 +40,20 @@ def resident_share(files: Iterable[Path]) -> float | None:
             return None
         resident, total = resident + counted[0], total + counted[1]
     return resident / total if total else 0.0
+
+
+def was_cold(share: float | None) -> bool:
+    """True if a process that met this `share` of its files in the page cache had to read the disk."""
+    return share is not None and share < _COLD_BELOW
+
+
+def sentence(share: float | None) -> str:
+    """What the page cache held when instance 1 began, for a reader of the demo."""
+    if share is None:
+        return "This kernel does not say what is in the page cache: instance 1 may have read from it."
+    if was_cold(share):
+        return f"Page cache emptied: {share:.1%} of the checkpoint was in it when instance 1 began."
+    return f"The page cache could not be emptied: {share:.0%} of the checkpoint was in it."
 
 
 def _resident_pages(file: Path) -> tuple[int, int] | None:

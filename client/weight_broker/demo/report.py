@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from weight_broker.cli import output
+from weight_broker.demo import page_cache
 from weight_broker.demo.orders import Result
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class DemoReport:
     @property
     def is_cold(self) -> bool:
         """True if instance 1 had to read the disk."""
-        return self.cold_share is not None and self.cold_share < 0.01
+        return page_cache.was_cold(self.cold_share)
 
     def failures(self) -> list[str]:
         """Why the demo failed; empty if it did not."""
@@ -53,11 +54,7 @@ class DemoReport:
 
     def cold_sentence(self) -> str:
         """What the page cache held when instance 1 began."""
-        if self.cold_share is None:
-            return "This kernel does not say what is in the page cache: instance 1 may have read from it."
-        if self.is_cold:
-            return f"Page cache emptied: {self.cold_share:.1%} of the checkpoint was in it when instance 1 began."
-        return f"The page cache could not be emptied: {self.cold_share:.0%} of the checkpoint was in it."
+        return page_cache.sentence(self.cold_share)
 
     def speed_up(self, result: Result, baseline: Result) -> float:
         """How many times sooner than `baseline` the weights of `result` were in place."""
