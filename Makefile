@@ -30,7 +30,7 @@ INSTALL_TORCH = $(RUN)pip install --quiet torch==$(TORCH_VERSION)+cpu 2>/dev/nul
 	  || { echo "== no CPU build of torch $(TORCH_VERSION) in pip's index; taking its default build"; \
 	       $(RUN)pip install --quiet --group torch; }
 
-.PHONY: help find-python demo demo-ascend-double test test-slow test-ascend test-gpu test-vllm test-sglang lint types generate check-generated \
+.PHONY: help find-python demo demo-ascend-double test test-slow torture torture-ascend fuzz test-ascend test-gpu test-vllm test-sglang lint types generate check-generated \
 	proto-baseline benchmark benchmark-ascend benchmark-gpu benchmark-vllm clean
 .DEFAULT_GOAL := help
 
@@ -58,6 +58,17 @@ test: $(STAMP)  ## run the tests
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(RUN)pytest -m slow $(PYTEST_ARGUMENTS)
+
+# TORTURE_ARGUMENTS='--seed 7 --seconds 3600 --seats 8': docs/RELIABILITY.md.
+torture: $(STAMP)  ## let instances and a broker be killed, stopped and starved for 5 minutes, and judge what happened
+	PYTHONPATH=tests $(RUN)python -m campaign.run $(TORTURE_ARGUMENTS)
+
+# One parser with atheris: FUZZ_PARSER='child message' FUZZ_ARGUMENTS=-max_total_time=600; tests/fuzzing/parsers.py.
+FUZZ_PARSER ?= attach request
+FUZZ_ARGUMENTS ?= -max_total_time=60
+fuzz: $(STAMP)  ## feed a parser with inputs that reach new code, for a minute
+	$(RUN)pip install --quiet --group fuzzing
+	PYTHONPATH=tests $(RUN)python -m fuzzing.guided '$(FUZZ_PARSER)' $(FUZZ_ARGUMENTS)
 
 lint: $(STAMP)  ## check style, spelling, the floors of the house and the proto files
 	$(RUN)ruff check .
@@ -90,6 +101,10 @@ demo-ascend-double: $(STAMP)  ## run the main job on 4 cards of the double
 test-ascend: $(STAMP)  ## run the tests that need the datasystem's wheel
 	$(DATASYSTEM)
 	$(RUN)pytest tests/integration/cann $(PYTEST_ARGUMENTS)
+
+torture-ascend: $(STAMP)  ## the same as torture in the memory of emulated cards
+	$(DATASYSTEM)
+	PYTHONPATH=tests $(RUN)python -m campaign.run --memory npu --seats 4 $(TORTURE_ARGUMENTS)
 
 benchmark-ascend: $(STAMP)  ## measure what the card processes add to the datasystem's own transfers
 	$(DATASYSTEM)

@@ -28,10 +28,13 @@ BENCHMARKS = (
     "overhead",
     "zero_copy_attach",
     "cold_load",
+    "checkpoint_identity",
     "simultaneous_starts",
     "daemon",
     "death",
+    "stopped_broker",
     "large_registry",
+    "floods",
 )
 ON_REQUEST = ("datasystem_overhead", "cuda_copy")
 """Need what not every machine has; see the modules."""

@@ -10,7 +10,7 @@ from benchmarks.weights import model_shapes, random_content, size_of, touched
 from weight_broker.digest import FULL_BLOCK_BYTES, SAMPLE_BLOCK_BYTES, DigestAlgorithm, is_available
 from weight_broker.memory.host import copying
 
-MOST_SHARE = 1 / 3
+MOST_SHARE = 1 / 2
 
 
 def run(options: Options) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,9 @@ from support.instance_process import InstanceProcess
 
 settings.register_profile("any machine", deadline=None)  # no verdict depends on how fast this one is
 settings.load_profile("any machine")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what runs in a shell's background ignores it, and so would
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # every process that a test starts and interrupts
 
 
 @pytest.fixture

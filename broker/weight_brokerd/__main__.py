@@ -16,7 +16,8 @@ from weight_brokerd import __version__
 from weight_brokerd.config import loading as config
 from weight_brokerd.config.errors import StartError
 from weight_brokerd.daemon.lock import AlreadyRunningError, RuntimeLock
-from weight_brokerd.daemon.runtime_directory import RuntimeDirectory, allow_many_files
+from weight_brokerd.daemon.runtime_directory import RuntimeDirectory
+from weight_brokerd.daemon.standard_files import allow_many_files, open_standard_streams
 
 try:
     from weight_brokerd.telemetry import log
@@ -46,18 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"weight-brokerd {__version__}")
     options = parser.parse_args(arguments)
+    open_standard_streams()
+    log.take_over_stderr()
     try:
-        settings = config.load(options.config)
+        return _run(options.config)
+    finally:
+        log.close()
+
+
+def _run(path: Path | None) -> ExitCode:
+    try:
+        settings = config.load(path)
     except config.ConfigError as error:
         return _give_up(str(error), ExitCode.WRONG_CONFIGURATION)
     log.configure(settings.log.level, settings.log.format)
-    faulthandler.enable()
+    faulthandler.enable(file=log.STDERR)
     allow_many_files()
     try:
         directory = RuntimeDirectory(settings.broker)
         directory.prepare()
         with _lock(directory) as lock:
-            asyncio.run(_serve(settings, options.config, directory, lock), debug=False)
+            asyncio.run(_serve(settings, path, directory, lock), debug=False)
     except AlreadyRunningError as error:
         return _give_up(str(error), ExitCode.ALREADY_RUNNING)
     except (BrokerError, OSError, StartError) as error:
@@ -76,8 +86,9 @@ def _lock(directory: RuntimeDirectory) -> RuntimeLock:
 
 
 async def _serve(settings: config.Config, path: Path | None, directory: RuntimeDirectory, lock: RuntimeLock) -> None:
-    # Set before the import: gRPC's core otherwise writes its own lines to stderr, into the middle of the log.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # Set before the import: gRPC's core otherwise writes its own lines to stderr, into the middle of the log, and waits
+    # for their reader.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from weight_brokerd.daemon.application import Application
 
     await Application(settings, directory, lock, reload=lambda: _reload_log_level(path)).run()
@@ -95,7 +106,7 @@ def _reload_log_level(path: Path | None) -> None:
 
 def _give_up(message: str, code: ExitCode) -> ExitCode:
     for line in message.splitlines():
-        print(f"weight-brokerd: {line}", file=sys.stderr)  # noqa: T201 - the log may not be set up, and people read this
+        print(f"weight-brokerd: {line}", file=sys.stderr)  # noqa: T201 - people read this, also where the log is JSON
     return code
 
 

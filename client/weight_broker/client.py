@@ -27,6 +27,7 @@ from weight_broker.transfers.exchange import (
 from weight_broker.transfers.lease import ColdLoadLease
 from weight_broker.transfers.publication import Publication, publications_of
 from weight_broker.transfers.report import AcquireReport, AttachedTensors, LoadReport
+from weight_broker.transfers.written import TensorSource
 
 if TYPE_CHECKING:
     from weight_broker.load_group import LoadGroup
@@ -38,13 +39,14 @@ class BrokerClient:
     """This process's way to its host's broker.
 
     The constructor only stores its arguments. The first call attaches to the broker; all threads then use one session.
-    A forked child has a client in the state of a new one; publications stay with the parent.
+    A forked child has a client in the state of a new one; publications stay with the parent. What a client has
+    published stays published until `close`, also when the client is not referenced any more.
 
     `runtime_directory` is where the broker's sockets are (None: the usual places); `name` is shown to people;
     `connect_timeout` bounds the time, in seconds, that an unresponsive broker can cost; `digest_mode` says how much of
-    the content is verified: "full", "sampled", or "auto" for full where that is cheap; `device_path` how device memory
-    is read and filled: "direct" in place, "staged" through a staging buffer of the broker, "auto" for direct where that
-    is possible (None: WEIGHT_BROKER_DEVICE_PATH, or "auto").
+    the content is verified: "full", "sampled", or "auto" for full where XXH3 is installed; `device_path` how device
+    memory is read and filled: "direct" in place, "staged" through a staging buffer of the broker, "auto" for direct
+    where that is possible (None: WEIGHT_BROKER_DEVICE_PATH, or "auto").
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class BrokerClient:
     def acquire_or_load(
         self,
         key: WeightSetKey,
-        tensors: loading.TensorSource,
+        tensors: TensorSource,
         load: Callable[[], None],
         *,
         timeout: float = 300.0,
@@ -107,13 +109,16 @@ class BrokerClient:
     ) -> LoadReport:
         """Fills `tensors` from a peer, or calls `load`, which loads them from disk, and then offers them to others.
 
-        `tensors` is a mapping, or a function that returns one, which is called again after `load`. `load` is called
-        at most once, and its exceptions pass through unchanged. No failure of the broker, and no failure to publish, is
-        raised; both are logged and stand in the report. The one exception: an error with `quiesced` False, after which
-        the tensors' storages must be discarded.
+        `tensors` is a mapping, or a function that returns one, which is called again after `load`; the mapping of
+        `weight_broker.integrations.torch.tensors_of` is looked up again too. `load` is called at most once, and its
+        exceptions pass through unchanged. What it did not write is not published: `publish_error` names it.
+
+        No failure of the broker, and no failure to publish, is raised; both are logged and stand in the report. The one
+        exception: an error with `quiesced` False, after which the tensors' storages must be discarded.
         """
         with self._load(key, timeout=timeout, publish=publish) as attempt:
-            if not attempt.fill(loading.current(tensors)):
+            if not attempt.fill(tensors):
+                attempt.watch(tensors)
                 load()
             attempt.publish(tensors)
         return attempt.report
@@ -158,7 +163,10 @@ class BrokerClient:
         for publication in publications:
             if publication.needs_retraction:
                 publication.retract()
+        for publication in publications:
+            publication.expire()
         self._attachment.end()
+        self._exchange.let_go()
         for publication in publications:
             publication.abandon()
 

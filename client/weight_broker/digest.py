@@ -29,6 +29,8 @@ except ImportError:  # the base installation has grpcio and protobuf only
 FULL_BLOCK_BYTES = 512 * 1024
 SAMPLE_BLOCK_BYTES = 4096
 SAMPLE_BLOCKS = 8
+GLANCE_BLOCK_BYTES = 64
+"""Block of a sample that only shows whether anything was written."""
 
 
 class DigestAlgorithm(enum.StrEnum):

@@ -76,9 +76,9 @@ class InvalidArgument(BrokerError, ValueError):
     default_reason = Reason.INVALID_ARGUMENT
 
     def __init__(self, field: str, value: object, expected: str, *, hint: str = "") -> None:
-        shown = _shorten(repr(value))
-        message = f"{field} is {shown}; expected {expected}" + (f". {hint}" if hint else "")
-        super().__init__(message, metadata={"field": field, "value": shown, "expected": expected})
+        text = shown(value)
+        message = f"{field} is {text}; expected {expected}" + (f". {hint}" if hint else "")
+        super().__init__(message, metadata={"field": field, "value": text, "expected": expected})
         self.field = field
 
 
@@ -214,7 +214,10 @@ TABLE: Mapping[Reason, TableRow] = {
         "NOT_FOUND", TransferFailed, "The transfer ended (deadline, retraction or restart); acquire again."
     ),
     Reason.INTEGRITY_ERROR: TableRow(
-        "DATA_LOSS", IntegrityError, "Load from disk. The source is quarantined; restart its instance."
+        "DATA_LOSS",
+        IntegrityError,
+        "Load from disk. The broker checks the source and quarantines it if it is damaged; if it is intact, suspect "
+        "the receiver's own memory. `weight-broker status` shows both.",
     ),
     Reason.LOAD_GROUP_FAILED: TableRow(
         "ABORTED",
@@ -264,5 +267,10 @@ def from_reason(
     return exception(message, reason=reason, touched=touched, quiesced=quiesced, metadata=metadata)
 
 
-def _shorten(text: str, limit: int = 120) -> str:
+def shown(value: object, limit: int = 120) -> str:
+    """A value in an error message. Python writes no integer of thousands of digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a value of type {type(value).__name__} that is too large to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -29,6 +29,8 @@ class Traits:
     """Whether the broker moves the bytes; if not, the receiver copies or maps them itself."""
     outlives_owner: bool
     """Whether the memory stays readable after its owner has ended."""
+    is_copied_to_publish: bool
+    """Whether publishing copies the tensors, which may change afterwards."""
     is_packed: bool
     """Whether a region holds only a tensor's elements, without the gaps between them."""
     has_devices: bool
@@ -44,6 +46,7 @@ TRAITS: dict[str, Traits] = {
         wire_number=1,
         broker_copies=False,
         outlives_owner=True,
+        is_copied_to_publish=True,
         is_packed=True,
         has_devices=False,
         can_be_staged=False,
@@ -53,6 +56,7 @@ TRAITS: dict[str, Traits] = {
         wire_number=2,
         broker_copies=True,
         outlives_owner=False,
+        is_copied_to_publish=False,
         is_packed=False,
         has_devices=True,
         can_be_staged=True,
@@ -62,6 +66,7 @@ TRAITS: dict[str, Traits] = {
         wire_number=3,
         broker_copies=True,
         outlives_owner=False,
+        is_copied_to_publish=False,
         is_packed=False,
         has_devices=True,
         can_be_staged=False,

@@ -10,8 +10,8 @@ import enum
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import NamedTuple, overload
 
 from weight_broker.errors import InvalidArgument
@@ -21,7 +21,7 @@ MAX_DIMENSIONS = 64
 MAX_NAME_CHARACTERS = 1024
 MAX_TENSOR_BYTES = 1 << 46
 MAX_LAYOUT_BYTES = 1 << 50
-_FORM = "layout/1"
+_FORM_START, _FORM_END = b'["layout/1",[', b"]]"
 
 # Bytes per element of every PyTorch type whose elements are plain memory. Types of less than a byte are refused, and so
 # are the quantized types, whose scales live outside the elements.
@@ -142,12 +142,7 @@ class Layout(Sequence[TensorSpec]):
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of the canonical form: everything but `storage_offset`, in the order of names."""
-        rows = [
-            (name, dtype, shape, stride, storage_bytes, memory_format, alias_of)
-            for name, dtype, shape, stride, storage_bytes, _, memory_format, alias_of in self.tensors
-        ]
-        form = json.dumps([_FORM, rows], separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(form.encode("utf-8")).hexdigest()
+        return hashlib.sha256(_FORM_START + _form(self.tensors) + _FORM_END).hexdigest()
 
     @cached_property
     def content_sizes(self) -> tuple[int, ...]:
@@ -160,20 +155,77 @@ class Layout(Sequence[TensorSpec]):
         return sum(self.content_sizes)
 
 
+class LayoutBuilder:
+    """A layout whose tensors come in parts, sorted by name: each takes a short time, however large the whole is."""
+
+    def __init__(self) -> None:
+        self._tensors: list[TensorSpec] = []
+        self._by_name: dict[str, TensorSpec] = {}
+        self._sizes: list[int] = []
+        self._total_bytes = 0
+        self._form = hashlib.sha256(_FORM_START)
+
+    def add(self, part: Sequence[TensorSpec]) -> None:
+        """The next tensors. Raises `InvalidArgument`."""
+        _check_count(len(self._tensors) + len(part))
+        last = self._tensors[-1].name if self._tensors else ""
+        for spec in part:
+            if spec.name < last:
+                raise InvalidArgument("layout.tensors", "not sorted", "tensors sorted by name")
+            last = spec.name
+        self._total_bytes += _validate_part(part, self._by_name)
+        self._form.update((b"," if self._tensors and part else b"") + _form(part))
+        self._sizes += [spec.content_bytes for spec in part]
+        self._tensors += part
+
+    def finish(self) -> Layout:
+        """The layout of all parts. Raises `InvalidArgument`."""
+        if not self._tensors:
+            raise InvalidArgument("layout.tensors", "empty", "at least one tensor")
+        _check_total(self._total_bytes)
+        self._form.update(_FORM_END)
+        layout = Layout.__new__(Layout)
+        layout.tensors = tuple(self._tensors)
+        layout.__dict__.update(  # cached properties, computed already
+            fingerprint=self._form.hexdigest(), content_sizes=tuple(self._sizes), content_bytes=sum(self._sizes)
+        )
+        return layout
+
+
 def differences(resident: Layout, wanted: Layout, limit: int = 8) -> list[str]:
     """What differs between the resident layout and the wanted one, a sentence each, at most `limit` and a count."""
+    found: list[str] = []
+    more = 0
+    for words in _differences(resident, wanted):
+        if len(found) < limit:
+            found.append(words())
+        else:
+            more += 1
+    return found + ([f"and {more} more"] if more else [])
+
+
+def _differences(resident: Layout, wanted: Layout) -> Iterator[Callable[[], str]]:
+    """Each difference, to be put into words: there may be 200,000, and few are shown."""
     have = {spec.name: spec for spec in resident}
     want = {spec.name: spec for spec in wanted}
-    found = [f"{name}: missing from the receiver's tensors" for name in have if name not in want]
-    found += [f"{name}: not in the resident weight set" for name in want if name not in have]
+    for name in have:
+        if name not in want:
+            yield partial("{}: missing from the receiver's tensors".format, name)
     for name in want:
         if name not in have:
+            yield partial("{}: not in the resident weight set".format, name)
+    for name, spec in want.items():
+        other = have.get(name)
+        if other is None or other == spec:
             continue
         for field in ("dtype", "shape", "stride", "storage_bytes", "memory_format", "alias_of"):
-            own, other_value = getattr(have[name], field), getattr(want[name], field)
-            if own != other_value:
-                found.append(f"{name}.{field}: resident {_show(own)}, wanted {_show(other_value)}")
-    return found[:limit] + ([f"and {len(found) - limit} more"] if len(found) > limit else [])
+            own, wished = getattr(other, field), getattr(spec, field)
+            if own != wished:
+                yield partial(_difference, name, field, own, wished)
+
+
+def _difference(name: str, field: str, own: object, wished: object) -> str:
+    return f"{name}.{field}: resident {_show(own)}, wanted {_show(wished)}"
 
 
 def _show(value: object) -> str:
@@ -182,12 +234,34 @@ def _show(value: object) -> str:
     return str(value) or "none"
 
 
+def _form(tensors: Iterable[TensorSpec]) -> bytes:
+    """The rows of the canonical form, without the brackets around them."""
+    rows = [
+        (name, dtype, shape, stride, storage_bytes, memory_format, alias_of)
+        for name, dtype, shape, stride, storage_bytes, _, memory_format, alias_of in tensors
+    ]
+    return json.dumps(rows, separators=(",", ":"), ensure_ascii=False)[1:-1].encode("utf-8")
+
+
 def _validate(tensors: Sequence[TensorSpec]) -> None:
     if not tensors:
         raise InvalidArgument("layout.tensors", "empty", "at least one tensor")
-    if len(tensors) > MAX_TENSORS:
-        raise InvalidArgument("layout.tensors", len(tensors), f"at most {MAX_TENSORS} tensors")
-    by_name: dict[str, TensorSpec] = {}
+    _check_count(len(tensors))
+    _check_total(_validate_part(tensors, {}))
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_TENSORS:
+        raise InvalidArgument("layout.tensors", count, f"at most {MAX_TENSORS} tensors")
+
+
+def _check_total(total_bytes: int) -> None:
+    if total_bytes > MAX_LAYOUT_BYTES:
+        raise InvalidArgument("layout.tensors", f"{total_bytes} bytes", f"at most {MAX_LAYOUT_BYTES} bytes in total")
+
+
+def _validate_part(tensors: Sequence[TensorSpec], by_name: dict[str, TensorSpec]) -> int:
+    """Adds the tensors to `by_name`; returns their bytes."""
     total_bytes = 0
     for spec in tensors:
         name = spec.name
@@ -198,8 +272,7 @@ def _validate(tensors: Sequence[TensorSpec]) -> None:
         if spec.alias_of:
             _validate_alias(spec, by_name.get(spec.alias_of))
         by_name[name] = spec
-    if total_bytes > MAX_LAYOUT_BYTES:
-        raise InvalidArgument("layout.tensors", f"{total_bytes} bytes", f"at most {MAX_LAYOUT_BYTES} bytes in total")
+    return total_bytes
 
 
 def _validate_spec(spec: TensorSpec) -> None:

@@ -118,8 +118,16 @@ def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layou
         message.MergeFromString(last[1])
         return message
     message.fingerprint = layout.fingerprint
+    tensors_to_wire(layout.tensors, message)
+    if len(layout) <= _KEPT_TENSORS:
+        _last_layout = (weakref.ref(layout), message.SerializeToString())
+    return message
+
+
+def tensors_to_wire(tensors: Iterable[TensorSpec], message: pb.Layout) -> None:
+    """Adds tensors to a message."""
     add = message.tensors.add
-    for name, dtype, shape, stride, storage_bytes, storage_offset, memory_format, alias_of in layout.tensors:
+    for name, dtype, shape, stride, storage_bytes, storage_offset, memory_format, alias_of in tensors:
         # Assignments take less time than a call with keywords, and every acquire runs this.
         tensor = add()
         tensor.name = name
@@ -132,13 +140,20 @@ def layout_to_wire(layout: Layout, message: pb.Layout | None = None) -> pb.Layou
             tensor.storage_offset = storage_offset
         if alias_of:
             tensor.alias_of = alias_of
-    if len(layout) <= _KEPT_TENSORS:
-        _last_layout = (weakref.ref(layout), message.SerializeToString())
-    return message
 
 
 def layout_from_wire(message: pb.Layout) -> Layout:
     """Raises `InvalidArgument`, also for an order or a fingerprint that is not canonical."""
+    specs = specs_from_wire(message)
+    layout = Layout(specs)
+    if list(layout.tensors) != specs:
+        raise InvalidArgument("layout.tensors", "not sorted", "tensors sorted by name")
+    check_fingerprint(layout, message.fingerprint)
+    return layout
+
+
+def specs_from_wire(message: pb.Layout) -> list[TensorSpec]:
+    """The tensors of a layout, or of a part of one, unchecked. Raises `InvalidArgument` for an unknown format."""
     specs: list[TensorSpec] = []
     for tensor in message.tensors:
         memory_format = _FORMATS.get(tensor.memory_format)
@@ -158,12 +173,13 @@ def layout_from_wire(message: pb.Layout) -> Layout:
                 tensor.alias_of,
             )
         )
-    layout = Layout(specs)
-    if list(layout.tensors) != specs:
-        raise InvalidArgument("layout.tensors", "not sorted", "tensors sorted by name")
-    if message.fingerprint != layout.fingerprint:
-        raise InvalidArgument("layout.fingerprint", message.fingerprint, f"{layout.fingerprint}, from the tensors")
-    return layout
+    return specs
+
+
+def check_fingerprint(layout: Layout, fingerprint: str) -> None:
+    """Raises `InvalidArgument` if the sender computed another one."""
+    if fingerprint != layout.fingerprint:
+        raise InvalidArgument("layout.fingerprint", fingerprint, f"{layout.fingerprint}, from the tensors")
 
 
 def digests_to_wire(digests: ContentDigests) -> pb.ContentDigests:

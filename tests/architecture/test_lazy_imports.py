@@ -21,12 +21,15 @@ RPC = {"google", "grpc", "weight_broker.v1"}
 MODULES_WITH_RPC = {
     "weight_broker.transfers.acquisition",
     "weight_broker.transfers.calls",
+    "weight_broker.transfers.imports",
     "weight_broker.connection.channel",
     "weight_broker.wire",
 }
 """Client modules that import gRPC or protobuf at module level. All others import these only when they need them."""
 
 
+LOADERS = {"weight_broker.integrations.torch", "weight_broker.integrations.engine.load"}
+"""They belong to a process that loads a model, whose first acquire has nothing left to import."""
 PROGRAMS = {"weight_broker.cli", "weight_broker.demo"}
 """Their modules are imported by `cli.main` once a command is chosen, and may need gRPC from the beginning."""
 ENTRIES = {"weight_broker.cli", "weight_broker.cli.main", "weight_broker.cli.failure", "weight_broker.demo"}
@@ -98,7 +101,8 @@ def test_the_client_imports_grpc_and_protobuf_only_where_it_speaks_to_the_broker
     others = [
         module
         for module in modules_in("weight_broker")
-        if module.name not in MODULES_WITH_RPC and (module.name in ENTRIES or not is_within(module.name, PROGRAMS))
+        if module.name not in MODULES_WITH_RPC | LOADERS
+        and (module.name in ENTRIES or not is_within(module.name, PROGRAMS))
     ]
     assert forbidden_imports(others, RPC | MODULES_WITH_RPC, ever=False) == []
 
@@ -131,6 +135,10 @@ def test_an_integration_imports_at_module_level_only_what_it_integrates() -> Non
         "weight_broker.integrations": set(),
         "weight_broker.integrations.torch": {"torch"},
         "weight_broker.integrations.transformers": {"torch", "transformers"},
+        **{
+            f"weight_broker.integrations.modules.{name}": {"torch"}
+            for name in ("digests", "replacing", "tensors", "walk")
+        },
         # Engines call their plugins in every process: the rest comes when a model is loaded.
         **{
             f"weight_broker.integrations.engine.{name}": {"torch"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from weight_broker import runtime_directory as rule
+from weight_broker.connection.attach import AttachConnection
 from weight_broker.errors import BrokerUnavailable
 from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.settings import BrokerSettings
@@ -147,16 +148,54 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused(monkeypatch: pytest.Mon
         RuntimeDirectory(BrokerSettings()).prepare()
 
 
+def test_what_only_its_owner_may_use_is_not_a_matter_of_groups(tmp_path: Path) -> None:
+    private = tmp_path / "run"
+    private.mkdir(mode=0o700)
+    assert "only " in rule.not_admitted(private).message
+    assert "usermod" not in rule.not_admitted(private).message
+
+
 def test_who_may_not_enter_the_hosts_directory_is_told_which_group_to_join(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "run-weight-broker").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(BrokerUnavailable, match="Add the user to group"):
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: path != tmp_path / "run-weight-broker")
+    group = grp.getgrgid(os.getegid()).gr_name
+    with pytest.raises(BrokerUnavailable, match=rf"no permission .* `sudo usermod -aG {group} ") as caught:
         rule.runtime_directory()
+    assert caught.value.metadata["denied"] == str(tmp_path / "run-weight-broker")
     assert rule.runtime_directory(serving=True) == tmp_path / f"weight-broker-{os.geteuid()}"
     own = tmp_path / f"weight-broker-{os.geteuid()}"
     own.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as broker:
         broker.bind(str(own / "attach.sock"))
         assert rule.runtime_directory() == own, "a broker of the user's own serves"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o757, 0o1777])
+def test_a_directory_that_others_may_write_is_refused_by_both_sides(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(mode)
+    before = permissions(tmp_path / "run")
+    with pytest.raises(StartError, match=f"chmod go-w {tmp_path}/run"):
+        RuntimeDirectory(BrokerSettings(runtime_directory=str(tmp_path / "run"))).prepare()
+    assert permissions(tmp_path / "run") == before
+    with pytest.raises(BrokerUnavailable, match=f"chmod go-w {tmp_path}/run"):
+        AttachConnection(tmp_path / "run" / "attach.sock").connect()
+    inside = RuntimeDirectory(BrokerSettings(runtime_directory=str(tmp_path / "run" / "inside")))
+    inside.prepare()  # as the message says
+    assert permissions(inside.path) == "drwxr-x---"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that belongs to another user")
+def test_a_configured_directory_of_another_user_is_refused_with_its_owner(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o700)
+    os.chown(tmp_path / "run", 65_534, -1)
+    with pytest.raises(StartError, match=rf"belongs to uid 65534.*chown 0 {tmp_path}/run"):
+        RuntimeDirectory(BrokerSettings(runtime_directory=str(tmp_path / "run"))).prepare()
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(StartError, match="is no directory"):
+        RuntimeDirectory(BrokerSettings(runtime_directory=str(tmp_path / "run"))).prepare()

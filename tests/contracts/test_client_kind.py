@@ -86,10 +86,12 @@ class Abacus(DeviceKind):
     def identity(self, tensors: DescribedDeviceTensors) -> str:
         return f"{TEST_KIND}:{tensors.device_index}"
 
-    def digests(self, tensors: DescribedDeviceTensors, deadline: float | None = None) -> ContentDigests:
+    def digests(
+        self, tensors: DescribedDeviceTensors, deadline: float | None = None, *, sampled: bool = False
+    ) -> ContentDigests:
         if self.is_broken:
             raise PublishRefused("a bead is stuck")
-        return tensor_digests(tensors, HostDigester(ctypes.memmove), deadline)
+        return tensor_digests(tensors, HostDigester(ctypes.memmove), deadline, sampled=sampled)
 
 
 @dataclass
@@ -214,7 +216,8 @@ def test_a_destination_names_its_kind_and_has_the_tensors_layout(scene: Scene) -
     described = describe(scene.tensors)
     destination = scene.kind.destination(described, DIRECT)
     request, session = pb.AcquireRequest(), SimpleNamespace()
-    destination.fill_request(request, session)  # type: ignore[arg-type]  # only what is staged needs a session
+    deadline = time.monotonic() + 60
+    destination.fill_request(request, session, deadline)  # type: ignore[arg-type]  # only what is staged needs one
     assert request.device_kind == device_kind_to_wire(scene.name)
     assert (request.device_id != "") is TRAITS[scene.name].has_devices
     assert (destination.grace_seconds > 0) is TRAITS[scene.name].broker_copies

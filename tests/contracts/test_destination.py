@@ -179,7 +179,10 @@ def session() -> Session:
     """What can be served is noted."""
     served: dict[str, object] = {}
     stage = SimpleNamespace(
-        add=served.__setitem__, remove=lambda name: served.pop(name, None), serves=served.__contains__, served=served
+        add=lambda name, tensors, _: served.update({name: tensors}),
+        remove=lambda name: served.pop(name, None),
+        serves=served.__contains__,
+        served=served,
     )
     return cast(Session, SimpleNamespace(staging=stage))
 
@@ -209,7 +212,7 @@ def soon() -> float:
 
 def asked(case: Case, session: Session) -> pb.AcquireRequest:
     request = pb.AcquireRequest()
-    case.destination.fill_request(request, session)
+    case.destination.fill_request(request, session, soon())
     return request
 
 

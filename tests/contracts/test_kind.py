@@ -22,6 +22,7 @@ from support.kind_harness import (
     transfer,
 )
 from support.kinds import control_of
+from support.received import as_received
 from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
 from weight_broker.key import WeightSetKey
@@ -31,13 +32,13 @@ from weight_broker.v1 import weight_broker_service_pb2 as service
 from weight_broker.v1 import weight_set_pb2 as pb
 from weight_broker.wire import digests_to_wire, key_to_wire, layout_to_wire
 from weight_brokerd.api import acquire_request, publish_request
-from weight_brokerd.api.layouts import LayoutCache
 from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.control.mailboxes import Granted, Moved
 from weight_brokerd.core.publications import PublicationState
 from weight_brokerd.dataplane.plane import PlaneName
 from weight_brokerd.kinds.place_request import StagingName
 from weight_brokerd.kinds.registry import KindNotServed, Kinds
+from weight_brokerd.kinds.steps import at_once
 
 Scenario = Callable[[Harness], Coroutine[Any, Any, None]]
 
@@ -304,7 +305,7 @@ def test_a_kind_that_no_version_knows_is_published_and_read_without_another_line
         )
         holder = control.sessions.attach(PeerCredentials(1, 0, 0, frozenset()), "holder", "").instance_id
         kind = await publish_request.published_kind(offered, control.kinds)
-        source = await control.publishing.publish(*publish_request.offer(offered, holder, LayoutCache(), kind))
+        source = await control.publishing.publish(*at_once(publish_request.offer(as_received(offered), holder, kind)))
         assert source.state is PublicationState.RESIDENT
         asked = service.AcquireRequest(
             request_id="request",
@@ -320,7 +321,7 @@ def test_a_kind_that_no_version_knows_is_published_and_read_without_another_line
         reader = control.sessions.attach(PeerCredentials(2, 0, 0, frozenset()), "reader", "").instance_id
         call = acquire_request.Call("acquisition-1", reader, control.loop.now(), 60.0)
         kind = await acquire_request.receiving_kind(asked, control.kinds)
-        mailbox = control.acquiring.begin(*acquire_request.acquisition(asked, call, LayoutCache(), kind))
+        mailbox = control.acquiring.begin(*at_once(acquire_request.acquisition(as_received(asked), call, kind)))
         assert isinstance(await mailbox.get(), Granted)
         assert isinstance(await mailbox.get(), Moved)
         assert harness.tape.plane.moved == [(harness.device_id, harness.device_id)]

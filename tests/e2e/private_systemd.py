@@ -31,6 +31,7 @@ SCENARIO_SERVICE = """[Unit]
 DefaultDependencies=no
 [Service]
 Type=oneshot
+Environment=PYTHONPATH=/opt/weight-broker/source/tests
 ExecStart=/opt/weight-broker/bin/python -B -P /opt/weight-broker/source/tests/e2e/{scenario} {inside}/seen.json
 ExecStopPost=/usr/bin/systemctl poweroff --force --force
 StandardOutput=append:{inside}/scenario.log

@@ -198,10 +198,32 @@ def run_with_drop_in(name: str) -> dict[str, object]:
     result["properties"] = run("systemctl", "show", UNIT, "--property=MemoryDenyWriteExecute,DevicePolicy").split()
     with published():
         result["acquired"] = act("inference", "acquire")
+    result["outlives_the_broker"] = outlives_the_broker()
     run("systemctl", "stop", UNIT)
     result["stopped"] = state()
     (DROP_INS / name).unlink()
     return result
+
+
+def outlives_the_broker() -> bool:
+    """Whether another process of the unit lives on while a broker that was killed is started again."""
+    killed = state()["MainPID"]
+    with subprocess.Popen(["sleep", "infinity"]) as other:
+        try:
+            (control_group_of(killed) / "cgroup.procs").write_text(str(other.pid))
+            run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", UNIT)
+            assert wait_for(lambda: state()["MainPID"] not in ("0", killed) and state()["SubState"] == "running")
+            return other.poll() is None
+        finally:
+            other.kill()
+
+
+def control_group_of(process: str) -> Path:
+    """Where systemd keeps the unit's processes, in version 2 or in version 1's name=systemd."""
+    group = run("systemctl", "show", UNIT, "--property=ControlGroup", "--value").strip()
+    roots = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd")
+    paths = [Path(root + group) for root in roots if Path(root + group, "cgroup.procs").exists()]
+    return next(path for path in paths if process in (path / "cgroup.procs").read_text().split())
 
 
 def mount_namespace(process: str) -> str:
@@ -223,8 +245,8 @@ def start_misconfigured() -> dict[str, str]:
     return state()
 
 
-def main() -> None:
-    """Writes what was seen even if a step fails; `completed` is false then."""
+def write_what_is_seen(observe: Callable[[dict[str, object]], None]) -> None:
+    """Writes it even if a step fails; `completed` is false then."""
     seen: dict[str, object] = {"completed": False}
     try:
         observe(seen)
@@ -239,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_what_is_seen(observe)

@@ -119,6 +119,13 @@ def test_the_broker_works_with_the_device_settings_and_belongs_to_the_devices_gr
     assert CLEAN_STOP.items() <= npu["stopped"].items()
 
 
+def test_with_the_device_settings_the_owner_of_a_lent_staging_buffer_outlives_a_killed_broker(
+    seen: dict[str, Any],
+) -> None:
+    assert seen["drop_ins"]["npu.conf"]["outlives_the_broker"]
+    assert not seen["drop_ins"]["hardening-strict.conf"]["outlives_the_broker"]
+
+
 def test_without_the_device_settings_the_hardening_makes_a_mount_namespace(seen: dict[str, Any]) -> None:
     assert seen["mount_namespaces"]["broker"] != seen["mount_namespaces"]["systemd"]
     strict = seen["drop_ins"]["hardening-strict.conf"]

@@ -176,6 +176,15 @@ def flip_before_sealing(state: State, /) -> None:
     host.seal = flip_and_seal
 
 
+def misread(state: State, /) -> None:
+    """From now on what this instance reads is not what was published, as if its own memory were broken."""
+    from weight_broker.memory.host import copying
+
+    module: Any = copying
+    combine = module.combine
+    module.combine = lambda algorithm, blocks: combine(algorithm, blocks) ^ 1
+
+
 def slow_copies(state: State, /, seconds: float) -> None:
     """From now on every 512 KiB that this instance copies take `seconds`."""
     _before_copying(lambda size: time.sleep(seconds * -(-size // (512 << 10))))

@@ -52,7 +52,7 @@ class BrokerProcess:
                 [sys.executable, "-m", "weight_brokerd"], env=environment, stdin=subprocess.DEVNULL, stderr=log
             )
         deadline = time.monotonic() + wait_seconds
-        while not self._accepts():
+        while not self.is_accepting():
             assert self.process.poll() is None, f"the broker ended with {self.process.returncode}:\n{self.log}"
             assert time.monotonic() < deadline, f"the broker is not ready:\n{self.log}"
             time.sleep(0.02)
@@ -131,7 +131,8 @@ class BrokerProcess:
         mapped = Path(f"/proc/{self.pid}/maps").read_text().count("/memfd:")
         return mapped + sum(1 for line in self.descriptors() if line.startswith("/memfd:"))
 
-    def _accepts(self) -> bool:
+    def is_accepting(self) -> bool:
+        """Whether its attach socket accepts connections."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
             try:
                 probe.connect(str(self.runtime_directory / "attach.sock"))

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    multiple,
-    rule,
-)
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
 
 from support.core_outcomes import concerns, outcome_of
 from weight_broker.errors import BrokerError, InvalidArgument, PublicationNotFound, Reason
@@ -28,6 +22,7 @@ from weight_brokerd.core.model import (
     ColdLoadLease,
     DataPlane,
     FailureCause,
+    Finding,
     IfAbsent,
     Instance,
     LeaseClaim,
@@ -76,6 +71,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.evicted: set[str] = set()
         self.mapping: list[Publication] = []
         self.reserving: list[Transfer] = []
+        self.checking: list[Publication] = []
         self.writing: set[str] = set()
         self.granted: set[str] = set()
         self.held: dict[str, set[str]] = {}
@@ -94,7 +90,7 @@ class CoreMachine(RuleBasedStateMachine):
     def new_instance(self) -> str:
         self.number += 1
         instance_id = f"instance-{self.number}"
-        self.carry_out(self.coordinator.attach(Instance(instance_id, instance_id, 1, 0, 0, self.now)))
+        self.carry_out(self.coordinator.attach(Instance(instance_id, instance_id, self.number, 0, 0, self.now)))
         return instance_id
 
     @rule(instance_id=consumes(instances))
@@ -219,7 +215,8 @@ class CoreMachine(RuleBasedStateMachine):
         self, instance_id: str, key: WeightSetKey, layout: Layout | None, device: tuple[str, str]
     ) -> None:
         """Explain says what acquire does."""
-        said = self.coordinator.explain(Question(key.id, key, layout, *device)).outcome
+        apart_from = self.coordinator.damage.apart_from(self.coordinator.instances[instance_id].process)
+        said = self.coordinator.explain(Question(key.id, key, layout, *device, apart_from)).outcome
         before = len(self.seen)
         self.ask(instance_id, key, layout, IfAbsent.LOAD, device)
         name = f"acquisition-{self.number}"
@@ -288,6 +285,13 @@ class CoreMachine(RuleBasedStateMachine):
                 self.carry_out(self.coordinator.held(publication, self.now))
             else:
                 self.carry_out(self.coordinator.not_held(publication, self.now))
+
+    @rule(data=st.data(), finding=st.sampled_from(Finding))
+    def finish_checking(self, data: st.DataObject, finding: Finding) -> None:
+        if self.checking:
+            publication = data.draw(st.sampled_from(self.checking))
+            self.checking.remove(publication)
+            self.carry_out(self.coordinator.checked(publication, finding, "test", self.now))
 
     @rule(publication_id=publications)
     def lose(self, publication_id: str) -> None:
@@ -404,6 +408,10 @@ class CoreMachine(RuleBasedStateMachine):
         if self.leases.release(lease):
             self.carry_out(self.coordinator.lease_ended(lease, self.now))
 
+    def check(self, publication: Publication) -> None:
+        assert publication not in self.checking, "one check at a time"
+        self.checking.append(publication)
+
     def notice(self, notice: decide.Notice) -> None:
         pass
 
@@ -423,15 +431,7 @@ class CoreMachine(RuleBasedStateMachine):
             if not self.coordinator.acquisitions:
                 break
             for transfer in list(self.coordinator.transfers.running.values()):
-                self.carry_out(
-                    self.coordinator.transfer_failed(
-                        transfer.transfer_id,
-                        transfer.receiver_instance_id,
-                        FailureCause.SOURCE_UNREACHABLE,
-                        "",
-                        self.now,
-                    )
-                )
+                self.report(transfer, FailureCause.SOURCE_UNREACHABLE)
             self.now += WAIT_SECONDS
             self.carry_out(self.coordinator.advance(self.now))
         assert not self.coordinator.acquisitions, "somebody was never answered"

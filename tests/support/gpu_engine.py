@@ -18,6 +18,7 @@ from torch import nn
 
 from weight_broker import WeightSetKey
 from weight_broker.drivers import cuda
+from weight_broker.integrations.engine import published
 from weight_broker.integrations.engine.engine import Engine
 from weight_broker.integrations.engine.load import Load
 from weight_broker.integrations.engine.options import Options
@@ -110,6 +111,18 @@ def load() -> Loaded:
     load.finish(model)
     report = load.report
     return Loaded(report.source, bool(report.publication_id), report.acquire_error, report.not_published)
+
+
+def sleep(*, scribble: bool = False) -> tuple[int, int]:
+    """Sleeps and wakes up, with other weights if it is to `scribble`: how many publications were retracted, and how
+    many followed."""
+    [model] = _models
+    ended = published.retract("the engine goes to sleep", for_sleep=True)
+    if scribble:
+        driver = cuda.load()
+        with driver.in_context(_contexts[-1]):
+            driver.write(next(model.buffers()).data_ptr(), ctypes.addressof(ctypes.create_string_buffer(64)), 64)
+    return ended, published.republish()
 
 
 def digest() -> str:

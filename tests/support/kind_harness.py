@@ -26,7 +26,7 @@ from weight_brokerd.dataplane.plane import DataPlane, PhaseSeconds, Place, Plane
 from weight_brokerd.kinds.cuda.kind import CudaKind
 from weight_brokerd.kinds.host.kind import HostKind
 from weight_brokerd.kinds.host.regions import RegionTable
-from weight_brokerd.kinds.kind import Kind, KindHealth
+from weight_brokerd.kinds.kind import UNREAD, ContentCheck, Kind, KindHealth
 from weight_brokerd.kinds.place_request import PlaceRequest, placements_of, regions_of, require_unstaged
 
 SIZE = 4096
@@ -37,6 +37,7 @@ FOURTH_TRAITS = Traits(
     wire_number=4,
     broker_copies=True,
     outlives_owner=True,
+    is_copied_to_publish=True,
     is_packed=True,
     has_devices=True,
     can_be_staged=False,
@@ -160,7 +161,7 @@ class TapeKind:
     def place(self, request: PlaceRequest) -> Place:
         require_unstaged(self.name, request)
         regions = regions_of(self.name, request, lambda _field, name, region: ImportRegion(name, region.size_bytes))
-        return Place(self.name, request.device_id, regions, placements_of(self.name, request))
+        return Place(self.name, request.device_id, regions, placements_of(self.name, request).pairs)
 
     def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
         return asyncio.ensure_future(self._hold(publication.publication_id, place))
@@ -170,6 +171,9 @@ class TapeKind:
 
     def grant(self, transfer: Transfer) -> bytes:
         return b""
+
+    async def check(self, publication: Publication, digests: bytes) -> ContentCheck:
+        return UNREAD
 
     def end(self, transfer: Transfer) -> None:
         """Nothing was held for it."""

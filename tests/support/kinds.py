@@ -50,6 +50,11 @@ class ServingConnections(StagingConnections):
     def has(self, instance_id: str) -> bool:
         return instance_id in self.instances
 
+    def connection_of(self, instance_id: str) -> int:
+        if instance_id not in self.instances:
+            raise StagingGone("it has no stage connection")
+        return 0
+
     async def ask(self, instance_id: str, request: attach_pb2.StageRequest, timeout: float) -> None:
         if instance_id not in self.instances:
             raise StagingGone("it has no stage connection")
@@ -67,10 +72,17 @@ class QuietWorker:
     """A datasystem worker that runs."""
 
     is_managed = False
+    is_ready = True
     problem = ""
 
     async def start(self) -> tuple[str, int]:
         return "127.0.0.1", 1
+
+    async def settled(self) -> None:
+        """At once."""
+
+    async def look(self) -> None:
+        """It is new enough."""
 
     async def close(self) -> None:
         """It is the operator's."""

@@ -33,6 +33,12 @@ class BorrowedCard:
     buffer: ImportRegion | None
     is_busy: bool = False
 
+    keeps_buffer: bool = False
+
+    async def lend_staging_buffer(self, connection: int) -> None:
+        assert self.buffer is not None
+        self.cards.lent.append(self.buffer.region_id)
+
     async def ask(self, request: Request, timeout: float) -> Done:
         self.cards.moved.append(type(request).__name__)
         await self.cards.pause()
@@ -61,6 +67,8 @@ class ScriptedCards:
         """What was moved, by the name of the call, in order."""
         self.moving = 0
         self.buffers: set[str] = set()
+        self.lent: list[str] = []
+        """Staging buffers that an instance was allowed to map, in order."""
         self.hooks = Hooks()
         self.problem = ""
         self.is_closed = False
@@ -157,6 +165,9 @@ class ScriptedCards:
         buffer = staging_buffer(size)
         self.buffers.add(buffer.region_id)
         return buffer
+
+    async def lend_staging_buffer(self, card: str, region_id: str, connection: int) -> None:
+        self.lent.append(region_id)
 
     async def close_staging_buffer(self, card: str, region_id: str) -> None:
         self.buffers.discard(region_id)

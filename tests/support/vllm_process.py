@@ -46,8 +46,6 @@ class EngineProcess:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, (tests, tests / "support/every_process"))),
             "TEST_EVERY_PROCESS": self.in_every_process,
-            "TEST_PLAIN_PROCESSOR": "1",
-            "ONEDNN_MAX_CPU_ISA": "AVX2",
             "WEIGHT_BROKER_RUNTIME_DIRECTORY": str(self.runtime_directory),
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -7,11 +7,11 @@ Any other exception is an internal error: the log gets the exception, the caller
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -25,6 +25,9 @@ from weight_broker.errors import (
     Reason,
     from_reason,
 )
+from weight_brokerd.api.incoming.reception import Reception
+from weight_brokerd.api.incoming.standard_services import guarded
+from weight_brokerd.core.conduct.quota import RETRY_SECONDS
 
 log = structlog.get_logger()
 
@@ -47,6 +50,10 @@ def to_status(error: BrokerError) -> grpc.Status:
     status.details.add().Pack(
         error_details_pb2.ErrorInfo(reason=str(error.reason), domain=ERROR_DOMAIN, metadata=metadata)
     )
+    if retry := error.metadata.get(RETRY_SECONDS):
+        pause = error_details_pb2.RetryInfo()
+        pause.retry_delay.FromMilliseconds(int(1000 * float(retry)))
+        status.details.add().Pack(pause)
     if isinstance(error, InvalidArgument):
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=_cut(error.field, share), description=f"expected {metadata.get('expected', '')}"
@@ -56,7 +63,10 @@ def to_status(error: BrokerError) -> grpc.Status:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of the broker's own services."""
+    """Wraps every method: requests come through the reception, errors leave as statuses."""
+
+    def __init__(self, reception: Reception) -> None:
+        self._reception = reception
 
     async def intercept_service(
         self,
@@ -65,22 +75,27 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Returns the method's handler, wrapped."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/weight_broker."):
-            return handler
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if not method.startswith("/weight_broker."):
+            standard: grpc.RpcMethodHandler[Any, Any] = guarded(handler, method.split("/")[1], self._reception)
+            return standard
         # No deserializer: gRPC answers bytes that it cannot parse with UNKNOWN and the text of the exception.
+        read = partial(self._reception.request, method, handler.request_deserializer)
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _wrap_unary(handler.unary_unary, handler.request_deserializer), None, handler.response_serializer
+            return grpc.stream_unary_rpc_method_handler(
+                _wrap_unary(handler.unary_unary, read), None, handler.response_serializer
             )
-        return grpc.unary_stream_rpc_method_handler(
-            _wrap_stream(handler.unary_stream, handler.request_deserializer), None, handler.response_serializer
+        return grpc.stream_stream_rpc_method_handler(
+            _wrap_stream(handler.unary_stream, read), None, _serializer(handler.response_serializer)
         )
 
 
-def _wrap_unary(method: Any, parse: Any) -> Any:
-    async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> object:
+def _wrap_unary(method: Any, read: Any) -> Any:
+    async def call(incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> object:
         try:
-            return await method(_parsed(request, parse), context)
+            return await method(await read(incoming, context), context)
         except BrokerError as error:
             await context.abort_with_status(to_status(error))
         except grpc.aio.AbortError:
@@ -91,10 +106,12 @@ def _wrap_unary(method: Any, parse: Any) -> Any:
     return call
 
 
-def _wrap_stream(method: Any, parse: Any) -> Any:
-    async def call(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[object]:
+def _wrap_stream(method: Any, read: Any) -> Any:
+    async def call(
+        incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[object]:
         try:
-            async for response in method(_parsed(request, parse), context):
+            async for response in method(await read(incoming, context), context):
                 yield response
         except BrokerError as error:
             await context.abort_with_status(to_status(error))
@@ -106,13 +123,9 @@ def _wrap_stream(method: Any, parse: Any) -> Any:
     return call
 
 
-def _parsed(request: bytes, parse: Callable[[bytes], object]) -> object:
-    try:
-        return parse(request)
-    except DecodeError:
-        raise InvalidArgument(
-            "request", f"{len(request)} bytes", "a message of the method's request type, with texts in UTF-8"
-        ) from None
+def _serializer(serialize: Any) -> Any:
+    """For methods that serialize large messages themselves."""
+    return lambda response: response if isinstance(response, bytes) else serialize(response)
 
 
 def _internal_error(error: Exception) -> BrokerError:

@@ -19,6 +19,7 @@ from weight_brokerd.kinds.place_request import text
 
 MAX_EXTENSION_SECONDS = 24 * 3600.0
 MAX_LOAD_GROUP_SIZE = 4096
+MAX_PHASES = 64
 MAX_TIMEOUT_SECONDS = 7 * 24 * 3600.0
 
 _IF_ABSENT = {
@@ -83,6 +84,8 @@ def arrival(message: weight_broker_service_pb2.TransferSucceeded) -> Arrival:
     verified = coverage_from_wire(message.verified)
     if verified is None:
         raise InvalidArgument("succeeded.verified", message.verified, "DIGEST_COVERAGE_FULL or _SAMPLED")
+    if len(message.phase_times) > MAX_PHASES:
+        raise InvalidArgument("succeeded.phase_times", len(message.phase_times), f"at most {MAX_PHASES}")
     phases: list[tuple[str, float]] = []
     for index, phase in enumerate(message.phase_times):
         field = f"succeeded.phase_times[{index}]"

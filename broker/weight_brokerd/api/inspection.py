@@ -20,10 +20,13 @@ from weight_broker.kinds import kind_of_wire
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceServicer
-from weight_broker.wire import key_from_wire, layout_from_wire, layout_to_wire
+from weight_broker.wire import key_from_wire
 from weight_brokerd import __version__
 from weight_brokerd.api import fields as validation
 from weight_brokerd.api.caller import on_end
+from weight_brokerd.api.incoming.requests import Received
+from weight_brokerd.api.incoming.turns import Turns
+from weight_brokerd.api.large_grant import add_layout
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.control.control import Control
 from weight_brokerd.core.answers import Question
@@ -36,6 +39,8 @@ MAXIMUM_PAGE_SIZE = 1000
 CHANGES_PER_MESSAGE = 500
 CHANGES_PER_STEP = 50
 """Changes that are built before other calls get their turn. Every publication of a weight set counts."""
+PAUSE_SECONDS = 0.05
+"""Between two answers of a Watch. What changes meanwhile is in the next one, so that many watchers cost little."""
 MAXIMUM_UINT64 = (1 << 64) - 1
 
 _REMOVALS = frozenset({"removed_weight_set_id", "removed_instance_id"})
@@ -79,6 +84,7 @@ class InspectionServicer(InspectionServiceServicer):
     def __init__(self, control: Control, messages: Messages) -> None:
         self._control = control
         self._messages = messages
+        self._turns = Turns()
 
     async def ListWeightSets(self, request: pb.ListWeightSetsRequest, context: Context) -> pb.ListWeightSetsResponse:
         weight_sets = self._control.coordinator.weight_sets
@@ -99,8 +105,11 @@ class InspectionServicer(InspectionServiceServicer):
                 metadata={"weight_set_id": weight_set_id},
             )
         publications = self._control.coordinator.publications.of_weight_set(weight_set_id)
-        layout = layout_to_wire(publications[-1].layout) if publications else None
-        return pb.GetWeightSetResponse(weight_set=self._messages.weight_set(record), layout=layout)
+        layout = publications[-1].layout if publications else None
+        response = pb.GetWeightSetResponse(weight_set=self._messages.weight_set(record))
+        if layout is not None:
+            await self._turns.take(add_layout(layout, response.layout))
+        return response
 
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
         instances = self._control.coordinator.instances
@@ -124,7 +133,10 @@ class InspectionServicer(InspectionServiceServicer):
     async def GetHost(self, request: pb.GetHostRequest, context: Context) -> pb.GetHostResponse:
         return pb.GetHostResponse(host=host_message(self._control, self._messages))
 
-    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:
+    async def Explain(  # type: ignore[override]  # the layout comes decoded
+        self, received: Received[pb.ExplainRequest], context: Context
+    ) -> pb.ExplainResponse:
+        request = received.message
         key = None
         match request.WhichOneof("weight_set"):
             case "key":
@@ -134,9 +146,10 @@ class InspectionServicer(InspectionServiceServicer):
                 weight_set_id = validation.weight_set_id("weight_set_id", request.weight_set_id)
             case _:
                 raise InvalidArgument("weight_set", None, "key or weight_set_id")
-        layout = layout_from_wire(request.layout) if request.HasField("layout") else None
         kind = self._kind(request.device_kind)
-        return self._messages.explanation(self._control.coordinator.explain(Question(weight_set_id, key, layout, kind)))
+        return self._messages.explanation(
+            self._control.coordinator.explain(Question(weight_set_id, key, received.layout, kind))
+        )
 
     def _kind(self, number: weight_set_pb2.DeviceKind.ValueType) -> str:
         """The kind of memory that would receive; empty if the request leaves it open."""
@@ -165,6 +178,7 @@ class InspectionServicer(InspectionServiceServicer):
             ]
             for start in range(0, len(changed), CHANGES_PER_MESSAGE):
                 yield pb.WatchResponse(changes=await _built(changed[start : start + CHANGES_PER_MESSAGE]))
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def _snapshot(self) -> AsyncIterator[pb.WatchResponse]:
         """The full state, each thing in its state when its part is built. Things that are gone by then are left out.

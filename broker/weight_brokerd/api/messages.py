@@ -106,6 +106,7 @@ class Messages:
         return _duration(self._control.loop.now() - clock_time)
 
     def instance(self, instance: Instance) -> pb.Instance:
+        damage = self._control.coordinator.damage
         return pb.Instance(
             instance_id=instance.instance_id,
             host_id=self._control.coordinator.host_id,
@@ -117,6 +118,8 @@ class Messages:
             attach_time=self.time(instance.attached_at),
             publication_count=self._control.coordinator.publications.count_of_instance(instance.instance_id),
             age=self.since(instance.attached_at),
+            false_damage_reports=damage.false_reports(instance.process),
+            suspect=damage.is_suspect(instance.process),
         )
 
     def publication(self, publication: Publication) -> pb.Publication:
@@ -141,6 +144,7 @@ class Messages:
             load_group=_load_group(publication.rank) if publication.rank is not None else None,
             is_staged=publication.is_staged,
             age=self.since(publication.published_at),
+            being_checked=self._control.coordinator.damage.is_being_checked(publication),
         )
 
     def lease(self, lease: ColdLoadLease) -> pb.ColdLoadLease:

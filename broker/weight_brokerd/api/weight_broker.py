@@ -17,7 +17,9 @@ from weight_broker.wire import MAX_REASON_CHARACTERS, layout_to_wire
 from weight_brokerd.api import acquire_request, publish_request
 from weight_brokerd.api import fields as validation
 from weight_brokerd.api.caller import identify, on_end
-from weight_brokerd.api.layouts import LayoutCache
+from weight_brokerd.api.incoming.requests import Received
+from weight_brokerd.api.incoming.turns import Turns
+from weight_brokerd.api.large_grant import large_grant
 from weight_brokerd.api.messages import DATA_PLANES, PATHS, Messages
 from weight_brokerd.attach.server import Session
 from weight_brokerd.control.control import Control
@@ -25,11 +27,14 @@ from weight_brokerd.control.mailboxes import Granted, Moved
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.model import Acquisition, WaitReason
 from weight_brokerd.kinds.place_request import text
+from weight_brokerd.kinds.steps import Steps, T, at_once
 
 log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+FEW_TENSORS = 1000
+"""Requests and answers with so many tensors are handled in one step."""
 _SHARE_OF_DEADLINE = 0.95
 
 _WAIT_REASONS = {
@@ -48,18 +53,22 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
         self._messages = messages
         self._maximum_wait_seconds = maximum_wait_seconds
         self._lease_seconds = lease_seconds
-        self._layouts = LayoutCache()
+        self._turns = Turns()
         self._numbers = itertools.count(1)
 
-    async def Acquire(self, request: pb.AcquireRequest, context: Context) -> AsyncIterator[pb.AcquireResponse]:
+    async def Acquire(  # type: ignore[override]  # the layout comes decoded
+        self, received: Received[pb.AcquireRequest], context: Context
+    ) -> AsyncIterator[pb.AcquireResponse | bytes]:
         session = identify(self._control, context)
-        kind = await acquire_request.receiving_kind(request, self._control.kinds)
+        kind = await acquire_request.receiving_kind(received.message, self._control.kinds)
         call = self._call(session, context)
-        acquisition, destination = acquire_request.acquisition(request, call, self._layouts, kind)
+        acquisition, destination = await self._in_turns(acquire_request.acquisition(received, call, kind), received)
+        request_id = received.message.request_id
+        del received  # a call may wait for an hour, and this may be large
         acquisition_id = acquisition.acquisition_id
         logger = log.bind(
             acquisition_id=acquisition_id,
-            request_id=request.request_id,
+            request_id=request_id,
             instance_id=session.instance_id,
             weight_set_id=acquisition.key.id,
         )
@@ -78,7 +87,7 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                     )
                 case Granted() as granted:
                     logger.info("granted", transfer_id=granted.transfer.transfer_id)
-                    yield pb.AcquireResponse(granted=self._granted(granted, acquisition))
+                    yield await self._granted(granted, acquisition)
                 case Moved(transfer, seconds):
                     logger.info("moved", transfer_id=transfer.transfer_id, seconds=dict(seconds))
                     yield pb.AcquireResponse(moved=self._messages.moved(transfer, seconds))
@@ -111,10 +120,13 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
                 raise InvalidArgument("outcome", None, "succeeded or failed")
         return pb.ReportTransferResponse()
 
-    async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.PublishResponse:
+    async def Publish(  # type: ignore[override]  # the layout comes decoded
+        self, received: Received[pb.PublishRequest], context: Context
+    ) -> pb.PublishResponse:
         session = identify(self._control, context)
-        kind = await publish_request.published_kind(request, self._control.kinds)
-        offer, memory = publish_request.offer(request, session.instance_id, self._layouts, kind, session.peer)
+        kind = await publish_request.published_kind(received.message, self._control.kinds)
+        steps = publish_request.offer(received, session.instance_id, kind, session.peer)
+        offer, memory = await self._in_turns(steps, received)
         publication = await self._control.publishing.publish(offer, memory)
         return pb.PublishResponse(publication=self._messages.publication(publication))
 
@@ -164,13 +176,24 @@ class WeightBrokerServicer(WeightBrokerServiceServicer):
             peer=session.peer,
         )
 
-    def _granted(self, granted: Granted, acquisition: Acquisition) -> pb.Granted:
+    async def _in_turns(self, steps: Steps[T], received: Received[Any]) -> T:
+        """Other calls get their turn between the steps, unless there are few."""
+        if received.layout is None or len(received.layout) <= FEW_TENSORS:
+            return at_once(steps)
+        return await self._turns.take(steps)
+
+    async def _granted(self, granted: Granted, acquisition: Acquisition) -> pb.AcquireResponse | bytes:
         source = granted.transfer.publication
-        message = pb.Granted.FromString(granted.message)
-        message.transfer_id = granted.transfer.transfer_id
-        message.source.CopyFrom(self._messages.publication(source))
-        message.data_plane = DATA_PLANES[granted.transfer.data_plane]
-        message.path = PATHS[granted.transfer.path]
-        if acquisition.layout is None:
-            message.layout.CopyFrom(layout_to_wire(source.layout))
-        return message
+        message = pb.Granted(
+            transfer_id=granted.transfer.transfer_id,
+            source=self._messages.publication(source),
+            data_plane=DATA_PLANES[granted.transfer.data_plane],
+            path=PATHS[granted.transfer.path],
+        )
+        layout = source.layout if acquisition.layout is None else None
+        if len(source.layout) > FEW_TENSORS:
+            return await self._turns.take(large_grant(message, granted.message, layout))
+        message.MergeFromString(granted.message)
+        if layout is not None:
+            message.layout.CopyFrom(layout_to_wire(layout))
+        return pb.AcquireResponse(granted=message)

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from weight_broker.errors import BrokerError, NotAttached
@@ -39,6 +40,12 @@ def credentials(connection: socket.socket) -> PeerCredentials:
     """The peer of a connected unix socket."""
     pid, uid, gid = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return PeerCredentials(pid, uid, gid, frozenset({gid, *_supplementary_groups(connection)}))
+
+
+def process_of(connection: socket.socket) -> Hashable:
+    """Whom a connection is counted for: the connection alone where the broker cannot see the process."""
+    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return (uid, pid) if pid > 0 else connection
 
 
 def open_pidfd(connection: socket.socket, peer: PeerCredentials) -> int:

@@ -12,30 +12,49 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
-from weight_broker.errors import BrokerError
+from weight_broker.errors import BrokerError, Reason, from_reason
 from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Session, refusal
-from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd
+from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd, process_of
+from weight_brokerd.attach.strangers import Strangers
+from weight_brokerd.core.conduct.pace import Pace, Paces
 from weight_brokerd.processes import packets
 
 __all__ = ["AttachServer", "Attendance", "PeerCredentials", "Session"]
 
 HELLO_SECONDS = 5.0
 """A connection that has not said Hello by then is closed."""
-MAXIMUM_STRANGERS = 128
-"""Connections that have not said Hello yet; the oldest gives way to a new one."""
+CONNECTION_PACE = Pace(per_second=100, burst=400)
+PACKET_PACE = Pace(per_second=500, burst=4000)
+"""Of each process. Connections beyond it are refused; packets wait."""
 
 _BACKLOG = 128
-_ACCEPTED_AT_ONCE = 16
+_ACCEPTED_AT_ONCE = 256
+"""Of processes that connect too often: an empty backlog lets others connect."""
+_ADMITTED_AT_ONCE = 16
 _PAUSE_WITHOUT_FILES_SECONDS = 1.0
+_PAUSE_IN_A_FLOOD_SECONDS = 0.006
 _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
+_SHORTEST_WAIT_SECONDS = 0.01
+_PACES_KEPT = 1024
+_TOO_FAST = refusal(
+    from_reason(
+        Reason.LIMIT_EXCEEDED,
+        f"this process connects more than {CONNECTION_PACE.per_second:g} times a second; keep connections open",
+    )
+).SerializeToString()
+
 log = structlog.get_logger("weight_brokerd.attach")
+
+
+class _TooFast(Exception):
+    """The process connects too often."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +64,7 @@ class _Connection:
     conversation: Conversation
     socket: socket.socket | None
     pidfd: int
+    process: Hashable
     hello_timer: asyncio.TimerHandle | None = None
 
 
@@ -57,7 +77,9 @@ class AttachServer:
         self._broker_version = broker_version
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
-        self._strangers: dict[_Connection, None] = {}
+        self._strangers: Strangers[_Connection] = Strangers()
+        self._connecting = Paces(CONNECTION_PACE)
+        self._asking = Paces(PACKET_PACE)
         self._instances: dict[str, _Connection] = {}
 
     def open(self, path: Path) -> None:
@@ -86,29 +108,49 @@ class AttachServer:
     # A connection's beginning
 
     def _accept(self) -> None:
-        for _ in range(_ACCEPTED_AT_ONCE):
+        admitted = too_fast = 0
+        while admitted < _ADMITTED_AT_ONCE and too_fast < _ACCEPTED_AT_ONCE:
             if self._listener is None:
                 return
             try:
                 accepted, _address = self._listener.accept()
             except (BlockingIOError, ConnectionError, InterruptedError):
-                return
+                break
             except OSError as error:
                 if error.errno not in _OUT_OF_FILES:
                     raise
                 # The listener stays readable: without a pause the loop would do nothing but fail to accept.
                 log.error("out_of_files", error=os.strerror(error.errno), hint="raise LimitNOFILE")
-                self._loop.remove_reader(self._listener.fileno())
-                self._loop.call_later(_PAUSE_WITHOUT_FILES_SECONDS, self._resume_accepting)
+                self._pause_accepting(_PAUSE_WITHOUT_FILES_SECONDS)
                 return
-            try:
-                self._admit(accepted)
-            except (BrokerError, OSError) as error:
-                log.warning("attach_refused", why=str(error))
-                if isinstance(error, BrokerError):
-                    with contextlib.suppress(OSError):
-                        packets.send(accepted, refusal(error).SerializeToString())
-                accepted.close()
+            if self._let_in(accepted):
+                admitted += 1
+            else:
+                too_fast += 1
+        if too_fast:  # else the loop would do little but refuse
+            self._pause_accepting(_PAUSE_IN_A_FLOOD_SECONDS)
+
+    def _let_in(self, accepted: socket.socket) -> bool:
+        """Admits a connection, or refuses and closes it. False if its process connects too often."""
+        try:
+            self._admit(accepted)
+        except _TooFast:  # without a line in the log: a process could fill it
+            with contextlib.suppress(OSError):
+                packets.send(accepted, _TOO_FAST)
+            accepted.close()
+            return False
+        except (BrokerError, OSError) as error:
+            log.warning("attach_refused", why=str(error))
+            if isinstance(error, BrokerError):
+                with contextlib.suppress(OSError):
+                    packets.send(accepted, refusal(error).SerializeToString())
+            accepted.close()
+        return True
+
+    def _pause_accepting(self, seconds: float) -> None:
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            self._loop.call_later(seconds, self._resume_accepting)
 
     def _resume_accepting(self) -> None:
         if self._listener is not None:
@@ -116,22 +158,49 @@ class AttachServer:
 
     def _admit(self, accepted: socket.socket) -> None:
         accepted.setblocking(False)
+        process = process_of(accepted)
+        self._keep_pace(process)
         peer = credentials(accepted)
         pidfd = open_pidfd(accepted, peer)
         conversation = Conversation(self._attendance, peer, host_id=self._host_id, broker_version=self._broker_version)
-        connection = _Connection(conversation, accepted, pidfd)
-        if len(self._strangers) >= MAXIMUM_STRANGERS:
-            self._forget(next(iter(self._strangers)))
-        self._strangers[connection] = None
+        connection = _Connection(conversation, accepted, pidfd, process)
+        too_many = self._strangers.one_too_many(process)
+        if too_many is not None:
+            self._forget(too_many)
+        self._strangers.add(process, connection)
         connection.hello_timer = self._loop.call_later(HELLO_SECONDS, self._forget, connection)
         self._loop.add_reader(accepted.fileno(), self._readable, connection)
         self._loop.add_reader(pidfd, self._process_ended, connection)
 
+    def _keep_pace(self, process: Hashable) -> None:
+        now = self._loop.time()
+        if len(self._connecting) > _PACES_KEPT:
+            self._connecting.tidy(now)
+            self._asking.tidy(now)
+        if self._connecting.wait(process, now) > 0:
+            raise _TooFast
+        self._connecting.spend(process, now)
+
     # Its requests
+
+    def _must_wait(self, connection: _Connection, attached: socket.socket) -> bool:
+        """Whether the process asks too fast: then its packets stay in the socket for a moment."""
+        now = self._loop.time()
+        wait = self._asking.wait(connection.process, now)
+        if wait <= 0:
+            self._asking.spend(connection.process, now)
+            return False
+        self._loop.remove_reader(attached.fileno())
+        self._loop.call_later(max(wait, _SHORTEST_WAIT_SECONDS), self._read_again, connection, attached)
+        return True
+
+    def _read_again(self, connection: _Connection, attached: socket.socket) -> None:
+        if connection.socket is attached:
+            self._loop.add_reader(attached.fileno(), self._readable, connection)
 
     def _readable(self, connection: _Connection) -> None:
         """Takes one packet; the loop calls again for the next one, after the other connections."""
-        if connection.socket is None:
+        if connection.socket is None or self._must_wait(connection, connection.socket):
             return
         try:
             packet = packets.receive(connection.socket)
@@ -168,7 +237,7 @@ class AttachServer:
             self._attendance.stage_connected(connection.conversation.stage_owner, handed)
 
     def _greet(self, connection: _Connection) -> None:
-        del self._strangers[connection]
+        self._strangers.discard(connection)
         self._instances[connection.conversation.instance_id] = connection
         if connection.hello_timer is not None:
             connection.hello_timer.cancel()
@@ -203,7 +272,7 @@ class AttachServer:
             self._tell(self._attendance.departed, connection.conversation.instance_id, "the process ended")
 
     def _forget(self, connection: _Connection) -> None:
-        self._strangers.pop(connection, None)
+        self._strangers.discard(connection)
         self._instances.pop(connection.conversation.instance_id, None)
         if connection.hello_timer is not None:
             connection.hello_timer.cancel()

@@ -15,6 +15,7 @@ from weight_broker.v1 import attach_pb2 as pb
 from weight_brokerd.processes import packets
 
 log = structlog.get_logger("weight_brokerd.attach")
+_NO_CONNECTION = "it has no stage connection"
 
 
 class StagingRefused(Exception):
@@ -38,6 +39,8 @@ class StagingConnections:
         self._connections: dict[str, _Connection] = {}
         self._leaving: set[_Connection] = set()
         """Of instances that are asked nothing more, and have not closed their end yet."""
+        self._holding: set[str] = set()
+        """Instances that the ending daemon does not wait for: they may have staging buffers mapped."""
 
     def connected(self, instance_id: str, connection: socket.socket) -> None:
         """Takes a connection over; it replaces the instance's earlier connection."""
@@ -48,20 +51,29 @@ class StagingConnections:
         """Whether the instance has a stage connection."""
         return instance_id in self._connections
 
+    def connection_of(self, instance_id: str) -> int:
+        """The descriptor of the instance's stage connection; duplicate it before the next turn of the loop. Raises
+        StagingGone."""
+        connection = self._connections.get(instance_id)
+        if connection is None:
+            raise StagingGone(_NO_CONNECTION)
+        return connection.fileno()
+
     async def ask(self, instance_id: str, request: pb.StageRequest, timeout: float) -> None:
         """Sends a request and waits for its answer. An instance that does not answer within `timeout` seconds loses its
         connection. After a cancellation the instance may go on; it carries requests out in order.
         Raises StagingRefused, StagingGone, StagingSilent."""
         connection = self._connections.get(instance_id)
         if connection is None:
-            raise StagingGone("it has no stage connection")
+            raise StagingGone(_NO_CONNECTION)
         await connection.ask(request, timeout)
 
-    async def let_go(self, instance_id: str) -> None:
+    async def let_go(self, instance_id: str) -> bool:
         """Return when the instance has unmapped the staging buffers of every connection that has ended. It does so,
-        and closes its end, after what it is doing; or it dies."""
+        and closes its end, after what it is doing; or it dies. False: the daemon ends first."""
         leaving = [connection for connection in self._leaving if connection.instance_id == instance_id]
         await asyncio.gather(*(connection.closed.wait() for connection in leaving))
+        return instance_id not in self._holding
 
     def drop(self, instance_id: str) -> None:
         """Closes the instance's connection, if it has one, without calling `on_lost`."""
@@ -74,6 +86,7 @@ class StagingConnections:
         for instance_id in list(self._connections):
             self.drop(instance_id)
         for connection in list(self._leaving):
+            self._holding.add(connection.instance_id)
             connection.close()
 
     def _ended(self, connection: _Connection, why: StagingGone) -> None:
@@ -94,7 +107,7 @@ class _Connection:
     ) -> None:
         self.instance_id = instance_id
         self.closed = asyncio.Event()
-        """The instance has closed its end."""
+        """The instance has closed its end, or is not waited for."""
         self._socket = connection
         self._has_ended = False
         self._on_end = on_end
@@ -103,6 +116,10 @@ class _Connection:
         self._waiting: dict[int, asyncio.Future[None]] = {}
         connection.setblocking(False)
         asyncio.get_running_loop().add_reader(connection.fileno(), self._readable)
+
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self._socket.fileno()
 
     async def ask(self, request: pb.StageRequest, timeout: float) -> None:
         """See `StagingConnections.ask`."""

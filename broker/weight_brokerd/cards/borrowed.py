@@ -14,6 +14,9 @@ class BorrowedReceiver:
     def __init__(self, child: CardProcess, configuration: CardsConfiguration) -> None:
         self.buffer: ImportRegion | None = None
         """The process's staging buffer, which instances can import; freed when the job has ended."""
+        self.keeps_buffer = False
+        """An instance still has the buffer mapped although the job has ended, because the daemon ends: the process
+        stays until that instance has let go."""
         self.is_busy = False
         """Whether a request may still run without a waiter: the process must then be killed."""
         self._child = child
@@ -29,6 +32,11 @@ class BorrowedReceiver:
         request = messages.MakeStagingBuffer(region_id, size)
         answer = await self._request(request, messages.StagingBuffer, self._configuration.import_seconds)
         self.buffer = ImportRegion(region_id, size, answer.export_key)
+
+    async def lend_staging_buffer(self, connection: int) -> None:
+        """Let an instance map `buffer`; `connection` is the descriptor of its stage connection. Raises as `ask`."""
+        assert self.buffer is not None
+        await self._child.lend(self.buffer.region_id, connection)
 
     async def _request(self, request: messages.Request, answer: type[AnswerT], timeout: float) -> AnswerT:
         self.is_busy = True

@@ -84,6 +84,14 @@ class MakeStagingBuffer:
 
 
 @dataclass(frozen=True, slots=True)
+class LendStagingBuffer:
+    """An instance may map the buffer from now on, until CloseRegion. Comes with a descriptor of the instance's stage
+    connection: if the daemon ends, this process tells the instance and lives until it has let go. Answer: Done."""
+
+    region_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """To a sender: let one reader fetch the blobs under a fresh key. Answer: Done."""
 
@@ -181,6 +189,7 @@ Request = (
     | ImportRegion
     | CloseRegion
     | MakeStagingBuffer
+    | LendStagingBuffer
     | Offer
     | Withdraw
     | Fetch
@@ -199,6 +208,7 @@ _KINDS: tuple[Callable[..., Message], ...] = (
     ImportRegion,
     CloseRegion,
     MakeStagingBuffer,
+    LendStagingBuffer,
     Offer,
     Withdraw,
     Fetch,

@@ -54,7 +54,7 @@ async def find_devices(configuration: CardsConfiguration) -> tuple[tuple[Device,
     try:
         found = json.loads(out)
         return tuple(Device(**device) for device in found["devices"]), found["problem"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         words = err.decode(errors="replace").strip().splitlines()
         return (), f"looking for devices ended with {process.returncode}" + (f": {words[-1]}" if words else "")
 

@@ -16,6 +16,7 @@ from weight_brokerd.processes.child import ChildProcess, spawn
 from weight_brokerd.processes.tasks import uninterrupted
 
 log = structlog.get_logger()
+MODULE = "weight_brokerd.cards.child.main"
 AnswerT = TypeVar("AnswerT", bound=messages.Answer)
 
 
@@ -45,18 +46,23 @@ class CardProcess(ChildProcess[messages.Message]):
         self.role = role
         self.device = device
         self.ready = messages.Ready(0, "", "", {})
+        self.lent: set[str] = set()
+        """Its staging buffers that instances may have mapped. Do not kill it before they are returned."""
         self._configuration = configuration
 
     @classmethod
     async def start(cls, role: Role, device: int, configuration: CardsConfiguration) -> CardProcess:
         """Start a process; returns when it serves. Raises CardUnavailable with the driver's or the engine's words."""
-        process, ours = await spawn(
-            "weight_brokerd.cards.child.main",
-            f"--kind={configuration.kind}",
-            f"--role={role}",
-            f"--device={device}",
-            environment=configuration.child_environment(),
-        )
+        try:
+            process, ours = await spawn(
+                MODULE,
+                f"--kind={configuration.kind}",
+                f"--role={role}",
+                f"--device={device}",
+                environment=configuration.child_environment(),
+            )
+        except OSError as error:  # the daemon has no descriptor, process or memory left
+            raise CardUnavailable(f"the {role} of device {device} cannot be started: {error}") from error
         child = cls(role, device, process, ours, configuration)
         first = messages.Start(
             configuration.worker_host,
@@ -78,9 +84,11 @@ class CardProcess(ChildProcess[messages.Message]):
         log.info("card_process_started", role=role, device=device, pid=child.pid, seconds=child.ready.seconds)
         return child
 
-    async def request(self, request: messages.Request, answer: type[AnswerT], timeout: float) -> AnswerT:
+    async def request(
+        self, request: messages.Request, answer: type[AnswerT], timeout: float, descriptor: int | None = None
+    ) -> AnswerT:
         """Sends a request and waits. Raises TimeoutError (the child goes on), CardRefused, EngineFailed, CardLost."""
-        exchanged = await self.exchange(request, timeout)
+        exchanged = await self.exchange(request, timeout, descriptor)
         exchanged.close()
         received = exchanged.message
         if isinstance(received, messages.RequestRefused):
@@ -95,8 +103,24 @@ class CardProcess(ChildProcess[messages.Message]):
         """`request`, for requests whose answer is Done."""
         return await self.request(request, messages.Done, timeout or self._configuration.request_seconds)
 
+    async def lend(self, region_id: str, connection: int) -> None:
+        """Let an instance map a staging buffer until it is `returned`; `connection` is the descriptor of its stage
+        connection. Raises as `request`."""
+        self.lent.add(region_id)
+        request = messages.LendStagingBuffer(region_id)
+        await self.request(request, messages.Done, self._configuration.request_seconds, connection)
+
+    def returned(self, region_id: str) -> None:
+        """No instance has the staging buffer mapped. Idempotent."""
+        self.lent.discard(region_id)
+
     async def stop(self) -> bool:
-        """Ask the process to free everything and end; kill it if it does not. False: it has not ended."""
+        """Ask the process to free everything and end; kill it if it does not. False: it has not ended. A process whose
+        staging buffer an instance still has mapped is left alone: it ends after that instance."""
+        if self.lent and not self.has_ended:
+            log.warning("card_process_left", role=self.role, device=self.device, pid=self.pid, lent=sorted(self.lent))
+            self.leave()
+            return False
         try:
             await self.ask(messages.Stop(), self._configuration.stop_seconds)
         except (TimeoutError, CardRefused, CardLost):

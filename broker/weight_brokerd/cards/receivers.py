@@ -219,7 +219,15 @@ class ReceiverSide:
         receiver = BorrowedReceiver(child, self._configuration)
 
         async def unmap() -> bool:
-            return await self._unmap(child, [*regions, *([receiver.buffer] if receiver.buffer is not None else [])])
+            if receiver.keeps_buffer:
+                return False  # the process does it when the daemon has ended
+            if receiver.buffer is None:
+                return await self._unmap(child, regions)
+            child.returned(receiver.buffer.region_id)
+            return await self._unmap(child, [*regions, receiver.buffer])
+
+        async def kill() -> bool:
+            return not receiver.keeps_buffer and await child.kill()
 
         try:
             async with asyncio.timeout_at(deadline):
@@ -227,17 +235,17 @@ class ReceiverSide:
                     await receiver.make_staging_buffer(buffer_bytes)
                 done = await job(receiver)
         except TimeoutError:
-            quiesced = await uninterrupted(child.kill())
+            quiesced = await uninterrupted(kill())
             raise CardTimeout(self._overdue(), quiesced=quiesced) from None
         except (EngineFailed, CardLost) as error:
-            quiesced = await uninterrupted(child.kill())
+            quiesced = await uninterrupted(kill())
             raise CardLost(str(error), quiesced=quiesced) from error
         except CardRefused as error:  # the receiver can be used again
             error.quiesced = await uninterrupted(unmap())
             raise
         except BaseException as error:
             is_clean = not receiver.is_busy and await uninterrupted(unmap())
-            if not is_clean and not await uninterrupted(child.kill()):
+            if not is_clean and not await uninterrupted(kill()):
                 raise CardLost(_HELD, touched=True, quiesced=False) from error
             raise
         if not await uninterrupted(unmap()):

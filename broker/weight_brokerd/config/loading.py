@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from weight_broker.errors import shown
 from weight_brokerd.config import rules
+from weight_brokerd.config.service_variables import without_service_variables
 from weight_brokerd.config.settings import (
     CREDENTIAL_FILES_TOGETHER,
     BrokerSettings,
@@ -25,6 +27,8 @@ from weight_brokerd.config.settings import (
 )
 
 ENVIRONMENT_PREFIX = "WEIGHT_BROKER_"
+MAXIMUM_FILE_BYTES = 1 << 20
+"""A path that names a device has no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.key} is {self.value!r} ({self.source}); expected {self.expected}"
+        text = f"{self.key} is {shown(self.value)} ({self.source}); expected {self.expected}"
         return f"{text}. {self.hint}" if self.hint else text
 
 
@@ -79,6 +83,7 @@ _SECTIONS: Mapping[str, type] = {
 def load(path: Path | None = None, environment: Mapping[str, str] = os.environ) -> Config:
     """The settings from a file (none if None) and the environment; raises `ConfigError`."""
     document = _read(path) if path is not None else {}
+    environment = without_service_variables(environment)
     problems = _unknown_in_file(document, str(path)) + _unknown_in_environment(environment)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -142,7 +147,11 @@ def _variable(section: str, key: str, also: str, environment: Mapping[str, str])
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAXIMUM_FILE_BYTES + 1)
+        if len(content) <= MAXIMUM_FILE_BYTES:
+            return tomllib.loads(content.decode().replace("\r\n", "\n"))
+        problem = Problem("--config", str(path), f"a file of at most {MAXIMUM_FILE_BYTES} bytes", "command line")
     except OSError as error:
         problem = Problem(
             "--config", str(path), "a file that can be read", "command line", error.strerror or str(error)
@@ -151,8 +160,10 @@ def _read(path: Path) -> dict[str, Any]:
         problem = Problem(
             "--config", str(path), "a TOML file in UTF-8", "command line", f"byte {error.start} is not UTF-8"
         )
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also a number of thousands of digits
         problem = Problem("--config", str(path), "a TOML file", "command line", str(error))
+    except RecursionError:
+        problem = Problem("--config", str(path), "a TOML file", "command line", "its values are nested too deeply")
     raise ConfigError([problem])
 
 

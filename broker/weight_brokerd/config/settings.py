@@ -44,8 +44,24 @@ class LimitSettings:
     """Publications in total."""
     regions_per_instance: int = _setting(1024, rules.whole_number(1, 65_536))
     """Regions that one instance may offer at the same time."""
+    regions_per_process: int = _setting(4096, rules.whole_number(1, 65_536))
+    """Regions of all instances of one process."""
     instances: int = _setting(4096, rules.whole_number(1, 65_536))
     """Instances in total."""
+    instances_per_process: int = _setting(64, rules.whole_number(1, 65_536))
+    """Instances that one process may attach."""
+    connections_per_process: int = _setting(128, rules.whole_number(1, 65_536))
+    """gRPC connections that one process may keep open."""
+    acquires: int = _setting(8192, rules.whole_number(1, 1_000_000))
+    """Acquire calls that may be open in total."""
+    acquires_per_process: int = _setting(256, rules.whole_number(1, 65_536))
+    """Acquire calls that one process may have open."""
+    watches: int = _setting(256, rules.whole_number(1, 65_536))
+    """Watch calls that may be open in total."""
+    watches_per_process: int = _setting(16, rules.whole_number(1, 65_536))
+    """Watch calls that one process may have open."""
+    calls_per_second: int = _setting(500, rules.whole_number(1, 1_000_000))
+    """Calls of one process that begin in a second; further ones wait."""
     cold_load_lease_seconds: float = _setting(1800.0, rules.number(1, 86_400))
     """How long a cold load may take unless its holder extends the lease."""
     maximum_wait_seconds: float = _setting(3600.0, rules.number(1, 86_400))

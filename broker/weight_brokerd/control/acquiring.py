@@ -65,7 +65,8 @@ class Acquiring:
         core = self._loop.coordinator
         transfer = core.transfers.running.get(transfer_id)
         decisions = core.transfer_failed(transfer_id, instance_id, cause, detail, self._loop.now())
-        audit("transfer_failed", instance_id=instance_id, transfer_id=transfer_id, cause=str(cause), detail=detail)
+        who = self._loop.author(instance_id)
+        audit("transfer_failed", **who, transfer_id=transfer_id, cause=str(cause), detail=detail)
         self._loop.carry_out(decisions)
         if transfer is not None:
             await self._movements.settled(transfer.acquisition_id)

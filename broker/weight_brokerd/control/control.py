@@ -1,4 +1,4 @@
-"""The control plane: five desks around one core."""
+"""The control plane: six desks around one core."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.cards.health import count_by_state
 from weight_brokerd.control.acquiring import Acquiring
+from weight_brokerd.control.checking import Checking
 from weight_brokerd.control.draining import Draining
 from weight_brokerd.control.executor import Executor
 from weight_brokerd.control.leasing import Leasing
@@ -18,13 +19,15 @@ from weight_brokerd.control.publishing import Publishing
 from weight_brokerd.control.sessions import Sessions
 from weight_brokerd.control.watch import WatchHub
 from weight_brokerd.core import decisions as decide
+from weight_brokerd.core.conduct.quota import Quota
 from weight_brokerd.core.coordinator import Coordinator
-from weight_brokerd.core.model import ColdLoadLease, DataPlane
+from weight_brokerd.core.model import ColdLoadLease, DataPlane, Finding
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 from weight_brokerd.directory.protocol import Directory
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.registry import Kinds
+from weight_brokerd.telemetry import log
 from weight_brokerd.telemetry.counts import Counts
 
 
@@ -39,6 +42,7 @@ class Control:
         directory: Directory,
         regions: RegionTable,
         staging: StagingConnections,
+        descriptors: Quota | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.kinds = kinds
@@ -48,10 +52,11 @@ class Control:
         self.ready_at: float | None = None
         """When the broker became ready, by its clock; None before."""
         self._movements = Movements(kinds.route)
-        self.sessions = Sessions(self.loop, regions, staging)
+        self.sessions = Sessions(self.loop, regions, staging, descriptors)
         self.publishing = Publishing(self.loop, kinds, self._movements, staging)
         self.leasing = Leasing(self.loop, directory)
         self.acquiring = Acquiring(self.loop, kinds, self.publishing, self.leasing, self._movements)
+        self.checking = Checking(self.loop, kinds, self.publishing)
         self.draining = Draining(self.loop)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -61,8 +66,9 @@ class Control:
         return time.time() - self.loop.now()
 
     async def end_movements(self) -> None:
-        """End all movements, and what holds or releases memory."""
+        """End all movements and checks, and what holds or releases memory."""
         await self._movements.close()
+        await self.checking.close()
         await self.publishing.close()
 
     def close(self) -> None:
@@ -85,8 +91,17 @@ class Control:
             waiting_acquisitions=len(core.acquisitions.waiting),
             cold_load_leases=sum(1 for record in core.weight_sets if record.lease is not None),
             cards=count_by_state([card for _, card in self.kinds.health]),
+            damage_reports={str(finding): core.damage.judged[finding] for finding in Finding},
+            suspect_receivers=core.damage.suspects,
             transfers={str(plane): core.transfers.succeeded[plane] for plane in DataPlane if plane.is_known},
+            acquisitions=dict(core.acquisitions.ended),
+            log_lines_dropped=log.lines_dropped(),
+            datasystem_workers=self._workers(),
         )
+
+    def _workers(self) -> dict[str, int]:
+        answering = [worker.is_reachable for worker in self.kinds.workers]
+        return {"answering": sum(answering), "silent": len(answering) - sum(answering)}
 
     def memory_lost(self, kind: str, publication_ids: Iterable[str], why: str) -> None:
         self.publishing.memory_lost(publication_ids, why)
@@ -100,6 +115,7 @@ class Control:
         self.publishing.hold(publication)
 
     def release(self, publication: Publication) -> None:
+        self.checking.stop(publication)
         self.publishing.release(publication)
 
     def reserve(self, transfer: Transfer) -> None:
@@ -117,6 +133,9 @@ class Control:
     def give_back(self, lease: ColdLoadLease) -> None:
         self.leasing.give_back(lease)
 
+    def check(self, publication: Publication) -> None:
+        self.checking.check(publication)
+
     def notice(self, notice: decide.Notice) -> None:
         match notice:
             case decide.WeightSetChanged(weight_set_id):
@@ -125,6 +144,8 @@ class Control:
                 self.watch.mark_instance(instance_id)
             case decide.TransferChanged(transfer):
                 self.watch.mark_transfer(transfer)
+            case decide.DamageJudged():
+                self.checking.judged(notice)
 
     def failed(self, decision: decide.Decision, error: Exception) -> None:
         match decision:
@@ -134,6 +155,8 @@ class Control:
                 self.acquiring.not_reserved(transfer, f"the broker could not hold the source's memory: {error}")
             case decide.ClaimLease(weight_set_id):
                 self.leasing.claim_failed(weight_set_id)
+            case decide.CheckContent(publication):
+                self.checking.not_checked(publication, f"the content could not be read: {error}")
 
     def settled(self) -> None:
         """Set the timer for the next deadline."""

@@ -25,7 +25,7 @@ class Draining:
         """Refuse new work from now on; `instance_id` is the administrator's, empty if the broker stops."""
         if self._loop.coordinator.draining:
             return
-        audit("drain", instance_id=instance_id)
+        audit("drain", **self._loop.author(instance_id))
         self._loop.carry_out(self._loop.coordinator.drain(self._loop.now()))
         for listener in self._listeners:
             listener()

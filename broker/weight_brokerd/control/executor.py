@@ -43,6 +43,9 @@ class Ports(Protocol):
     def give_back(self, lease: ColdLoadLease) -> None:
         """Give the lease back to the directory, with retries. Ends with `Coordinator.lease_ended`."""
 
+    def check(self, publication: Publication) -> None:
+        """Compare the publication's content with its digests. Ends with `Coordinator.checked`."""
+
     def notice(self, notice: decide.Notice) -> None:
         """Tell the watchers."""
 
@@ -99,7 +102,11 @@ class Executor:
                 ports.claim(weight_set_id, instance_id)
             case decide.ReleaseLease(lease):
                 ports.give_back(lease)
-            case decide.WeightSetChanged() | decide.InstanceChanged() | decide.TransferChanged():
+            case decide.CheckContent(publication):
+                ports.check(publication)
+            case (
+                decide.WeightSetChanged() | decide.InstanceChanged() | decide.TransferChanged() | decide.DamageJudged()
+            ):
                 ports.notice(decision)
             case _:
                 ports.answer(decision)

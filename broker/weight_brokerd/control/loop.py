@@ -28,6 +28,13 @@ class Loop:
         """Hand decisions to the executor."""
         self._executor.carry_out(decisions)
 
+    def author(self, instance_id: str) -> dict[str, object]:
+        """Who an instance is, as the kernel attested it, for the audit."""
+        instance = self.coordinator.instances.get(instance_id)
+        if instance is None:
+            return {"instance_id": instance_id}
+        return {"instance_id": instance_id, "pid": instance.pid, "uid": instance.uid, "gid": instance.gid}
+
     def spawn(self, work: Coroutine[None, None, None]) -> None:
         """Run work without a waiter; its error is logged."""
         task = asyncio.get_running_loop().create_task(work)

@@ -39,9 +39,22 @@ class Publishing:
                 generation=publication.generation,
                 size_bytes=publication.layout.content_bytes,
             )
+            if publication.contradicts:
+                self._audit_contradiction(publication)
             self._loop.carry_out(decisions)
         await self._residency.held(publication.publication_id)
         return publication
+
+    def _audit_contradiction(self, publication: Publication) -> None:
+        other = self._loop.coordinator.publications.find(publication.contradicts)
+        audit(
+            "contradict_publication",
+            **self._loop.author(publication.instance_id),
+            publication_id=publication.publication_id,
+            weight_set_id=publication.weight_set_id,
+            contradicts=publication.contradicts,
+            publisher=other.instance_id if other is not None else "",
+        )
 
     async def retract(self, instance_id: str, publication_id: str) -> Publication:
         """Withdraw a publication; return when nothing reads it and its memory is released."""
@@ -61,14 +74,14 @@ class Publishing:
     def evict(self, instance_id: str, publication_id: str) -> Publication:
         """Take a publication out of service without waiting for readers; `instance_id` is the administrator's."""
         publication, decisions = self._loop.coordinator.evict(publication_id, self._loop.now())
-        audit("evict", instance_id=instance_id, publication_id=publication_id)
+        audit("evict", **self._loop.author(instance_id), publication_id=publication_id)
         self._loop.carry_out(decisions)
         return publication
 
     def quarantine(self, instance_id: str, publication_id: str, reason: str) -> Publication:
         """Set a publication aside; `instance_id` is the administrator's."""
         publication, decisions = self._loop.coordinator.quarantine(publication_id, reason, self._loop.now())
-        audit("quarantine", instance_id=instance_id, publication_id=publication_id, reason=reason)
+        audit("quarantine", **self._loop.author(instance_id), publication_id=publication_id, reason=reason)
         self._loop.carry_out(decisions)
         return publication
 

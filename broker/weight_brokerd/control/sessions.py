@@ -6,19 +6,29 @@ import itertools
 import secrets
 import socket
 
-from weight_broker.errors import NotAttached
+from weight_broker.errors import BrokerError, NotAttached
 from weight_brokerd.attach.server import PeerCredentials, Session
 from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.control.loop import Loop
-from weight_brokerd.core.model import Instance
+from weight_brokerd.core.conduct.quota import Quota
+from weight_brokerd.core.conduct.turns import UNKNOWN
+from weight_brokerd.core.decisions import Decisions
+from weight_brokerd.core.model import Instance, Process
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.telemetry.audit import audit
+
+DESCRIPTORS_PER_INSTANCE = 3
+"""Its attach connection, its pidfd and its stage connection."""
 
 
 class Sessions:
     """Takes the events of the attach socket (`weight_brokerd.attach.conversation.Attendance`)."""
 
-    def __init__(self, loop: Loop, regions: RegionTable, staging: StagingConnections) -> None:
+    def __init__(
+        self, loop: Loop, regions: RegionTable, staging: StagingConnections, descriptors: Quota | None = None
+    ) -> None:
+        """`descriptors`: the file descriptors that the broker has for instances and regions; unbounded if None."""
+        self._descriptors = descriptors
         self._loop = loop
         self._regions = regions
         self._staging = staging
@@ -32,11 +42,11 @@ class Sessions:
         instance = Instance(
             instance_id, name or f"pid-{peer.pid}", peer.pid, peer.uid, peer.gid, attached_at=self._loop.now()
         )
-        decisions = self._loop.coordinator.attach(instance)
+        decisions = self._attach(instance)
         session = Session(instance_id=instance_id, token=secrets.token_bytes(32), peer=peer)
         self._sessions[session.token] = session
         self._tokens[instance_id] = session.token
-        audit("attach", instance_id=instance_id, name=name, pid=peer.pid, uid=peer.uid, client_version=client_version)
+        audit("attach", **self._loop.author(instance_id), name=name, client_version=client_version)
         self._loop.carry_out(decisions)
         return session
 
@@ -52,12 +62,16 @@ class Sessions:
         del self._sessions[token]
         audit("depart", instance_id=instance_id, reason=reason)
         self._staging.drop(instance_id)
+        instance = self._loop.coordinator.instances[instance_id]
         self._loop.carry_out(self._loop.coordinator.depart(instance_id, self._loop.now()))
+        if self._descriptors is not None:
+            self._descriptors.give_back(instance.process, DESCRIPTORS_PER_INSTANCE)
         self._regions.drop_instance(instance_id)
 
     def offer_region(self, instance_id: str, region_id: str, size_bytes: int, fd: int) -> None:
         """An instance hands a memfd over. `fd` belongs to the broker from here on, also after an error."""
-        self._regions.offer(instance_id, region_id, size_bytes, fd)
+        process = self._loop.coordinator.instances[instance_id].process
+        self._regions.offer(instance_id, region_id, size_bytes, fd, process)
         audit("offer_region", instance_id=instance_id, region_id=region_id, size_bytes=size_bytes)
 
     def withdraw_region(self, instance_id: str, region_id: str) -> None:
@@ -84,6 +98,22 @@ class Sessions:
             return
         audit("serve_stage", instance_id=instance_id)
         self._staging.connected(instance_id, connection)
+
+    def _attach(self, instance: Instance) -> Decisions:
+        if self._descriptors is None:
+            return self._loop.coordinator.attach(instance)
+        self._descriptors.take(instance.process, DESCRIPTORS_PER_INSTANCE)
+        try:
+            return self._loop.coordinator.attach(instance)
+        except BrokerError:
+            self._descriptors.give_back(instance.process, DESCRIPTORS_PER_INSTANCE)
+            raise
+
+    def process(self, token: bytes) -> Process:
+        """The process of a token; `UNKNOWN` if the token is not valid."""
+        session = self._sessions.get(token)
+        instance = self._loop.coordinator.instances.get(session.instance_id) if session is not None else None
+        return instance.process if instance is not None else UNKNOWN
 
     def session(self, token: bytes) -> Session:
         """The session of a token; raises `NotAttached`."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator
 
-from weight_broker.errors import BrokerError
+from weight_broker.errors import BrokerError, Reason
 from weight_brokerd.core.decisions import (
     Complete,
     Decisions,
@@ -24,6 +25,28 @@ from weight_brokerd.core.weight_sets import WeightSetIndex
 
 DROPPED = "its process went away"
 
+TRANSFERRED, COLD_LOAD, ABANDONED = "transferred", "cold_load", "abandoned"
+OUTCOMES = (
+    TRANSFERRED,
+    COLD_LOAD,
+    ABANDONED,
+    *(
+        reason.value.lower()
+        for reason in (
+            Reason.WEIGHTS_NOT_FOUND,
+            Reason.LAYOUT_MISMATCH,
+            Reason.ACQUIRE_TIMEOUT,
+            Reason.TRANSFER_FAILED,
+            Reason.INTEGRITY_ERROR,
+            Reason.LOAD_GROUP_FAILED,
+            Reason.BROKER_UNAVAILABLE,
+            Reason.DRAINING,
+        )
+    ),
+)
+"""How acquisitions end: with every byte from a peer, with a lease to load from disk, because the caller went away, or
+with an error."""
+
 
 class Acquisitions:
     """The acquisitions by id, and their course: wait, be granted a source, wait again, end."""
@@ -36,6 +59,8 @@ class Acquisitions:
         self._deadlines: list[tuple[float, str]] = []
         """A heap. An entry stays when its acquisition stops waiting; readers of the heap skip it."""
         self._left_group: list[tuple[Acquisition, str]] = []
+        self.ended: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+        """Of this broker's life, by outcome."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -103,6 +128,7 @@ class Acquisitions:
 
     def drop(self, acquisition: Acquisition) -> Decisions:
         self._forget(acquisition)
+        self.ended[ABANDONED] += 1
         if acquisition.rank is not None:
             self._left_group.append((acquisition, DROPPED))
         return [WeightSetChanged(acquisition.key.id)]
@@ -133,6 +159,7 @@ class Acquisitions:
         if acquisition.acquisition_id not in self._open:
             return []
         self._forget(acquisition)
+        self.ended[_outcome(ending)] += 1
         return [ending, WeightSetChanged(acquisition.key.id)]
 
     def _forget(self, acquisition: Acquisition) -> None:
@@ -141,3 +168,13 @@ class Acquisitions:
         if record is not None:
             record.waiting.pop(acquisition.acquisition_id, None)
             self._weight_sets.tidy(record.key.id)
+
+
+def _outcome(ending: Ending) -> str:
+    match ending:
+        case Complete():
+            return TRANSFERRED
+        case LoadFromDisk():
+            return COLD_LOAD
+        case Fail(_, error):
+            return error.reason.value.lower()

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from weight_broker.errors import (
     AcquireTimeout,
@@ -24,7 +25,7 @@ from weight_broker.layout import Layout
 from weight_brokerd.core.model import Acquisition, ColdLoadLease, IfAbsent, WaitReason
 from weight_brokerd.core.publications import Publication, Publications
 from weight_brokerd.core.selection import Receiver, Selection, select
-from weight_brokerd.core.sources import Refusal
+from weight_brokerd.core.sources import Refusal, SourceRef
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
 
 
@@ -256,6 +257,8 @@ class Question:
     device_kind: str = ""
     """Empty: the kind of memory in which the weight set is published."""
     device_id: str = ""
+    apart_from: Mapping[SourceRef, str] = field(default_factory=dict)
+    """Sources that the asking process does not read again, each with the reason."""
 
 
 def explain(
@@ -265,7 +268,7 @@ def explain(
     record = weight_sets.find(question.weight_set_id)
     sources = publications.of_weight_set(question.weight_set_id)
     kind = question.device_kind or (sources[-1].device_kind if sources else EMPTY_KIND)
-    selection = select(sources, Receiver(host_id, kind, question.device_id, question.layout, {}))
+    selection = select(sources, Receiver(host_id, kind, question.device_id, question.layout, dict(question.apart_from)))
     situation = Situation.of(selection, record, is_draining=is_draining)
     outcome, summary = _outcome(selection, situation)
     key = question.key or (record.key if record is not None else None)

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from weight_broker.errors import (
-    BrokerUnavailable,
-    InvalidArgument,
-    Reason,
-    TransferFailed,
-    from_reason,
-)
+from weight_broker.errors import BrokerUnavailable, InvalidArgument, Reason, TransferFailed, from_reason
 from weight_brokerd.core import answers
 from weight_brokerd.core.acquisitions import Acquisitions
 from weight_brokerd.core.answers import WAITS, Explanation, Question, Situation, Verdict, Wish, judge
+from weight_brokerd.core.conduct.quota import instance_slots
 from weight_brokerd.core.decisions import (
     ClaimLease,
     Decisions,
@@ -38,6 +33,7 @@ from weight_brokerd.core.model import (
     ColdLoadLease,
     DataPlane,
     FailureCause,
+    Finding,
     Instance,
     InstanceState,
     LeaseClaim,
@@ -62,6 +58,7 @@ class Coordinator:
         self.limits = limits
         self.draining = False
         self.instances: dict[str, Instance] = {}
+        self._slots = instance_slots(limits)
         self.publications = Publications(
             host_id=host_id,
             first_generation=first_generation,
@@ -72,18 +69,14 @@ class Coordinator:
         self.weight_sets = WeightSetIndex(self.publications)
         self.acquisitions = Acquisitions(self.publications, self.weight_sets, self.transfers)
         self.groups = LoadGroups(host_id, self.acquisitions, self.publications, self.weight_sets)
-        self._endings = Endings(self.publications, self.transfers, self.acquisitions)
+        self._endings = Endings(self.publications, self.transfers, self.acquisitions, self.instances)
+        self.damage = self._endings.damage
 
     # Instances
 
     def attach(self, instance: Instance) -> Decisions:
         """A process attached. Allowed during a drain: administrators attach too."""
-        if len(self.instances) >= self.limits.instances:
-            raise from_reason(
-                Reason.LIMIT_EXCEEDED,
-                f"this broker already has {self.limits.instances} instances; raise limits.instances",
-                metadata={"limit": "limits.instances", "value": str(self.limits.instances)},
-            )
+        self._slots.take(instance.process)
         self.instances[instance.instance_id] = instance
         return [InstanceChanged(instance.instance_id)]
 
@@ -97,7 +90,8 @@ class Coordinator:
 
     def depart(self, instance_id: str, now: float) -> Decisions:
         """The process died or said goodbye: its acquisitions end, then what it published, then its leases."""
-        if self.instances.pop(instance_id, None) is None:
+        instance = self.instances.pop(instance_id, None)
+        if instance is None:
             return []
         decisions: Decisions = []
         published = self.publications.of_instance(instance_id)
@@ -108,6 +102,8 @@ class Coordinator:
             if publication.state is not PublicationState.GONE:  # it may have waited for a reader that was dropped
                 decisions += self._endings.end_publication(publication, "its instance ended", now)
         decisions += self._settle(now)
+        self._slots.give_back(instance.process)
+        self.damage.forget_instance(instance)
         departed = Holder(self.host_id, instance_id)
         leases = [record.lease for record in self.weight_sets if record.lease is not None]
         decisions += [ReleaseLease(lease) for lease in leases if lease.holder == departed]
@@ -183,17 +179,25 @@ class Coordinator:
         publication = self.publications.get(publication_id)
         return publication, self._endings.quarantine(publication, reason) + self._settle(now)
 
+    def checked(self, publication: Publication, finding: Finding, detail: str, now: float) -> Decisions:
+        """The check of a publication's content has ended; `detail` is the reason of a quarantine."""
+        if publication.state is PublicationState.GONE:
+            return []
+        return self._endings.judge_damage(publication, finding, detail, now) + self._settle(now)
+
     # Acquisitions
 
     def acquire(self, acquisition: Acquisition, now: float) -> Decisions:
         """An instance asks for a weight set."""
         self._check_not_draining()
+        if (instance := self.instances.get(acquisition.instance_id)) is not None:
+            acquisition.failed_sources |= self.damage.apart_from(instance.process)
         self.acquisitions.begin(acquisition)
         refused = self.groups.join(acquisition, acquisition.rank) if acquisition.rank is not None else None
         if refused is not None:
             return self.acquisitions.fail(acquisition, refused) + self._settle(now)
-        decisions = self._settle(now, acquisition.key.id)
-        return [*decisions, WeightSetChanged(acquisition.key.id)]
+        self._endings.touch_newcomer(acquisition)
+        return [*self._settle(now), WeightSetChanged(acquisition.key.id)]
 
     def reserved(self, transfer_id: str, data_plane: DataPlane) -> Decisions:
         """The source stays readable for the transfer, and `data_plane` moves the bytes: grant it, and begin to move
@@ -376,17 +380,17 @@ class Coordinator:
         """Serves every weight set that the event touched, until nothing is left to serve."""
         self._endings.touch(*touched)
         decisions = self._end_groups()
-        while (weight_set_id := self._endings.next_touched()) is not None:
-            record = self.weight_sets.find(weight_set_id)
+        while (touch := self._endings.next_touched()) is not None:
+            record, newcomers = self.weight_sets.find(touch[0]), touch[1]
             if record is not None:
-                decisions += self._serve(record, now)
+                decisions += self._serve(record, now, list(record.waiting.values()) if newcomers is None else newcomers)
         return decisions
 
-    def _serve(self, record: WeightSetRecord, now: float) -> Decisions:
-        """Answers every waiting acquisition of a weight set that can be answered now, first come first served."""
+    def _serve(self, record: WeightSetRecord, now: float, waiting: list[Acquisition]) -> Decisions:
+        """Answers each of these acquisitions of a weight set that can be answered now, first come first served."""
         decisions: Decisions = []
         selections: dict[Hashable, Selection[Publication]] = {}
-        for acquisition in list(record.waiting.values()):
+        for acquisition in waiting:
             if acquisition.acquisition_id not in record.waiting:  # it ended with its group
                 continue
             if acquisition.rank is not None:

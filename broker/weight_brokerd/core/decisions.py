@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weight_broker.errors import BrokerError
-from weight_brokerd.core.model import Arrival, ColdLoadLease, WaitReason
+from weight_brokerd.core.model import Arrival, ColdLoadLease, DamageReport, Finding, WaitReason
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 
@@ -111,7 +111,14 @@ class ReleaseLease:
     lease: ColdLoadLease
 
 
-Action = Hold | Release | Reserve | Move | EndTransfer | ClaimLease | ReleaseLease
+@dataclass(frozen=True, slots=True)
+class CheckContent:
+    """Compare the publication's content with its digests. Ends with `Coordinator.checked`."""
+
+    publication: Publication
+
+
+Action = Hold | Release | Reserve | Move | EndTransfer | ClaimLease | ReleaseLease | CheckContent
 
 
 # Notices: what watchers see.
@@ -132,7 +139,19 @@ class TransferChanged:
     transfer: Transfer
 
 
-Notice = WeightSetChanged | InstanceChanged | TransferChanged
+@dataclass(frozen=True, slots=True)
+class DamageJudged:
+    """What came of a report of damage."""
+
+    report: DamageReport
+    publication: Publication
+    finding: Finding
+    is_quarantined: bool
+    is_suspect: bool
+    """Whether the reports of this receiver keep proving false: its own memory may be damaged."""
+
+
+Notice = WeightSetChanged | InstanceChanged | TransferChanged | DamageJudged
 
 Decision = Answer | Action | Notice
 Decisions = list[Decision]

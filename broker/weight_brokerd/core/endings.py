@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from weight_broker.kinds import TRAITS
 from weight_brokerd.core import answers
 from weight_brokerd.core.acquisitions import Acquisitions
+from weight_brokerd.core.conduct.damage import DamageReports
 from weight_brokerd.core.decisions import (
     Decisions,
     EndTransfer,
@@ -13,7 +16,7 @@ from weight_brokerd.core.decisions import (
     TransferChanged,
     WeightSetChanged,
 )
-from weight_brokerd.core.model import Acquisition, FailureCause
+from weight_brokerd.core.model import Acquisition, DamageReport, FailureCause, Finding, Instance
 from weight_brokerd.core.publications import Publication, Publications, PublicationState
 from weight_brokerd.core.transfers import Transfer, TransferLog, TransferState
 
@@ -21,22 +24,37 @@ from weight_brokerd.core.transfers import Transfer, TransferLog, TransferState
 class Endings:
     """Changes the state, and remembers which weight sets must be served again."""
 
-    def __init__(self, publications: Publications, transfers: TransferLog, acquisitions: Acquisitions) -> None:
+    def __init__(
+        self,
+        publications: Publications,
+        transfers: TransferLog,
+        acquisitions: Acquisitions,
+        instances: Mapping[str, Instance],
+    ) -> None:
+        self.damage = DamageReports(publications, instances)
+        self._instances = instances
         self._publications = publications
         self._transfers = transfers
         self._acquisitions = acquisitions
-        self._touched: dict[str, None] = {}
+        self._touched: dict[str, list[Acquisition] | None] = {}
+        """Weight sets, each with the acquisitions for which something changed; None stands for all that wait."""
 
     def touch(self, *weight_set_ids: str) -> None:
         """Something changed for the acquisitions that wait for the weight sets."""
         self._touched.update(dict.fromkeys(weight_set_ids))
 
-    def next_touched(self) -> str | None:
+    def touch_newcomer(self, acquisition: Acquisition) -> None:
+        """An acquisition has begun. It changes nothing for those who wait: thousands of them are not judged again."""
+        newcomers = self._touched.setdefault(acquisition.key.id, [])
+        if acquisition.rank is not None:
+            self.touch(acquisition.key.id)
+        elif newcomers is not None:
+            newcomers.append(acquisition)
+
+    def next_touched(self) -> tuple[str, list[Acquisition] | None] | None:
         """Remove and return the weight set that was touched first; None if there is none."""
         weight_set_id = next(iter(self._touched), None)
-        if weight_set_id is not None:
-            del self._touched[weight_set_id]
-        return weight_set_id
+        return None if weight_set_id is None else (weight_set_id, self._touched.pop(weight_set_id))
 
     def end_transfer(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> Decisions:
         """The transfer is over; its slot of the source is free."""
@@ -55,14 +73,24 @@ class Endings:
         return [WeightSetChanged(publication.weight_set_id)]
 
     def fail_transfer(self, transfer: Transfer, cause: FailureCause, detail: str, now: float) -> Decisions:
-        """The transfer failed; a source that delivered wrong bytes is quarantined."""
+        """The transfer failed; a source that is said to have delivered wrong bytes is checked."""
         publication = transfer.publication
         decisions = self.end_transfer(transfer, TransferState.FAILED, detail or cause, now)
-        if cause is FailureCause.DIGEST_MISMATCH:
-            self._acquisitions[transfer.acquisition_id].saw_wrong_bytes = True
-            if publication.state is not PublicationState.GONE:
-                decisions += self.quarantine(publication, f"delivered wrong bytes in {transfer.transfer_id}: {detail}")
-        return decisions
+        if cause is not FailureCause.DIGEST_MISMATCH:
+            return decisions
+        self._acquisitions[transfer.acquisition_id].saw_wrong_bytes = True
+        if publication.state is PublicationState.GONE:
+            return decisions
+        receiver = self._instances[transfer.receiver_instance_id]
+        report = DamageReport(transfer.transfer_id, receiver.instance_id, receiver.process, receiver.gid, detail)
+        return [*decisions, *self.damage.add(publication, report, now), WeightSetChanged(publication.weight_set_id)]
+
+    def judge_damage(self, publication: Publication, finding: Finding, detail: str, now: float) -> Decisions:
+        """A check of the publication's content has ended."""
+        decisions = self.damage.checked(publication, finding, now)
+        if self.damage.must_quarantine(publication, finding):
+            decisions += self.quarantine(publication, detail)
+        return [*decisions, WeightSetChanged(publication.weight_set_id)]
 
     def try_next(self, transfer: Transfer, cause: FailureCause, detail: str, now: float) -> Decisions:
         """The source failed: the acquisition waits for another source, unless its deadline is over."""
@@ -81,7 +109,8 @@ class Endings:
         transfer = self._transfers.running.get(acquisition.transfer_id)
         if transfer is not None:
             decisions += self.end_transfer(transfer, TransferState.FAILED, "the receiver went away", now)
-        self.touch(acquisition.key.id)
+        if transfer is not None or acquisition.rank is not None:  # else it was one that waited, and nothing is free now
+            self.touch(acquisition.key.id)
         return decisions + self._acquisitions.drop(acquisition)
 
     def quarantine(self, publication: Publication, reason: str) -> Decisions:
@@ -96,6 +125,7 @@ class Endings:
         """The publication is gone. Readers of memory that outlives its owner read on; the acquisitions of other readers
         wait for another source."""
         self._publications.move(publication, PublicationState.GONE)
+        self.damage.forget_publication(publication)
         self.touch(publication.weight_set_id)
         decisions: Decisions = []
         if not TRAITS[publication.device_kind].outlives_owner:

@@ -55,11 +55,29 @@ class FailureCause(enum.StrEnum):
     RECEIVER = "receiver"
 
 
+class Finding(enum.StrEnum):
+    """What the check of a publication's content against its digests has found."""
+
+    DAMAGED = "damaged"
+    INTACT = "intact"
+    UNCHECKED = "unchecked"
+    """The broker cannot read the memory, or cannot compute any of the digests."""
+
+
 class WaitReason(enum.StrEnum):
     COLD_LOAD = "cold_load"
     SOURCES_BUSY = "sources_busy"
     LOAD_GROUP = "load_group"
     REGISTERING = "registering"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Process:
+    """The process behind one or more instances: whom limits and reports are counted for."""
+
+    uid: int
+    name: str
+    """Its pid; the instance id where the broker cannot see the process."""
 
 
 @dataclass(slots=True)
@@ -73,6 +91,10 @@ class Instance:
     gid: int
     attached_at: float
     state: InstanceState = InstanceState.ATTACHED
+
+    @property
+    def process(self) -> Process:
+        return Process(self.uid, str(self.pid) if self.pid > 0 else self.instance_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +148,19 @@ class Arrival:
 
 
 @dataclass(frozen=True, slots=True)
+class DamageReport:
+    """A receiver's claim that a source delivered other bytes than were published."""
+
+    transfer_id: str
+    instance_id: str
+    """The receiver."""
+    process: Process
+    gid: int
+    detail: str
+    """The receiver's words."""
+
+
+@dataclass(frozen=True, slots=True)
 class ColdLoadLease:
     """The right and duty of one instance to load a weight set from disk."""
 
@@ -153,5 +188,6 @@ class Limits:
     readers_per_publication: int = 16
     publications: int = 20_000
     instances: int = 4096
+    instances_per_process: int = 4096
     cold_load_lease_seconds: float = 1800.0
     transfers_remembered: int = 256

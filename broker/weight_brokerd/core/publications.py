@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -56,6 +56,8 @@ class Offer:
     fencing_token: int
     request_id: str
     rank: RankOfGroup | None = None
+    content: Mapping[str, str] = field(default_factory=dict)
+    """What identifies the content, by kind of digest: equal contents have equal values of each kind that both have."""
 
 
 @dataclass(slots=True)
@@ -82,6 +84,9 @@ class Publication:
     quarantine_reason: str = ""
     rank: RankOfGroup | None = None
     """None unless the instance's engine has several ranks."""
+    content: Mapping[str, str] = field(default_factory=dict)
+    contradicts: str = ""
+    """An older publication of the same key and layout with other content; empty if there was none."""
     story: deque[PublicationState] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
     """The states before this one."""
 
@@ -219,6 +224,8 @@ class Publications:
             request_id=offer.request_id,
             fencing_token=offer.fencing_token,
             rank=offer.rank,
+            content=offer.content,
+            contradicts=self._contradicted_by(offer),
         )
         self._publications[publication.publication_id] = publication
         self._by_weight_set.setdefault(publication.weight_set_id, {})[publication.publication_id] = publication
@@ -249,6 +256,15 @@ class Publications:
         """Removes a reader. The publication may be gone already: its instance died during the read."""
         publication.readers.discard(reader)
         self.changes += 1
+
+    def _contradicted_by(self, offer: Offer) -> str:
+        for other in self.of_weight_set(offer.key.id):
+            is_same_layout = other.fingerprint == offer.layout.fingerprint
+            if is_same_layout and other.state is not PublicationState.QUARANTINED and not other.contradicts:
+                both = offer.content.keys() & other.content.keys()
+                if any(offer.content[kind] != other.content[kind] for kind in both):
+                    return other.publication_id
+        return ""
 
     def _remove(self, publication: Publication) -> None:
         del self._publications[publication.publication_id]

@@ -76,16 +76,17 @@ class Selection(Generic[S]):
 
 
 def select(sources: Iterable[S], receiver: Receiver) -> Selection[S]:
-    """Judges every source and chooses: same device, then same host, then the source's own `preference`."""
+    """Judges every source and chooses: one that contradicts no older one, then same device, then same host, then the
+    source's own `preference`."""
     candidates = tuple(_judge(source, receiver) for source in sources)
     free = [candidate.source for candidate in candidates if candidate.refusal is None]
     return Selection(candidates, min(free, key=lambda source: _rank(source, receiver), default=None))
 
 
-def _rank(source: Source, receiver: Receiver) -> tuple[bool, bool, tuple[int, int]]:
+def _rank(source: Source, receiver: Receiver) -> tuple[bool, bool, bool, tuple[int, int]]:
     same_host = source.ref.host_id == receiver.host_id
     same_device = same_host and source.device_id == receiver.device_id
-    return (not same_device, not same_host, source.preference)
+    return (bool(source.contradicts), not same_device, not same_host, source.preference)
 
 
 def _judge(source: S, receiver: Receiver) -> Candidate[S]:

@@ -92,6 +92,11 @@ class Source(Protocol):
         """Why the source takes no further reader now; empty if it does."""
 
     @property
+    def contradicts(self) -> str:
+        """An older source of the same key and layout with other content; empty if there was none. Such a source serves
+        where no other can."""
+
+    @property
     def preference(self) -> tuple[int, int]:
         """The smaller is chosen among equals: fewer readers first, then older publications."""
 

@@ -12,8 +12,11 @@ import grpc
 import structlog
 
 from weight_brokerd import __version__
+from weight_brokerd.api.admission.gate import Gate
+from weight_brokerd.api.admission.interceptor import AdmissionInterceptor
 from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.health import Health, add_reflection
+from weight_brokerd.api.incoming.reception import LARGE_BYTES, Reception
 from weight_brokerd.api.server import SERVICE_NAMES, add_services
 from weight_brokerd.attach.server import AttachServer
 from weight_brokerd.attach.stage import StagingConnections
@@ -22,18 +25,21 @@ from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.loading import Config
 from weight_brokerd.config.rules import split_address
 from weight_brokerd.control.control import Control
+from weight_brokerd.core.conduct.turns import Turns
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits
 from weight_brokerd.daemon import identity
+from weight_brokerd.daemon.connections import Connections
 from weight_brokerd.daemon.lock import RuntimeLock
 from weight_brokerd.daemon.notify import Notifier
+from weight_brokerd.daemon.quotas import ACQUIRE, WATCHES, connections_to_keep, make_quotas
 from weight_brokerd.daemon.runtime_directory import RuntimeDirectory
 from weight_brokerd.directory.memory import MemoryDirectory
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.setup import make_kinds
 from weight_brokerd.telemetry.metrics import Metrics
 
-MAXIMUM_MESSAGE_BYTES = 64 << 20
+MAXIMUM_PENDING_CALLS = 1 << 20
 STOP_SECONDS = 1.0
 """For calls to end once no transfer runs any more."""
 LAST_WORD_SECONDS = 0.1
@@ -44,12 +50,19 @@ STATUS_SECONDS = 15.0
 
 _SIGNS_OF_LIFE_PER_WATCHDOG = 2
 _GRPC_OPTIONS = (
-    ("grpc.max_receive_message_length", MAXIMUM_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAXIMUM_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", LARGE_BYTES),
+    ("grpc.max_send_message_length", LARGE_BYTES),
+    # Only uncompressed requests: gRPC would unpack a small one to any size.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # Calls may wait for minutes without a message, and their callers ping meanwhile: allow that.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    # gRPC drops calls at random, with CANCELLED, where more wait to be accepted. Streams and connections bound them.
+    ("grpc.server.max_pending_requests", MAXIMUM_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAXIMUM_PENDING_CALLS),
 )
+_STREAMS_OF_CONNECTION = 2048
+"""What a client opens before it knows the limit is reset, so an honest burst must fit."""
 
 log = structlog.get_logger("weight_brokerd.daemon.application")
 
@@ -71,7 +84,17 @@ class Application:
         self._host_id = identity.host_id(config.broker.host_id)
         generations = identity.generation_range(lock.generation_mark())
         lock.write(generations.stop)
-        self._regions = RegionTable(regions_per_instance=config.limits.regions_per_instance)
+        self._quotas = make_quotas(config.limits)
+        self._connections = Connections(
+            directory.grpc_socket,
+            per_process=config.limits.connections_per_process,
+            total=connections_to_keep(self._quotas.open_files),
+        )
+        self._watching: asyncio.Task[None] | None = None
+        self._regions = RegionTable(
+            regions_per_instance=config.limits.regions_per_instance,
+            quotas=(self._quotas.regions, self._quotas.descriptors),
+        )
         self._staging = StagingConnections(self._staging_lost)
         self._kinds = make_kinds(config, directory.path, self._regions, self._staging, self)
         self._control = self._make_control(first=generations.start)
@@ -109,6 +132,7 @@ class Application:
                 readers_per_publication=limits.readers_per_publication,
                 publications=limits.publications,
                 instances=limits.instances,
+                instances_per_process=limits.instances_per_process,
                 cold_load_lease_seconds=limits.cold_load_lease_seconds,
             ),
             first_generation=first,
@@ -119,6 +143,7 @@ class Application:
             directory=directory,
             kinds=self._kinds,
             staging=self._staging,
+            descriptors=self._quotas.descriptors,
         )
 
     def _make_metrics(self) -> Metrics | None:
@@ -129,11 +154,17 @@ class Application:
     # Start
 
     async def _start(self) -> grpc.aio.Server:
-        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        interceptors: list[grpc.aio.ServerInterceptor] = [
+            ErrorInterceptor(Reception(self._control)),
+            self._admission(),
+        ]
         if self._metrics is not None:
             interceptors.insert(0, self._metrics.interceptor())
             self._listen_for_prometheus(self._metrics)
-        server = grpc.aio.server(interceptors=interceptors, options=_GRPC_OPTIONS)
+        # More streams than the quota of Acquire calls, so that a caller with too many is refused by name.
+        streams = max(_STREAMS_OF_CONNECTION, 2 * self._config.limits.acquires_per_process)
+        options = (*_GRPC_OPTIONS, ("grpc.max_concurrent_streams", streams))
+        server = grpc.aio.server(interceptors=interceptors, options=options)
         self._health.serve(server)
         add_services(server, self._control, self._config)
         add_reflection(server, SERVICE_NAMES)
@@ -148,8 +179,15 @@ class Application:
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()
+        self._watching = self._loop.create_task(self._connections.watch())
         self._kinds.start()  # returns at once: a device's driver may take long, and host memory is served meanwhile
         return server
+
+    def _admission(self) -> AdmissionInterceptor:
+        quotas = self._quotas
+        turns = Turns[asyncio.Future[None]](process=quotas.process_pace, user=quotas.user_pace)
+        streams = {ACQUIRE: quotas.acquires} | dict.fromkeys(WATCHES, quotas.watches)
+        return AdmissionInterceptor(self._control, Gate(turns, self._control.loop.now), streams)
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
         listen = self._config.metrics.listen
@@ -222,6 +260,8 @@ class Application:
         await asyncio.sleep(LAST_WORD_SECONDS)
 
     async def _end(self, server: grpc.aio.Server) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         await server.stop(STOP_SECONDS)
         self._attach_server.close()
         ending = self._loop.create_task(self._control.end_movements())

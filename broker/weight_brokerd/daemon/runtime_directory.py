@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import grp
 import os
-import resource
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from weight_broker.runtime_directory import (
     ATTACH_SOCKET,
     GRPC_SOCKET,
     MAXIMUM_SOCKET_PATH_BYTES,
+    is_shared,
     runtime_directory,
 )
 from weight_brokerd.config.errors import StartError
@@ -35,7 +36,7 @@ class RuntimeDirectory:
         self._shared = bool(configured)
 
     def prepare(self) -> None:
-        """Create the directory if it is missing; raises `StartError`."""
+        """Create the directory if it is missing; raises `StartError`, also if another user could change it."""
         longest = max(len(os.fsencode(self.grpc_socket)), len(os.fsencode(self.attach_socket)))
         if longest > MAXIMUM_SOCKET_PATH_BYTES:
             raise StartError(
@@ -46,6 +47,7 @@ class RuntimeDirectory:
             with contextlib.suppress(FileExistsError):
                 self.path.mkdir(mode=0o700)
                 self.path.chmod(self._directory_permissions())
+            self._refuse_foreign()
             if self._group is not None and self.path.stat().st_gid != self._group:
                 os.chown(self.path, -1, self._group)
         except OSError as error:
@@ -53,6 +55,22 @@ class RuntimeDirectory:
                 f"{self.path} cannot be made ready: {error.strerror}. Make it for uid {os.geteuid()}, or set "
                 "broker.runtime_directory"
             ) from error
+
+    def _refuse_foreign(self) -> None:
+        found, user = self.path.stat(), os.geteuid()
+        if not stat.S_ISDIR(found.st_mode):
+            raise StartError(f"{self.path} is no directory. Remove it, or set broker.runtime_directory")
+        if found.st_uid not in (0, user):
+            raise StartError(
+                f"{self.path} belongs to uid {found.st_uid}, who could stand in for this broker of uid {user}. Run "
+                f"`chown {user} {self.path}`, run the broker as uid {found.st_uid}, or set broker.runtime_directory"
+            )
+        if is_shared(found):
+            raise StartError(
+                f"users beside its owner may write {self.path} ({stat.filemode(found.st_mode)}), and so stand in for "
+                f"the broker. Run `chmod go-w {self.path}`, or set broker.runtime_directory to a directory inside it: "
+                "the broker makes it"
+            )
 
     @contextlib.contextmanager
     def binding(self, path: Path) -> Iterator[None]:
@@ -77,10 +95,3 @@ class RuntimeDirectory:
         if not self._shared:  # a directory of this user: below $XDG_RUNTIME_DIR or /tmp
             return 0o700
         return 0o755 if self._permissions & _READABLE_BY_OTHERS else 0o750
-
-
-def allow_many_files() -> None:
-    """Raises the soft limit of open files to the hard one: every instance needs two, every region one."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -186,5 +186,8 @@ class Cards(Protocol):
         """Make a staging buffer that an instance can import and fill, to be offered."""
         ...
 
+    async def lend_staging_buffer(self, card: str, region_id: str, connection: int) -> None:
+        """Let an instance map a staging buffer; `connection` is the descriptor of its stage connection."""
+
     async def close_staging_buffer(self, card: str, region_id: str) -> None:
         """Free a staging buffer that no instance has mapped. Idempotent; never fails."""

@@ -49,12 +49,18 @@ class Asker(Protocol):
     def has(self, instance_id: str) -> bool:
         """Whether the instance has a stage connection."""
 
+    def connection_of(self, instance_id: str) -> int:
+        """The descriptor of the instance's stage connection; duplicate it before the next turn of the loop. Raises
+        StagingGone."""
+        ...
+
     async def ask(self, instance_id: str, request: pb.StageRequest, timeout: float) -> None:
         """Raises StagingRefused, StagingGone, StagingSilent."""
         ...
 
-    async def let_go(self, instance_id: str) -> None:
-        """Return when an instance whose connection has ended has unmapped its staging buffers."""
+    async def let_go(self, instance_id: str) -> bool:
+        """Return when an instance whose connection has ended has unmapped its staging buffers. False: the daemon ends
+        first."""
         ...
 
 
@@ -108,9 +114,11 @@ class StagedPlane:
                 await uninterrupted(_wait(giving, _GIVE_BACK_SECONDS))
 
     async def _give_back(
-        self, card: str, making: asyncio.Task[ImportRegion], letting_go: asyncio.Task[object] | None
+        self, card: str, making: asyncio.Task[ImportRegion], letting_go: asyncio.Task[bool] | None
     ) -> None:
         await asyncio.wait({making, *([letting_go] if letting_go is not None else [])})
+        if letting_go is not None and not letting_go.result():
+            return  # the buffer stays with its owner, which outlives this process
         if not making.cancelled() and making.exception() is None:
             await self._cards.close_staging_buffer(card, making.result().region_id)
 
@@ -155,20 +163,31 @@ class StagedPlane:
 
         await self._datasystem.round(card, offered, fetch, peer=peer)
 
+    async def lend(self, staged: StagedBy, card: str, buffer: ImportRegion, receiver: BorrowedReceiver) -> None:
+        """Before the instance maps a buffer, the buffer's owner gets the instance's stage connection: it outlives this
+        process until the instance has let go. Raises StagingGone, CardError, TimeoutError."""
+        connection = self._instances.connection_of(staged.instance_id)
+        if buffer is receiver.buffer:
+            await receiver.lend_staging_buffer(connection)
+        else:
+            await self._cards.lend_staging_buffer(card, buffer.region_id, connection)
+
     async def ask(self, staged: StagedBy, request: pb.StageRequest) -> None:
         """Raises StagingRefused, StagingGone, StagingSilent."""
         await self._instances.ask(staged.instance_id, request, self._answer_seconds)
 
-    async def close(self, staged: StagedBy, buffer_id: str) -> None:
+    async def close(self, staged: StagedBy, buffer_id: str) -> bool:
         """Return when the instance has unmapped a staging buffer: it answered, or its connection ended and it has let
-        go. The driver does not refuse to free a buffer that an instance uses; the instance's context would break."""
+        go. The driver does not refuse to free a buffer that an instance uses; the instance's context would break.
+        False: the daemon ends first."""
         request = pb.StageRequest(close_bucket=pb.CloseBucket(bucket_id=buffer_id))
         try:
             await self._instances.ask(staged.instance_id, request, CLOSE_SECONDS)
         except StagingRefused as error:  # it does not use it any more
             log.warning("staging_buffer_not_closed", instance_id=staged.instance_id, error=str(error))
         except StagingGone:
-            await self._instances.let_go(staged.instance_id)
+            return await self._instances.let_go(staged.instance_id)
+        return True
 
 
 @dataclass(slots=True)
@@ -206,7 +225,7 @@ class _Job:
         self._buffer: ImportRegion | None = None
         """The source's staging buffer if the source is on another card."""
         self._peer = peer
-        self.letting_go: asyncio.Task[object] | None = None
+        self.letting_go: asyncio.Task[bool] | None = None
         """The source unmaps its staging buffer."""
         self._is_local = source.device_id == destination.device_id
 
@@ -248,11 +267,11 @@ class _Job:
         destination = self._side(self.destination, receiver.buffer, FailureCause.RECEIVER)
         sides = [side for side in (source, destination) if side is not None]
         try:
-            await together(*(self._open(side) for side in sides))
+            await together(*(self._open(side, receiver) for side in sides))
             self.seconds["map"] = time.monotonic() - begun
             await self._move(receiver, source, destination)
         finally:
-            await uninterrupted(self._close(source, destination))
+            await uninterrupted(self._close(source, destination, receiver))
         self.seconds["transfer"] = time.monotonic() - begun - self.seconds["map"]
 
     async def _move(
@@ -336,12 +355,14 @@ class _Job:
         assert place.stage is not None
         return _StagedSide(place.stage, buffer, cause)
 
-    async def _open(self, side: _StagedSide) -> None:
+    async def _open(self, side: _StagedSide, receiver: BorrowedReceiver) -> None:
+        device_id = self.destination.device_id if side.cause is FailureCause.RECEIVER else self._source.device_id
+        await self._lend(side, device_id, receiver)
         region = weight_set_pb2.Region(
             region_id=side.buffer.region_id,
             device_kind=weight_set_pb2.DeviceKind.ValueType(TRAITS[self.destination.kind].wire_number),
             size_bytes=side.buffer.size_bytes,
-            device_id=self.destination.device_id if side.cause is FailureCause.RECEIVER else self._source.device_id,
+            device_id=device_id,
             npu_allocation=weight_set_pb2.NpuAllocation(export_key=bytes.fromhex(side.buffer.export_key)),
         )
         await self._ask(side, pb.StageRequest(open_bucket=pb.OpenBucket(bucket=region, stage_id=side.by.stage_id)))
@@ -357,26 +378,38 @@ class _Job:
         )
         await self._ask(side, pb.StageRequest(copy_chunk=request))
 
+    async def _lend(self, side: _StagedSide, device_id: str, receiver: BorrowedReceiver) -> None:
+        try:
+            await self._plane.lend(side.by, device_id, side.buffer, receiver)
+        except StagingGone as error:
+            raise self._gone(side, error) from error
+        except CardError as error:
+            if side.buffer is receiver.buffer:
+                raise
+            raise MoveFailed(f"the source's card: {error}", cause=side.cause, touched=False) from error
+
     async def _ask(self, side: _StagedSide, request: pb.StageRequest) -> None:
         try:
             await self._plane.ask(side.by, request)
         except (StagingRefused, StagingGone) as error:
-            is_receiver = side.cause is FailureCause.RECEIVER
-            if is_receiver and isinstance(error, StagingSilent):
+            if side.cause is FailureCause.RECEIVER and isinstance(error, StagingSilent):
                 self.is_quiesced = False
-            raise MoveFailed(
-                f"the {'receiver' if is_receiver else 'source'}, {side.by.instance_id}: {error}",
-                cause=side.cause,
-                touched=self.is_touched,
-            ) from error
+            raise self._gone(side, error) from error
 
-    async def _close(self, source: _StagedSide | None, destination: _StagedSide | None) -> None:
+    def _gone(self, side: _StagedSide, error: StagingRefused | StagingGone) -> MoveFailed:
+        name = "receiver" if side.cause is FailureCause.RECEIVER else "source"
+        return MoveFailed(f"the {name}, {side.by.instance_id}: {error}", cause=side.cause, touched=self.is_touched)
+
+    async def _close(
+        self, source: _StagedSide | None, destination: _StagedSide | None, receiver: BorrowedReceiver
+    ) -> None:
         if source is not None and self._buffer is not None:  # the source's card gives it back, not the receiver
             self.letting_go = asyncio.create_task(self._plane.close(source.by, source.buffer.region_id))
             source = None
         sides = [side for side in (source, destination) if side is not None]
-        await asyncio.gather(*(self._plane.close(side.by, side.buffer.region_id) for side in sides))
-        self.is_quiesced = True
+        closing = (self._plane.close(side.by, side.buffer.region_id) for side in sides)
+        receiver.keeps_buffer = not all(await asyncio.gather(*closing))
+        self.is_quiesced = not receiver.keeps_buffer
 
 
 async def _wait(task: asyncio.Task[object], seconds: float) -> None:

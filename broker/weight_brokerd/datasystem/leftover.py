@@ -87,11 +87,11 @@ class WorkerDirectory:
         try:
             record = json.loads((self.path / _RECORD).read_text())
             pid, begun, boot_id = int(record["pid"]), int(record["start_time"]), record["boot_id"]
-        except (OSError, ValueError, KeyError, TypeError):  # no record, or a truncated record
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # no record, or a damaged one
             return None
         if boot_id != _boot_id():
             return None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OverflowError):
             pidfd = os.pidfd_open(pid)
             with contextlib.suppress(OSError):
                 if start_time(pid) == begun:

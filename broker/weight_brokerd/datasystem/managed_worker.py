@@ -20,7 +20,7 @@ import structlog
 from weight_broker.drivers.available_memory import available_bytes
 from weight_brokerd.config.errors import StartError
 from weight_brokerd.config.settings import DatasystemSettings
-from weight_brokerd.datasystem import ports, worker_command
+from weight_brokerd.datasystem import greeting, ports, worker_command
 from weight_brokerd.datasystem.leftover import WorkerDirectory
 from weight_brokerd.datasystem.worker_command import HOST, MAXIMUM_SOCKET_DIRECTORY_BYTES, NoWheelError, WorkerFiles
 from weight_brokerd.processes.tasks import uninterrupted
@@ -36,12 +36,23 @@ STOP_SECONDS = 4.0
 """For an orderly end; then the worker is killed."""
 KILL_SECONDS = 5.0
 """For a killed worker to be gone."""
+ASK_SECONDS = 1.0
+"""Between an answer of the worker and the next question."""
+MAXIMUM_UNANSWERED = 3
+"""Questions in a row without an answer; then the worker is replaced."""
+SOON_SECONDS = 3.0
+"""A publication waits for a start that is not later."""
+HANGS = "the datasystem worker does not answer; it is replaced unless it answers soon"
 _POLL_SECONDS = 0.05
 _OUTPUT_BYTES = 16 << 10
 
 
 class _NotStartedError(Exception):
     """The worker does not run; the text is for operators."""
+
+
+class _HungError(_NotStartedError):
+    """The worker runs, but does not answer."""
 
 
 class ManagedWorker:
@@ -59,6 +70,7 @@ class ManagedWorker:
         """The worker's process; 0 while there is none."""
         self._on_change = on_change
         self._ready = asyncio.Event()
+        self._settled = asyncio.Event()
         self._settings = settings
         self._files = WorkerFiles(
             Path(settings.directory) if settings.directory else state_directory / "datasystem",
@@ -96,6 +108,14 @@ class ManagedWorker:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ready.wait(), seconds)
         return self.is_ready
+
+    async def settled(self) -> None:
+        """Returns when the worker serves, or is not expected to serve soon."""
+        if self._task is not None:
+            await self._settled.wait()
+
+    async def look(self) -> None:
+        """Nothing to do: the worker is of this broker's own wheel."""
 
     async def close(self) -> None:
         """End the worker, in at most STOP_SECONDS + KILL_SECONDS. Idempotent."""
@@ -151,7 +171,11 @@ class ManagedWorker:
             with contextlib.suppress(OSError):  # the worker has ended already
                 directory.record(process.pid)
             self.pid = process.pid
+            self._settled.clear()
             await self._watch(process)
+        except _HungError:
+            process.kill()  # it would not notice a polite signal
+            raise
         finally:
             self.pid = 0
             self._ready.clear()
@@ -169,15 +193,14 @@ class ManagedWorker:
                     )
                 await asyncio.wait({ended}, timeout=_POLL_SECONDS)
             if not ended.done():
-                self.problem = ""
-                self._ready.set()
+                self._set_ready()
                 log.info(
                     "datasystem_worker_ready",
                     pid=process.pid,
                     address=f"{HOST}:{self._port}",
                     seconds=round(time.monotonic() - begun, 2),
                 )
-                self._on_change()
+            await self._ask_until(ended)
             status = await asyncio.shield(ended)
         finally:
             ended.cancel()
@@ -186,6 +209,31 @@ class ManagedWorker:
         raise _NotStartedError(
             f"the datasystem worker {how}" + (f": {words}" if words else f"; see {self._files.logs}")
         )
+
+    async def _ask_until(self, ended: asyncio.Task[int]) -> None:
+        """Asks the worker whether it runs, until it has ended. Raises _HungError."""
+        unanswered = 0
+        while not ended.done():
+            await asyncio.wait({ended}, timeout=ASK_SECONDS)
+            if ended.done():
+                return
+            if await greeting.answers(HOST, self._port):
+                if unanswered and not ended.done():
+                    self._set_ready()
+                unanswered = 0
+                continue
+            unanswered += 1
+            if unanswered == MAXIMUM_UNANSWERED:
+                raise _HungError(f"the datasystem worker hung and was killed: no answer to {unanswered} questions")
+            if unanswered == 1:
+                self._ready.clear()
+                self._set_problem(HANGS, greeting.ANSWER_SECONDS)
+
+    def _set_ready(self) -> None:
+        self.problem = ""
+        self._ready.set()
+        self._settled.set()
+        self._on_change()
 
     def _check_ports(self) -> None:
         for setting, configured, port in (
@@ -220,6 +268,10 @@ class ManagedWorker:
         if words != self.problem:
             log.error("datasystem_worker_failed", problem=words, retry_seconds=retry_seconds)
         self.problem = words
+        if retry_seconds > SOON_SECONDS:
+            self._settled.set()
+        else:
+            self._settled.clear()
         self._on_change()
 
 

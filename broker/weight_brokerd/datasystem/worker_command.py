@@ -120,7 +120,7 @@ def _defaults(root: Path, files: WorkerFiles) -> Mapping[str, str]:
     try:
         document = json.loads((root / _DEFAULTS).read_text())
         values = {name: flag.get("value") for name, flag in document.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise NoWheelError(f"{root / _DEFAULTS} cannot be used: {error}. Install {DISTRIBUTION} again") from error
     return {
         name: str(files.directory / str(value).removeprefix("./datasystem/"))

@@ -1,7 +1,7 @@
 """What the daemon does with one kind of memory. A kind is a folder beside this file and a row of `TRAITS`.
 
-Called by `api`: ready, place. By `control`: hold, release, grant, end, route. By `daemon`: start, close. Host memory is
-a kind like the others.
+Called by `api`: ready, place. By `control`: hold, release, grant, check, end, route. By `daemon`: start, close. Host
+memory is a kind like the others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from weight_brokerd.cards.health import CardHealth
+from weight_brokerd.core.model import Finding
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 from weight_brokerd.dataplane.plane import DataPlane, Place
@@ -46,6 +47,18 @@ class KindHealth:
     def device_ids(self) -> frozenset[str]:
         """The physical identities of the devices."""
         return frozenset(device.identity for device in self.devices)
+
+
+@dataclass(frozen=True, slots=True)
+class ContentCheck:
+    """How a check has ended."""
+
+    finding: Finding
+    detail: str
+    """For people: which tensors differ, or why nothing was read."""
+
+
+UNREAD = ContentCheck(Finding.UNCHECKED, "the broker does not read memory of this kind")
 
 
 class KindEvents(Protocol):
@@ -95,6 +108,10 @@ class Kind(Protocol):
     def grant(self, transfer: Transfer) -> bytes:
         """The source's memory for the receiver: a serialized Granted without digests. Keeps the memory readable until
         `end`. Raises BrokerError if it is not readable any more."""
+
+    async def check(self, publication: Publication, digests: bytes) -> ContentCheck:
+        """Compare the content of a resident publication with the digests, a serialized Granted. Takes as long as the
+        content is large; cancelling it ends the reading."""
 
     def end(self, transfer: Transfer) -> None:
         """The transfer no longer needs the source. Idempotent."""

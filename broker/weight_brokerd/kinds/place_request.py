@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
 from weight_broker.kinds import TRAITS, kind_of_wire
 from weight_broker.layout import Layout
+from weight_broker.v1.weight_broker_service_pb2 import Granted
 from weight_broker.v1.weight_set_pb2 import Region, TensorPlacement
 from weight_brokerd.attach.peer import PeerCredentials
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.cards.plan.pieces import Placement
+from weight_brokerd.kinds.overlaps import Span, refuse_overlaps
+from weight_brokerd.kinds.steps import PER_STEP, Steps, at_once
 
 MAX_ID_CHARACTERS = 64
 
@@ -28,6 +31,15 @@ class StagingName:
 
     field: str
     stage_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPlacements:
+    """Placements that fit the layout and the regions."""
+
+    pairs: tuple[Placement, ...]
+    granted: bytes
+    """For receivers that copy: a serialized Granted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,8 @@ class PlaceRequest:
     """The error if this broker does not take the path."""
     peer: PeerCredentials | None = None
     """The instance as the kernel knows it."""
+    checked: CheckedPlacements | None = None
+    """The placements, if they were checked before."""
 
 
 def text(field: str, value: str, *, limit: int = MAX_ID_CHARACTERS, required: bool = True) -> str:
@@ -122,30 +136,48 @@ def _same_device(kind: str, request: PlaceRequest, field: str, region: Region) -
         raise InvalidArgument(f"{field}.device_id", region.device_id, expected)
 
 
-def placements_of(kind: str, request: PlaceRequest) -> tuple[Placement, ...]:
+def placements_of(kind: str, request: PlaceRequest) -> CheckedPlacements:
     """Where each tensor lies in the regions, in the layout's order."""
-    layout, placements = request.layout, request.placements
+    return request.checked or at_once(check_placements(kind, request))
+
+
+def check_placements(kind: str, request: PlaceRequest) -> Steps[CheckedPlacements]:
+    """`placements_of`, in steps."""
+    layout, placements, traits = request.layout, request.placements, TRAITS[kind]
     if len(placements) != len(layout):
         raise InvalidArgument("placements", len(placements), f"{len(layout)}, one for each tensor")
     # Without regions no tensor has content: all placements are 0 in an empty region.
     sizes = [region.size_bytes for region in request.regions] or [0]
-    is_packed = TRAITS[kind].is_packed or not request.regions
-    by_name: dict[str, TensorPlacement] = {}
-    for spec, placement in zip(layout.tensors, placements, strict=True):
-        field = f"placements[{spec.name}]"
-        _within(field, placement, spec.content_bytes if is_packed else spec.storage_bytes, sizes)
-        if spec.alias_of and placement != by_name[spec.alias_of]:
-            found = f"{placement.region_index}:{placement.offset_bytes}"
-            raise InvalidArgument(field, found, f"that of {spec.alias_of}, its target")
-        by_name[spec.name] = placement
-    return tuple((placement.region_index, placement.offset_bytes) for placement in placements)
+    is_packed = traits.is_packed or not request.regions
+    pairs: list[Placement] = []
+    by_name: dict[str, Placement] = {}
+    spans: list[Span] = []
+    granted: list[bytes] = []
+    for start in range(0, len(layout), PER_STEP):
+        part = placements[start : start + PER_STEP]
+        for spec, placement in zip(layout.tensors[start : start + PER_STEP], part, strict=True):
+            field = f"placements[{spec.name}]"
+            length = spec.content_bytes if is_packed else spec.storage_bytes
+            pair = _within(field, placement, length, sizes)
+            if spec.alias_of:
+                if pair != by_name[spec.alias_of]:
+                    raise InvalidArgument(field, f"{pair[0]}:{pair[1]}", f"that of {spec.alias_of}, its target")
+            elif length:
+                spans.append((*pair, length))
+            by_name[spec.name] = pair
+            pairs.append(pair)
+        if not traits.broker_copies:
+            granted.append(Granted(placements=part).SerializeToString())
+        yield
+    if is_packed:
+        yield from refuse_overlaps(spans)
+    return CheckedPlacements(tuple(pairs), b"".join(granted))
 
 
-def _within(field: str, placement: TensorPlacement, length: int, sizes: Sequence[int]) -> None:
-    if placement.region_index >= len(sizes):
-        raise InvalidArgument(f"{field}.region_index", placement.region_index, f"below {len(sizes)}")
-    size = sizes[placement.region_index]
-    if placement.offset_bytes + length > size:
-        raise InvalidArgument(
-            f"{field}.offset_bytes", placement.offset_bytes, f"{length} bytes within the region's {size}"
-        )
+def _within(field: str, placement: TensorPlacement, length: int, sizes: Sequence[int]) -> Placement:
+    index, offset = placement.region_index, placement.offset_bytes
+    if index >= len(sizes):
+        raise InvalidArgument(f"{field}.region_index", index, f"below {len(sizes)}")
+    if offset + length > sizes[index]:
+        raise InvalidArgument(f"{field}.offset_bytes", offset, f"{length} bytes within the region's {sizes[index]}")
+    return index, offset

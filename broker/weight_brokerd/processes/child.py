@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import os
 import signal
@@ -131,6 +132,8 @@ class ChildProcess(Generic[M]):
             raise
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # a lost connection may have been raised instead: asyncio is not to log this one
 
     async def kill(self) -> bool:
         """Kill and wait for the end, which the driver may delay; False after `exit_seconds`."""
@@ -145,6 +148,14 @@ class ChildProcess(Generic[M]):
             log.error("child_process_not_ended", child=self.name, pid=self.pid)
             return False
         return True
+
+    def leave(self) -> None:
+        """Close the socket and let the process end by itself, also after the daemon. Nothing waits for it any more."""
+        self._close()
+        for task in self._tasks:
+            task.cancel()
+        # asyncio kills a process whose transport is destroyed, so this one stays until the daemon has ended.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._process))
 
     async def _send(self, message: bytes, descriptor: int | None) -> None:
         """Shield this call: a truncated message would corrupt the next one. Closes the descriptor."""

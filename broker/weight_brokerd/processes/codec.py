@@ -34,7 +34,7 @@ class Codec(Generic[M]):
             hints = self._hints[kind]
             arguments = {name: self._types[hints[name]](value) for name, value in values.items()}
             message = self._kinds[kind](**arguments)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a message: {error!r}") from error
         return _integer(number), message
 

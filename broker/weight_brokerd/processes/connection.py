@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -15,6 +16,7 @@ from weight_brokerd.processes.packets import PACKET_BYTES, Joiner, split
 
 M = TypeVar("M")
 _PR_SET_PDEATHSIG = 1
+_NO_SIGNAL = 0
 
 
 def belong_to_parent() -> None:
@@ -22,7 +24,19 @@ def belong_to_parent() -> None:
     kills it with the daemon, also during a call that does not notice the closed socket."""
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process with the daemon. Call it in the main thread, as `outlive_parent`: the kernel
+    remembers the signal of each thread."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlive_parent() -> None:
+    """The kernel does not kill this process with the daemon; `Connection.receive` still says that the daemon is
+    gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _NO_SIGNAL)
 
 
 class Connection(Generic[M]):
@@ -52,14 +66,11 @@ class Connection(Generic[M]):
                 return self._codec.decode(message)
 
     def answer(self, number: int, answer: M, descriptor: int | None = None) -> None:
-        """Sends an answer. If the daemon is gone, this process ends."""
-        with self._sending:
-            try:
-                for packet in split(self._codec.encode(number, answer)):
-                    packets.send(self._connection, packet, descriptor)
-                    descriptor = None
-            except ConnectionError:
-                os._exit(0)
+        """Sends an answer. If the daemon is gone, the answer is lost, and `receive` returns None."""
+        with self._sending, contextlib.suppress(ConnectionError):
+            for packet in split(self._codec.encode(number, answer)):
+                packets.send(self._connection, packet, descriptor)
+                descriptor = None
 
     def close_descriptors(self) -> None:
         """Closes the descriptors that were not taken out."""

@@ -28,12 +28,32 @@ _PASSED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "WEIGHT_BROKER_CARDS_LIBRARY
 
 def run(options: argparse.Namespace) -> int:
     """The exit status of the proof in the unit. Its JSON comes through the pipe: a unit may write to few places."""
-    text = "\n".join(Path(file).read_text() for file in options.as_unit) or _installed()
+    try:
+        text = "\n".join(Path(file).read_text() for file in options.as_unit) or _installed()
+    except OSError as error:
+        return _refuse(f"--as-unit {error.filename}: {error.strerror}; name files of the unit that can be read")
     if text is None:
-        print(f"proof: `systemctl cat {UNIT}` finds no unit; name its files: --as-unit FILE FILE", file=sys.stderr)
-        return 2
-    with Path(options.json).open("w") as file:
-        return subprocess.run(command(text, _arguments(options), os.environ), stdout=file, check=False).returncode
+        return _refuse(f"`systemctl cat {UNIT}` finds no unit; name its files: --as-unit FILE FILE")
+    try:
+        done = subprocess.run(command(text, _arguments(options), os.environ), stdout=subprocess.PIPE, check=False)
+    except FileNotFoundError:
+        return _refuse("there is no systemd-run here; run the proof on a host with systemd, or without --as-unit")
+    if not done.stdout:
+        return _refuse(f"systemd-run started nothing (exit status {done.returncode}); its words are above")
+    _write(options.json, done.stdout)
+    return done.returncode
+
+
+def _write(target: str, document: bytes) -> None:
+    if target == "-":
+        sys.stdout.write(document.decode())
+    else:
+        Path(target).write_bytes(document)
+
+
+def _refuse(words: str) -> int:
+    print(f"proof: {words}", file=sys.stderr)
+    return 2
 
 
 def command(text: str, arguments: Iterable[str], environment: Mapping[str, str]) -> list[str]:
@@ -74,5 +94,8 @@ def _arguments(options: argparse.Namespace) -> list[str]:
 
 
 def _installed() -> str | None:
-    found = subprocess.run(["systemctl", "cat", UNIT], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["systemctl", "cat", UNIT], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     return found.stdout if not found.returncode else None

@@ -21,3 +21,12 @@ class Counts:
     """By state."""
     transfers: Mapping[str, int] = field(default_factory=dict)
     """That succeeded since the broker started, by data plane."""
+    acquisitions: Mapping[str, int] = field(default_factory=dict)
+    """That ended since the broker started, by outcome."""
+    log_lines_dropped: int = 0
+    datasystem_workers: Mapping[str, int] = field(default_factory=dict)
+    """That answer, and that do not."""
+    damage_reports: Mapping[str, int] = field(default_factory=dict)
+    """Since the broker started, by what a check of the source found."""
+    suspect_receivers: int = 0
+    """Processes whose reports of damage keep proving false."""

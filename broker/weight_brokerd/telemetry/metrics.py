@@ -6,7 +6,13 @@ Names and labels:
 - `weight_broker_<field>` for every number in `Counts`, read when Prometheus asks.
 - `weight_broker_cards{state}`: how many cards are ready, degraded, failed.
 - `weight_broker_transfers_total{data_plane}`: transfers that succeeded, by what moved the bytes.
+- `weight_broker_acquisitions_total{outcome}`: acquisitions that ended, by how.
+- `weight_broker_datasystem_workers{state}`: how many datasystem workers answer or are silent.
+- `weight_broker_log_lines_dropped_total`: lines of the log that standard error did not take.
+- `weight_broker_damage_reports_total{finding}`: reports of damage by receivers, by what a check of the source found.
 - `weight_broker_build_info{version}`, always 1.
+
+Every series exists from the start, at 0: the first event is an increase.
 
 prometheus_client is imported only if the endpoint is on: it costs start time and memory.
 """
@@ -17,11 +23,12 @@ import asyncio
 import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf import descriptor_pool
 
 from weight_brokerd import __version__
 from weight_brokerd.telemetry.counts import Counts
@@ -42,9 +49,23 @@ _HELP = {
     "running_transfers": "Transfers that run now.",
     "waiting_acquisitions": "Acquisitions that wait now.",
     "cold_load_leases": "Cold-load leases that are held now.",
+    "suspect_receivers": "Processes whose reports of damage keep proving false.",
+    "damage_reports": "Reports of damage, by what the check of the source found.",
     "cards": "Cards of this host, by whether they serve.",
     "transfers": "Transfers that succeeded, by what moved the bytes.",
+    "acquisitions": "Acquisitions that ended, by how: transferred, cold_load or the reason of their error.",
+    "datasystem_workers": "Datasystem workers, by whether they answer.",
+    "log_lines_dropped": "Lines of the log that standard error did not take.",
 }
+_BY = {
+    "cards": "state",
+    "datasystem_workers": "state",
+    "transfers": "data_plane",
+    "acquisitions": "outcome",
+    "damage_reports": "finding",
+}
+"""The label of each number that is a table."""
+_COUNTERS = frozenset({"transfers", "acquisitions", "damage_reports", "log_lines_dropped"})
 
 
 class Metrics:
@@ -73,22 +94,24 @@ class Metrics:
             "weight_broker_build_info", "Version of the broker.", ["version"], registry=self.registry
         )
         build.labels(version=__version__).set(1)
+        for method in _methods_of(self._services):
+            self._started.labels(method)
+            self._duration.labels(method, grpc.StatusCode.OK.name)
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """The gauges, for prometheus_client; called in a thread of the endpoint."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        by = {"cards": (GaugeMetricFamily, "state"), "transfers": (CounterMetricFamily, "data_plane")}
         reading = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
         for name, value in asdict(reading.result(_READ_SECONDS)).items():
+            make = CounterMetricFamily if name in _COUNTERS else GaugeMetricFamily
             if not isinstance(value, Mapping):
-                yield GaugeMetricFamily(f"weight_broker_{name}", _HELP[name], value)
+                yield make(f"weight_broker_{name}", _HELP[name], value)
                 continue
-            make, label = by[name]
-            family = make(f"weight_broker_{name}", _HELP[name], labels=[label])
-            for state, count in value.items():
-                family.add_metric([state], count)
+            family = make(f"weight_broker_{name}", _HELP[name], labels=[_BY[name]])
+            for label, count in value.items():
+                family.add_metric([label], count)
             yield family
 
     def describe(self) -> Iterator[Metric]:
@@ -141,6 +164,14 @@ class Metrics:
             raise
         finally:
             self._duration.labels(method, status).observe(time.monotonic() - begin)
+
+
+def _methods_of(services: Iterable[str]) -> Iterator[str]:
+    """The methods of those services that this process knows, as SERVICE/METHOD."""
+    for service in services:
+        with suppress(KeyError):
+            methods = descriptor_pool.Default().FindServiceByName(service).methods
+            yield from (f"{service}/{method.name}" for method in methods)
 
 
 def _status(context: Any, otherwise: grpc.StatusCode) -> str:

@@ -57,7 +57,7 @@ def key_of(options: argparse.Namespace) -> weight_set_pb2.WeightSetKey | None:
         return None
     try:
         content = json.loads(options.key)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"the key is not JSON: {error}", ExitCode.USAGE) from None
     return parse_key(content)
 
@@ -80,7 +80,7 @@ def parse_key(content: dict[str, Any]) -> weight_set_pb2.WeightSetKey:
     try:
         message = ParseDict(fields, weight_set_pb2.WeightSetKey())
         return key_to_wire(key_from_wire(message))
-    except (ParseError, InvalidArgument) as error:
+    except (ParseError, InvalidArgument, SystemError) as error:  # SystemError: protobuf's, for names that are no UTF-8
         raise CommandError(f"this is not a key: {error}", ExitCode.USAGE) from None
 
 
@@ -118,9 +118,9 @@ def _fields(message: weight_set_pb2.WeightSetKey) -> Iterator[tuple[str, str]]:
 
 
 def _print(answer: pb.ExplainResponse) -> None:
+    console = output.console()
     from rich.text import Text
 
-    console = output.console()
     outcome = output.state(pb.ExplainResponse.Outcome.Name(answer.outcome))
     console.print(Text.assemble((outcome, "bold"), f": {output.plain(answer.summary)}"))
     console.print(f"weight set {answer.weight_set_id}")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from weight_broker.errors import BrokerError, Reason
+from weight_broker.runtime_directory import DENIED_METADATA
 
 
 class ExitCode(enum.IntEnum):
@@ -59,6 +60,8 @@ class CommandError(Exception):
 
 
 def exit_code_of(error: BrokerError) -> ExitCode:
+    if DENIED_METADATA in error.metadata:
+        return ExitCode.NOT_PERMITTED
     return _CODES.get(error.reason, ExitCode.FAILED)
 
 

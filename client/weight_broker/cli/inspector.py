@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import grpc
 from weight_broker.cli.failure import CommandError, ExitCode
 from weight_broker.connection.channel import decode_error, open_channel
 from weight_broker.errors import BrokerUnavailable, Reason
-from weight_broker.runtime_directory import GRPC_SOCKET, runtime_directory
+from weight_broker.runtime_directory import GRPC_SOCKET, not_admitted, runtime_directory
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_broker.v1 import resources_pb2
 from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
@@ -56,9 +57,15 @@ class Inspector:
         self.directory = directory if directory is not None else runtime_directory()
         self._timeout = timeout
         socket_path = self.directory / GRPC_SOCKET
-        if not socket_path.is_socket():
-            # gRPC would notice only at the deadline.
+        # gRPC would notice only at the deadline.
+        try:
+            is_socket = socket_path.is_socket()
+        except PermissionError as error:
+            raise not_admitted(socket_path) from error
+        if not is_socket:
             raise BrokerUnavailable(f"no broker: {socket_path} does not exist")
+        if not os.access(socket_path, os.W_OK, effective_ids=True):
+            raise not_admitted(socket_path)
         self._channel = open_channel(socket_path)
         self._stub = InspectionServiceStub(self._channel)
 

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weight_broker._version import __version__
+from weight_broker.cli.encoding import carry_every_character, text_argument
 from weight_broker.cli.failure import EXIT_CODES_TEXT, CommandError, ExitCode, exit_code_of, stoppable
 from weight_broker.errors import BrokerError
 from weight_broker.kinds import TRAITS
+from weight_broker.runtime_directory import DENIED_METADATA
 
 _COMMANDS = {
     "demo": "weight_broker.demo.run",
@@ -25,6 +27,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    carry_every_character()
     options = parser().parse_args(arguments)
     try:
         return _run_demo(options) if options.command == "demo" else _run(options)
@@ -32,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"weight-broker: {error}", file=sys.stderr)
         return error.code
     except BrokerError as error:
-        print(f"weight-broker: {error.message} ({error.reason})", file=sys.stderr)
+        instead = f", or run `sudo weight-broker {options.command}`" if DENIED_METADATA in error.metadata else ""
+        print(f"weight-broker: {error.message}{instead} ({error.reason})", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
@@ -114,11 +118,15 @@ def _add_status(commands: _Commands[argparse.ArgumentParser]) -> None:
 def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
     command = _add(commands, "explain", "say what an acquire of a weight set would get now, and why")
     _add_answer_timeout(command)
-    command.add_argument("key", nargs="?", metavar="KEY", help="id of a weight set or its start, or a key in JSON")
+    command.add_argument(
+        "key", nargs="?", type=text_argument, metavar="KEY", help="id of a weight set or its start, or a key in JSON"
+    )
     command.add_argument("--model-dir", metavar="DIR", help="instead of KEY: the key that loading this directory has")
-    command.add_argument("--model", metavar="NAME", help="instead of KEY: the key's model, with the options below")
+    command.add_argument(
+        "--model", type=text_argument, metavar="NAME", help="instead of KEY: the key's model, with the options below"
+    )
     for name in ("revision", "dtype", "checkpoint-digest", "quantization"):
-        command.add_argument(f"--{name}", metavar="TEXT", help="field of the key")
+        command.add_argument(f"--{name}", type=text_argument, metavar="TEXT", help="field of the key")
     command.add_argument("--role", choices=("target", "draft"), help="field of the key")
     command.add_argument("--stage", choices=("loaded", "runtime"), help="field of the key")
     command.add_argument(
@@ -126,7 +134,9 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
         choices=tuple(TRAITS),
         help="kind of memory that receives (default: that in which it is published)",
     )
-    command.add_argument("--attribute", action="append", metavar="NAME=VALUE", help="engine attribute of the key")
+    command.add_argument(
+        "--attribute", type=text_argument, action="append", metavar="NAME=VALUE", help="engine attribute of the key"
+    )
 
 
 def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -173,7 +183,7 @@ def _add_quarantine(commands: _Commands[argparse.ArgumentParser]) -> None:
     command = _add(commands, "quarantine", "set a publication aside: shown, but never read again (administrators)")
     _add_answer_timeout(command)
     _add_publication(command)
-    command.add_argument("--reason", required=True, metavar="TEXT", help="why; shown in listings")
+    command.add_argument("--reason", type=text_argument, required=True, metavar="TEXT", help="why; shown in listings")
 
 
 def _add_publication(command: argparse.ArgumentParser) -> None:
@@ -198,6 +208,12 @@ def _add_demo(commands: _Commands[argparse.ArgumentParser]) -> None:
         choices=("auto", "acl", "torch_npu"),
         default="auto",
         help="npu only: who allocates the tensors, torch_npu or Ascend's runtime alone (torch_npu if it is installed)",
+    )
+    command.add_argument(
+        "--run-in",
+        metavar="COMMAND",
+        help="npu only: a command that starts each instance, for example in a container: `nsenter --target PID "
+        "--mount`; {card} stands for the number of the instance's card",
     )
 
 

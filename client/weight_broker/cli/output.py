@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from weight_broker.cli.encoding import carries_unicode
 from weight_broker.cli.failure import CommandError, ExitCode
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def message_to_json(message: Message) -> dict[str, Any]:
 
 def print_json(value: object, *, line: bool = False) -> None:
     """`line`: on one line, flushed."""
-    print(json.dumps(value, ensure_ascii=False, indent=None if line else 2), flush=line)
+    print(json.dumps(value, ensure_ascii=not carries_unicode(), indent=None if line else 2), flush=line)
 
 
 def size(count: float) -> str:

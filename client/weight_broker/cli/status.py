@@ -6,8 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.message import Message
 
 from weight_broker.cli import output, status_cards
 from weight_broker.cli.failure import ExitCode
@@ -62,7 +61,7 @@ def renderables(state: State) -> list[RenderableType]:
 def host_line(host: pb.Host) -> str:
     return (
         f"{output.plain(host.hostname)}: broker {host.version}, pid {host.pid}, "
-        f"up {output.age(_since(host.uptime, host.start_time))}"
+        f"up {output.age(_since(host, 'uptime', 'start_time'))}"
         f"{', DRAINING' if host.draining else ''}; directory {host.directory}; "
         f"{host.instance_count} instances, {host.publication_count} publications, "
         f"{output.size(host.region_bytes)} in {host.region_count} regions, "
@@ -98,12 +97,12 @@ def _publications(state: State) -> Any:
                 row.publication_id,
                 row.weight_set_id[:_SHORT_ID],
                 output.plain(row.instance_name or row.instance_id),
-                output.state(pb.Publication.State.Name(row.state)) + reason,
+                output.state(pb.Publication.State.Name(row.state)) + reason + (", in check" * row.being_checked),
                 status_cards.device(row),
                 str(row.tensor_count),
                 f"{row.reader_count}/{row.reader_limit}",
                 str(row.served_count),
-                output.age(_since(row.age, row.publish_time)),
+                output.age(_since(row, "age", "publish_time")),
             )
     return table
 
@@ -116,11 +115,15 @@ def _instances(state: State) -> Any:
             output.plain(row.name),
             str(row.pid) if row.pid else "?",
             str(row.uid),
-            output.state(pb.Instance.State.Name(row.state)),
+            output.state(pb.Instance.State.Name(row.state)) + _suspicion(row),
             str(row.publication_count),
-            output.age(_since(row.age, row.attach_time)),
+            output.age(_since(row, "age", "attach_time")),
         )
     return table
+
+
+def _suspicion(row: pb.Instance) -> str:
+    return f", suspect: {row.false_damage_reports} false reports of damage, its own memory?" if row.suspect else ""
 
 
 def _leases(state: State) -> Any:
@@ -130,7 +133,7 @@ def _leases(state: State) -> Any:
             row.weight_set_id[:_SHORT_ID],
             output.plain(row.instance_name or row.instance_id),
             str(row.fencing_token),
-            output.age(_since(row.age, row.acquire_time)),
+            output.age(_since(row, "age", "acquire_time")),
             output.age(max(lease_end(row) - time.time(), 0.0)),
         )
     return table
@@ -140,7 +143,7 @@ def _transfers(state: State) -> Any:
     names = {row.instance_id: output.plain(row.name or row.instance_id) for row in state.instances}
     table = output.table("Transfers, newest first", "id|weight set|from|to|by|path|state|>size|>duration|failure")
     for row in state.transfers:
-        duration = _since(row.elapsed, row.start_time)
+        duration = _since(row, "elapsed", "start_time")
         table.add_row(
             row.transfer_id,
             row.weight_set_id[:_SHORT_ID],
@@ -172,7 +175,8 @@ def path_name(path: pb.TransferPath.ValueType) -> str:
     return output.state(pb.TransferPath.Name(path)).removeprefix("path ")
 
 
-def _since(measured: Duration, begun: Timestamp) -> float:
-    """Seconds as the broker measured them; by the time of day for an older broker, which measured none."""
-    seconds = measured.ToNanoseconds() / 1e9
-    return seconds if seconds > 0 else age_seconds(begun.ToNanoseconds() / 1e9)
+def _since(row: Message, measured: str, begun: str) -> float:
+    """Seconds as the broker measured them, also 0. An older broker measured none: then a clock that was set shows."""
+    if row.HasField(measured):
+        return float(getattr(row, measured).ToNanoseconds() / 1e9)
+    return age_seconds(getattr(row, begun).ToNanoseconds() / 1e9)

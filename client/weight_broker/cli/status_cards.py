@@ -25,7 +25,8 @@ def renderables(state: State) -> list[RenderableType]:
         found.append(Text(f"Devices are not served: {output.plain(host.device_problem)}", style="bold red"))
     if host.HasField("datasystem_worker"):
         worker = host.datasystem_worker
-        found.append(Text(worker_line(worker), style="" if worker.reachable else "bold red"))
+        style = "yellow" if worker.problem else ""
+        found.append(Text(worker_line(worker), style=style if worker.reachable else "bold red"))
     if host.cards:
         found += [_cards(host), *([table] if (table := _residency(state)).row_count else [])]
     return found
@@ -33,11 +34,9 @@ def renderables(state: State) -> list[RenderableType]:
 
 def worker_line(worker: pb.DatasystemWorker) -> str:
     who = "managed by the broker" if worker.managed else "external"
-    if worker.reachable:
-        return f"Datasystem worker {worker.address}, {who}: reachable"
-    return f"Datasystem worker {worker.address}, {who}: AWAY" + (
-        f": {output.plain(worker.problem)}" if worker.problem else ""
-    )
+    state = "reachable" if worker.reachable else "AWAY"
+    problem = f": {output.plain(worker.problem)}" if worker.problem else ""
+    return f"Datasystem worker {worker.address}, {who}: {state}{problem}"
 
 
 def residency(state: State) -> list[dict[str, Any]]:

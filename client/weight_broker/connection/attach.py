@@ -19,28 +19,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weight_broker._version import __version__
+from weight_broker.connection import room, standard_streams
+from weight_broker.connection.deadline import REQUEST_TIMEOUT_SECONDS
+from weight_broker.connection.label import name_label
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason, from_reason
+from weight_broker.runtime_directory import not_admitted, refuse_shared
 
 if TYPE_CHECKING:
     from weight_broker.v1.attach_pb2 import AttachRequest, AttachResponse, Refused, Welcome
 
 PROTOCOL_VERSION = 1
-REQUEST_TIMEOUT_SECONDS = 10.0
 MAX_PACKET_BYTES = 64 * 1024
 _MAX_DESCRIPTORS = 4
+_LOST = -1
 _BACKLOG_RETRY_SECONDS = 0.005
+
+
+class _Closed(NotAttached):
+    """By the broker, without an answer."""
 
 
 class AttachConnection:
     """One connection to the attach socket at `path`. Threads may share it: requests are answered one at a time.
 
     `NotAttached` means that the broker closed the connection (it has probably been restarted); `BrokerUnavailable` that
-    it cannot be reached or does not answer in time.
+    it cannot be reached or does not answer in time. A broker that hangs, by `REQUEST_TIMEOUT_SECONDS`, ends the
+    connection; a caller with less time leaves its request behind, which the broker may still carry out.
     """
 
     def __init__(self, path: str | Path, name: str = "") -> None:
         self.path = Path(path)
-        self.name = name
+        self.name = name_label(name)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._goodbye = b""
@@ -51,43 +60,54 @@ class AttachConnection:
         self._unsure = False
 
     def connect(self, timeout: float = 2.0) -> Welcome:
-        """Attach this process; returns the token and the ids."""
+        """Attach this process; returns the token and the ids. Raises `BrokerUnavailable`, or what the broker refuses
+        with."""
         # Without a broker, or without permission to see its socket, the import below is not worth its time.
         if not os.path.exists(self.path):
             _connect(self.path, time.monotonic() + timeout).close()
         # Before the clock starts: on a busy host this takes as long as a broker may take to answer.
-        from weight_broker.v1.attach_pb2 import AttachRequest, Goodbye, Hello
+        with room.importing():
+            from weight_broker.v1.attach_pb2 import AttachRequest, Goodbye, Hello
 
         deadline = time.monotonic() + timeout
-        connected = _connect(self.path, deadline)
         self._goodbye = AttachRequest(goodbye=Goodbye()).SerializeToString()
-        self._socket = connected
-        hello = Hello(protocol_version=PROTOCOL_VERSION, name=self.name, client_version=__version__)
+        hello = AttachRequest(
+            hello=Hello(protocol_version=PROTOCOL_VERSION, name=self.name, client_version=__version__)
+        )
         try:
-            response, _ = self._ask(AttachRequest(hello=hello), timeout=max(deadline - time.monotonic(), 0.001))
-        except BaseException:
-            self.leave()  # a broker that reads Hello only later must not list this attachment for ever
-            raise
-        return response.welcome
+            return self._greet(hello, deadline)
+        except _Closed:
+            # A broker that ends closes connections that it has not looked at; another may have its place already.
+            pass
+        try:
+            return self._greet(hello, deadline)
+        except _Closed as error:
+            raise BrokerUnavailable(f"the broker on {self.path} is ending: {error.message}") from error
 
-    def offer_region(self, region_id: str, fd: int, size_bytes: int) -> None:
+    def offer_region(self, region_id: str, fd: int, size_bytes: int, *, timeout: float | None = None) -> None:
         """Hand the sealed memfd `fd` over; the caller keeps its descriptor."""
         from weight_broker.v1.attach_pb2 import AttachRequest, OfferRegion
 
-        self._ask(AttachRequest(offer_region=OfferRegion(region_id=region_id, size_bytes=size_bytes)), fds=(fd,))
+        request = AttachRequest(offer_region=OfferRegion(region_id=region_id, size_bytes=size_bytes))
+        self._ask(request, fds=(fd,), timeout=timeout)
 
-    def withdraw_region(self, region_id: str) -> None:
+    def withdraw_region(self, region_id: str, *, timeout: float | None = None) -> None:
         """Take back a region that no publication uses."""
         from weight_broker.v1.attach_pb2 import AttachRequest, WithdrawRegion
 
-        self._ask(AttachRequest(withdraw_region=WithdrawRegion(region_id=region_id)))
+        self._ask(AttachRequest(withdraw_region=WithdrawRegion(region_id=region_id)), timeout=timeout)
 
-    def claim_region(self, transfer_id: str, region_index: int) -> int:
+    def claim_region(self, transfer_id: str, region_index: int, *, timeout: float | None = None) -> int:
         """A new descriptor of the source's region `region_index` of a running transfer; the caller closes it."""
         from weight_broker.v1.attach_pb2 import AttachRequest, ClaimRegion
 
         request = AttachRequest(claim_region=ClaimRegion(transfer_id=transfer_id, region_index=region_index))
-        _, received = self._ask(request)
+        _, received = self._ask(request, timeout=timeout)
+        if _LOST in received:
+            _close_all(received)
+            raise BrokerUnavailable(
+                "this process has no file descriptor left for the source's memory; raise its limit (LimitNOFILE)"
+            )
         if len(received) != 1:
             _close_all(received)
             raise BrokerError(f"the broker sent {len(received)} descriptors for region {region_index}, not one")
@@ -106,6 +126,13 @@ class AttachConnection:
             with contextlib.suppress(OSError):
                 connected.send(self._goodbye, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             connected.close()
+
+    def break_off(self) -> None:
+        """End the attachment without waiting: a broker that recovers undoes everything of it. The keeper attaches
+        again."""
+        connected = self._socket
+        if connected is not None:
+            self._break_off(connected)
 
     def close(self) -> None:
         """Close without a goodbye. Publications stay until the process ends."""
@@ -135,37 +162,61 @@ class AttachConnection:
         poller.register(descriptor, select.POLLRDHUP)
         return bool(poller.poll(0))
 
+    def _greet(self, hello: AttachRequest, deadline: float) -> Welcome:
+        self._owed = 0
+        self._socket = _connect(self.path, deadline)
+        try:
+            response, _ = self._ask(hello, timeout=max(deadline - time.monotonic(), 0.001))
+        except BaseException:
+            self.leave()  # a broker that reads Hello only later must not list this attachment for ever
+            raise
+        return response.welcome
+
     def _ask(
-        self, request: AttachRequest, *, fds: Sequence[int] = (), timeout: float = REQUEST_TIMEOUT_SECONDS
+        self, request: AttachRequest, *, fds: Sequence[int] = (), timeout: float | None = None
     ) -> tuple[AttachResponse, list[int]]:
         from weight_broker.v1.attach_pb2 import AttachResponse
 
         packet = request.SerializeToString()
+        timeout = REQUEST_TIMEOUT_SECONDS if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        with self._lock:
-            if self._socket is None:
-                raise NotAttached("the attach connection is closed")
-            if self._unsure:
-                self._break_off(self._socket)
-                raise NotAttached("a request on the attach connection was interrupted; attach again")
-            try:
-                self._send(self._socket, packet, fds, timeout)
-                answer, received = self._receive_last(self._socket, deadline)
-            except TimeoutError:
-                # A broker that recovers carries out the request. The goodbye behind it then ends the session, so that
-                # no region or lease stays that this process does not know of. The keeper publishes again.
-                self._break_off(self._socket)
-                raise BrokerUnavailable(f"the broker does not answer on {self.path} within {timeout:g} s") from None
-            except OSError as error:
-                raise NotAttached(f"the broker closed the attach connection ({error.strerror or error})") from None
-            finally:
-                if self._unsure:
-                    self._break_off(self._socket)
+        if not self._lock.acquire(timeout=timeout):
+            raise self._unanswered(timeout)
+        try:
+            answer, received = self._exchange(packet, fds, timeout, deadline)
+        finally:
+            self._lock.release()
         response = AttachResponse.FromString(answer)
         if response.WhichOneof("response") == "refused":
             _close_all(received)
             raise decode_refusal(response.refused)
         return response, received
+
+    def _exchange(self, packet: bytes, fds: Sequence[int], timeout: float, deadline: float) -> tuple[bytes, list[int]]:
+        if self._socket is None:
+            raise NotAttached("the attach connection is closed")
+        if self._unsure:
+            self._break_off(self._socket)
+            raise NotAttached("a request on the attach connection was interrupted; attach again")
+        is_sent = False
+        try:
+            self._send(self._socket, packet, fds, timeout)
+            is_sent = True
+            return self._receive_last(self._socket, deadline)
+        except TimeoutError:
+            if not is_sent or timeout >= REQUEST_TIMEOUT_SECONDS:
+                # A broker that recovers carries out the request. The goodbye behind it then ends the session, so that
+                # no region or lease stays that this process does not know of. The keeper publishes again.
+                self._break_off(self._socket)
+            raise self._unanswered(timeout) from None
+        except OSError as error:
+            raise _Closed(f"the broker closed the attach connection ({error.strerror or error})") from None
+        finally:
+            if self._unsure:
+                self._break_off(self._socket)
+
+    def _unanswered(self, seconds: float) -> BrokerUnavailable:
+        return BrokerUnavailable(f"the broker does not answer on {self.path} within {seconds:.3g} s")
 
     def _send(self, connected: socket.socket, packet: bytes, fds: Sequence[int], timeout: float) -> None:
         connected.settimeout(timeout)
@@ -210,6 +261,8 @@ def connect_to(path: Path, timeout: float) -> socket.socket:
 
 
 def _connect(path: Path, deadline: float) -> socket.socket:
+    standard_streams.occupy()
+    refuse_shared(path.parent)
     try:
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     except OSError as error:  # a limit of this process or its sandbox, for example no file descriptor left
@@ -228,9 +281,7 @@ def _connect(path: Path, deadline: float) -> socket.socket:
                 time.sleep(_BACKLOG_RETRY_SECONDS)
     except PermissionError as error:
         connected.close()
-        raise BrokerUnavailable(
-            f"no permission for the broker's socket {path}; join the group that owns it (`ls -l {path}`)"
-        ) from error
+        raise not_admitted(path) from error
     except OSError as error:
         connected.close()
         raise BrokerUnavailable(f"no broker answers on {path}: {error.strerror or error}") from error
@@ -240,15 +291,16 @@ def _connect(path: Path, deadline: float) -> socket.socket:
 
 
 def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:
-    """One packet and its descriptors, closed on exec: `socket.recv_fds` drops the flag for that."""
+    """One packet and its descriptors, closed on exec: `socket.recv_fds` drops the flag for that. `_LOST` stands for
+    those that this process had no room for."""
     descriptors = array.array("i")
-    answer, ancillary, _, _ = connected.recvmsg(
+    answer, ancillary, flags, _ = connected.recvmsg(
         MAX_PACKET_BYTES, socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
     )
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
-    return answer, descriptors.tolist()
+    return answer, [*descriptors, *([_LOST] if flags & socket.MSG_CTRUNC else [])]
 
 
 def decode_refusal(refused: Refused) -> BrokerError:
@@ -261,4 +313,5 @@ def decode_refusal(refused: Refused) -> BrokerError:
 
 def _close_all(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
-        os.close(descriptor)
+        if descriptor != _LOST:
+            os.close(descriptor)

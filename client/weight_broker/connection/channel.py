@@ -9,6 +9,7 @@ import grpc
 import grpc.experimental
 from google.protobuf.message import DecodeError
 
+from weight_broker.connection import room, standard_streams
 from weight_broker.errors import (
     ERROR_DOMAIN,
     QUIESCED_METADATA,
@@ -60,7 +61,10 @@ _LATE = {
 
 
 def open_channel(socket_path: str | Path) -> grpc.Channel:
-    """A channel to the unix socket; it connects on first use."""
+    """A channel to the unix socket; it connects on first use. Raises `BrokerUnavailable` if this process lacks what
+    gRPC needs."""
+    standard_streams.occupy()
+    room.require_for_channel()
     return grpc.insecure_channel(f"unix:{quote(str(Path(socket_path).absolute()))}", options=_OPTIONS)
 
 
@@ -87,9 +91,14 @@ def decode_error(
         return from_reason(reason, text, metadata=metadata, touched=touched, quiesced=quiesced)
     touched, quiesced = touched or broker_writes, not broker_writes
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return from_reason(on_deadline, _LATE[on_deadline], touched=touched, quiesced=quiesced)
+        return late(on_deadline, touched=touched, quiesced=quiesced)
     reason = _REASONS.get(code, Reason.INTERNAL)
     return from_reason(reason, f"{code.name}: {text}", touched=touched, quiesced=quiesced)
+
+
+def late(reason: Reason, *, touched: bool = False, quiesced: bool = True) -> BrokerError:
+    """The exception for a call that its deadline has ended."""
+    return from_reason(reason, _LATE[reason], touched=touched, quiesced=quiesced)
 
 
 def _error_information(error: grpc.RpcError) -> RpcErrorInfo | None:

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterable
 from typing import Protocol
 
+from weight_broker.connection import room
 from weight_broker.errors import BrokerError, BrokerUnavailable
 
 FIRST_RETRY_SECONDS = 0.2
@@ -50,15 +51,13 @@ class Keeper:
         self._bell = -1
 
     def add(self, kept: Kept) -> None:
-        """`kept` is restored whenever its session ends."""
+        """`kept` is restored whenever its session ends. Raises `BrokerUnavailable` if there is no thread to do so."""
         with self._lock:
-            self._kept.add(kept)
             if self._thread is None:
-                self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._thread = threading.Thread(target=self._run, name="weight-broker-keeper", daemon=True)
-                self._thread.start()
+                self._start()
             else:
                 os.eventfd_write(self._bell, 1)
+            self._kept.add(kept)
 
     def remove(self, kept: Kept) -> None:
         """The thread ends with the last entry."""
@@ -90,6 +89,15 @@ class Keeper:
         bell, self._bell = self._bell, -1
         if bell >= 0:
             os.close(bell)
+
+    def _start(self) -> None:
+        self._bell = room.open_bell()
+        self._thread = threading.Thread(target=self._run, name="weight-broker-keeper", daemon=True)
+        try:
+            room.start(self._thread)
+        except BrokerUnavailable:
+            self._end()
+            raise
 
     def _run(self) -> None:
         retry_seconds = FIRST_RETRY_SECONDS

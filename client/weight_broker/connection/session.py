@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from weight_broker.connection import room
 from weight_broker.connection.attach import AttachConnection
+from weight_broker.connection.deadline import seconds_until
 from weight_broker.connection.keeper import KEEPER
-from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason
+from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason, TransferFailed
 from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, runtime_directory
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class Session:
         self._channel: grpc.Channel | None = None
         self._stub: WeightBrokerServiceStub | None = None
         self._staging: StagingServer | None = None
+        self.has_ended = False
+        """Whether this process has ended the session, with everything in it."""
 
     @property
     def staging(self) -> StagingServer:
@@ -56,14 +60,23 @@ class Session:
     @property
     def stub(self) -> WeightBrokerServiceStub:
         if self._stub is None:
-            from weight_broker.connection.channel import open_channel
-            from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
+            with room.importing():
+                from weight_broker.connection.channel import open_channel
+                from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
 
             with self._lock:
                 if self._stub is None:
                     self._channel = open_channel(self._directory / GRPC_SOCKET)
                     self._stub = WeightBrokerServiceStub(self._channel)
         return self._stub
+
+    @property
+    def channel(self) -> grpc.Channel:
+        """For the other services."""
+        self.stub  # noqa: B018 - opens it
+        if self._channel is None:
+            raise NotAttached("this session has ended")
+        return self._channel
 
     @property
     def metadata(self) -> tuple[tuple[str, bytes], ...]:
@@ -79,6 +92,7 @@ class Session:
 
     def end(self) -> None:
         """Say goodbye: the broker retracts everything of this session. Running calls are cancelled."""
+        self.has_ended = True
         if self._staging is not None:
             self._staging.close()
         with contextlib.suppress(BrokerError):
@@ -87,6 +101,10 @@ class Session:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
+
+    def break_off(self) -> None:
+        """End the session without waiting, as nothing else is certain to undo what the broker did or may still do."""
+        self.connection.break_off()
 
     def forget(self) -> None:
         """For a forked child: drop the parent's connection and channel; the broker does not notice."""
@@ -101,20 +119,22 @@ class Attachment:
     def __init__(self, directory: Path | None, name: str, connect_timeout: float) -> None:
         self._directory = directory
         self._name = name
-        self._connect_timeout = connect_timeout
+        self.connect_timeout = connect_timeout
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._failure: tuple[float, BrokerUnavailable] | None = None
         self._closed = False
         _attachments.add(self)
 
-    def session(self) -> Session:
-        """Raises `BrokerUnavailable`."""
+    def session(self, deadline: float | None = None) -> Session:
+        """Attach, if need be, before `deadline` (monotonic seconds). Raises `BrokerUnavailable`."""
         session = self._session
         if session is not None and not session.is_over and not self._closed:
             return session
         asked = time.monotonic()
-        with self._lock:
+        if not self._lock.acquire(timeout=-1 if deadline is None else seconds_until(deadline, threading.TIMEOUT_MAX)):
+            raise BrokerUnavailable("the broker does not answer another thread of this process, which attaches")
+        try:
             if self._closed:
                 raise BrokerUnavailable("this client is closed")
             if self._session is not None and not self._session.is_over:
@@ -124,30 +144,48 @@ class Attachment:
                 # Another thread failed while this thread waited for the lock: waiting threads must not try one after
                 # the other.
                 raise BrokerUnavailable(self._failure[1].message, metadata=self._failure[1].metadata)
-            directory = self._directory if self._directory is not None else runtime_directory()
-            try:
-                self._session = Session(directory, self._name, self._connect_timeout)
-            except BrokerUnavailable as error:
-                self._failure = time.monotonic(), BrokerUnavailable(error.message, metadata=error.metadata)
-                raise
-            self._failure = None
-            KEEPER.ring()  # publications of an earlier session have to be published again
-            return self._session
+            session = self._session = self._attach(seconds_until(deadline, self.connect_timeout))
+        finally:
+            self._lock.release()
+        KEEPER.ring()  # publications of an earlier session have to be published again
+        return session
 
-    def run(self, action: Callable[[Session], Result]) -> Result:
+    def _attach(self, timeout: float) -> Session:
+        directory = self._directory if self._directory is not None else runtime_directory()
+        try:
+            session = Session(directory, self._name, timeout)
+        except BrokerUnavailable as error:
+            if timeout >= self.connect_timeout:  # a thread with more time may succeed
+                self._failure = time.monotonic(), BrokerUnavailable(error.message, metadata=error.metadata)
+            raise
+        self._failure = None
+        return session
+
+    def run(self, action: Callable[[Session], Result], deadline: float | None = None) -> Result:
         """Run `action` with a session. If the broker does not know the session (it was restarted) and nothing was
-        touched, attach again and run `action` once more."""
-        session = self.session()
+        touched, attach again and run `action` once more, unless `deadline` (monotonic seconds) has passed. Raises
+        `TransferFailed` if the broker was lost and tensors were touched."""
+        session = self.session(deadline)
         try:
             return action(session)
         except BrokerError as error:
-            restarted = isinstance(error, NotAttached) or (
-                isinstance(error, BrokerUnavailable) and error.reason is not Reason.DRAINING and session.is_over
-            )
-            if not restarted or error.touched or self._closed:
+            is_lost = isinstance(error, (NotAttached, BrokerUnavailable)) and error.reason is not Reason.DRAINING
+            if is_lost and error.touched:  # whether or not this process has seen its attachment end by now
+                raise _interrupted(error) from error
+            is_restarted = isinstance(error, NotAttached) or (is_lost and session.is_over)
+            is_late = deadline is not None and time.monotonic() >= deadline
+            if not is_restarted or self._closed or is_late:
                 raise
         self._discard(session)
-        return action(self.session())
+        try:
+            return action(self.session(deadline))
+        except NotAttached as error:
+            # Attaching is not the caller's business, who could only load from disk.
+            raise BrokerUnavailable(
+                f"the broker does not keep this process attached; is it restarted again and again? {error.message}",
+                touched=error.touched,
+                quiesced=error.quiesced,
+            ) from error
 
     def is_current(self, session: Session | None) -> bool:
         """True if `session` is in use and alive."""
@@ -185,6 +223,12 @@ class Attachment:
                 self._session = None
                 session.connection.leave()
                 KEEPER.ring()
+
+
+def _interrupted(error: BrokerError) -> BrokerError:
+    """Touched tensors are not filled by a second call: to attach again helps only the next one."""
+    text = f"the transfer was cut off after it had begun to write: {error.message}"
+    return TransferFailed(text, touched=True, quiesced=error.quiesced, metadata=error.metadata)
 
 
 _attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()

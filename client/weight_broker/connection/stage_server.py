@@ -16,12 +16,15 @@ import os
 import select
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from weight_broker.connection.attach import MAX_PACKET_BYTES, REQUEST_TIMEOUT_SECONDS, connect_to, decode_refusal
+from weight_broker.connection import room
+from weight_broker.connection.attach import MAX_PACKET_BYTES, connect_to, decode_refusal
+from weight_broker.connection.deadline import REQUEST_TIMEOUT_SECONDS, seconds_until
 from weight_broker.connection.keeper import KEEPER
 from weight_broker.errors import BrokerUnavailable, NotAttached
 
@@ -63,11 +66,11 @@ class StagingServer:
         self._bell = -1
         _servers.add(self)
 
-    def add(self, stage_id: str, tensors: StagedTensors) -> None:
+    def add(self, stage_id: str, tensors: StagedTensors, timeout: float = REQUEST_TIMEOUT_SECONDS) -> None:
         """The broker may ask for these tensors from now on. Raises `BrokerUnavailable`, `NotAttached`."""
         with self._lock:
             if self._thread is None:
-                self._start()
+                self._start(timeout)
             self._staged[stage_id] = tensors
 
     def remove(self, stage_id: str) -> None:
@@ -104,14 +107,21 @@ class StagingServer:
         if bell >= 0:
             os.close(bell)
 
-    def _start(self) -> None:
-        connected = _serve_stage(self._path, self._token)
-        bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._socket, self._bell = connected, bell
-        self._thread = threading.Thread(
-            target=self._run, args=(connected, bell), name="weight-broker-stage", daemon=True
-        )
-        self._thread.start()
+    def _start(self, timeout: float) -> None:
+        """All of it, or nothing: a thread that could not start must not be believed to run."""
+        with contextlib.ExitStack() as undo:
+            bell = room.open_bell()
+            undo.callback(os.close, bell)
+            connected = _serve_stage(self._path, self._token, timeout)
+            undo.callback(connected.close)
+            thread = threading.Thread(target=self._run, args=(connected, bell), name="weight-broker-stage", daemon=True)
+            self._socket, self._bell, self._thread = connected, bell, thread
+            undo.callback(self._unset)
+            room.start(thread)
+            undo.pop_all()
+
+    def _unset(self) -> None:
+        self._socket, self._bell, self._thread = None, -1, None
 
     def _ring(self) -> None:
         if self._bell >= 0:
@@ -221,13 +231,14 @@ class StagingServer:
                 self._copied.notify_all()
 
 
-def _serve_stage(path: Path, token: bytes) -> socket.socket:
+def _serve_stage(path: Path, token: bytes, timeout: float) -> socket.socket:
     """A connection on which the broker sends requests."""
-    connected = connect_to(path, REQUEST_TIMEOUT_SECONDS)
+    deadline = time.monotonic() + timeout
+    connected = connect_to(path, timeout)
     from weight_broker.v1 import attach_pb2 as pb
 
     try:
-        connected.settimeout(REQUEST_TIMEOUT_SECONDS)
+        connected.settimeout(seconds_until(deadline))
         request = pb.AttachRequest(serve_stage=pb.ServeStage(session_token=token))
         connected.send(request.SerializeToString())
         answer = connected.recv(MAX_PACKET_BYTES)

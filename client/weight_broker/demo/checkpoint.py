@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from weight_broker.integrations.checkpoint import CheckpointError, checkpoint_tensors
-from weight_broker.integrations.checkpoint_cache import cache_directory
+from weight_broker.integrations.checkpoint.cache import cache_directory
 
 Report = Callable[[int, int], None]
 """Called with bytes written so far and bytes to write."""

@@ -49,8 +49,8 @@ class Result:
 @dataclass(frozen=True)
 class CardOrder:
     name: str
-    card: int
-    """Index within the instance's process."""
+    device_id: str
+    """The physical card: its index depends on the instance's container and visible devices."""
     model_dir: str
     runtime_directory: str | None
     """None: load from disk, without a broker."""

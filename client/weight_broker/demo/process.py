@@ -8,7 +8,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ class Process:
     """A child with its standard error in a file. Its own session keeps Ctrl-C from it: the demo stops its children in
     order."""
 
-    def __init__(self, name: str, arguments: list[str], directory: Path, **variables: str) -> None:
+    def __init__(
+        self, name: str, arguments: list[str], directory: Path, *, prefix: Sequence[str] = (), **variables: str
+    ) -> None:
+        """`prefix`: a command that becomes the process, for example in a namespace."""
         self.name = name
         self._log = directory / f"{name.replace(' ', '-')}.log"
         environment = {
@@ -41,7 +44,7 @@ class Process:
         }
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, *arguments],
+                [*prefix, sys.executable, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

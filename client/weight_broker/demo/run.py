@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> ExitCode:
     if (module := _ON_DEVICES.get(options.device)) is not None:
         code: ExitCode = importlib.import_module(module).run(options)
         return code
+    if options.run_in is not None:
+        raise CommandError("--run-in is for instances on cards; it needs --device npu", ExitCode.USAGE)
     options.instances = options.instances or _INSTANCES
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

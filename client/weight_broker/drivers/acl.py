@@ -53,6 +53,10 @@ ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "aclrtMalloc": (_POINTER, _SIZE, ctypes.c_int),
     "aclrtFree": (_POINTER,),
     "aclrtMemcpy": (_POINTER, _SIZE, _POINTER, _SIZE, ctypes.c_int),
+    "aclrtMemcpyAsync": (_POINTER, _SIZE, _POINTER, _SIZE, ctypes.c_int, _POINTER),
+    "aclrtCreateStream": (_POINTER,),
+    "aclrtSynchronizeStream": (_POINTER,),
+    "aclrtDestroyStream": (_POINTER,),
     "aclrtDeviceGetBareTgid": (_POINTER,),
     "aclrtGetLogicDevIdByUserDevId": (_INT32, _POINTER),
     "aclrtGetPhyDevIdByLogicDevId": (_INT32, _POINTER),
@@ -204,6 +208,22 @@ class Acl:
     def memcpy(self, destination: int, destination_size: int, source: int, size: int, kind: MemcpyKind) -> None:
         """Copies `size` bytes and waits for it. Lets go of the interpreter lock."""
         self._call("aclrtMemcpy", destination, destination_size, source, size, kind)
+
+    def create_stream(self) -> int:
+        """A stream of the current device, for `destroy_stream`."""
+        return self._out(_POINTER(), "aclrtCreateStream")
+
+    def copy_in_stream(self, destination: int, source: int, size: int, stream: int) -> None:
+        """Begins to copy device memory. The driver copies imported chunks, and between cards, in this way only."""
+        self._call("aclrtMemcpyAsync", destination, size, source, size, MemcpyKind.DEVICE_TO_DEVICE, stream)
+
+    def synchronize_stream(self, stream: int) -> None:
+        """Waits for all that was begun; raises if any of it failed."""
+        self._call("aclrtSynchronizeStream", stream)
+
+    def destroy_stream(self, stream: int) -> None:
+        """Of `create_stream`, when nothing is under way."""
+        self._call("aclrtDestroyStream", stream)
 
     def enable_peer_access(self, device: int) -> None:
         """Lets the thread's current device reach memory of another device, in this process and until it ends."""

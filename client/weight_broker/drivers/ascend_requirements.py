@@ -81,11 +81,22 @@ def datasystem_problem(version: str | None) -> str:
     """Of the wheel in the broker's environment; `version` is None if there is none."""
     if version is None or _numbers(version) >= DATASYSTEM_FLOOR:
         return ""
-    floor = ".".join(map(str, DATASYSTEM_FLOOR))
+    floor = _dotted(DATASYSTEM_FLOOR)
     return (
         f"{DATASYSTEM} {version} is older than {floor}, the oldest that the broker works with; "
         f"run pip install '{DATASYSTEM}>={floor}' in {sys.prefix}, and use the same version for a worker that the "
         "broker does not manage"
+    )
+
+
+def worker_problem(address: str, pid: int, version: str) -> str:
+    """Of a running datasystem worker; `version` is empty where it cannot be seen."""
+    if not version or _numbers(version) >= DATASYSTEM_FLOOR:
+        return ""
+    floor = _dotted(DATASYSTEM_FLOOR)
+    return (
+        f"the datasystem worker at {address} (pid {pid}) is of {DATASYSTEM} {version}, older than {floor}, the oldest "
+        f"that the broker works with; run pip install '{DATASYSTEM}>={floor}' where it is installed, and restart it"
     )
 
 
@@ -97,7 +108,7 @@ def wheel_hindrance(
     python = python or sys.version_info[:2]
     machine = machine or platform.machine()
     if libc[0] == "glibc" and _numbers(libc[1]) < GLIBC_FLOOR:
-        floor = ".".join(map(str, GLIBC_FLOOR))
+        floor = _dotted(GLIBC_FLOOR)
         return (
             f"the wheel of {DATASYSTEM} needs glibc {floor}, and this host has {libc[1]}: run the broker on openEuler "
             "22.03, Ubuntu 22.04 or newer, or in a container of those"
@@ -117,6 +128,10 @@ def installed_datasystem(root: Path) -> str | None:
         return (root / "VERSION").read_text().strip() or None
     except OSError:
         return None
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

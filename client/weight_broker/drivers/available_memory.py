@@ -45,8 +45,19 @@ def _left_in_group(group: Path, limit: str, usage: str) -> int | None:
     most, used = _read(group / limit).strip(), _read(group / usage).strip()
     if not most.isdigit() or not used.isdigit() or int(most) >= _UNLIMITED:
         return None
-    # The kernel drops file pages that were not used lately before it refuses memory.
-    return max(0, int(most) - int(used) + _fields(group / "memory.stat").get("inactive_file", 0))
+    return max(0, int(most) - int(used) + _reclaimable_bytes(_fields(group / "memory.stat")))
+
+
+def _reclaimable_bytes(fields: dict[str, int]) -> int:
+    """What the kernel drops before it refuses memory: file pages that are on disk already, used lately or not, and what
+    it keeps for itself and can do without. Version 1 has the sums with the groups below as `total_`."""
+
+    def field(name: str) -> int:
+        return fields.get(f"total_{name}", fields.get(name, 0))
+
+    on_disk = field("active_file") + field("inactive_file")
+    unwritten = field("dirty") + field("writeback") + field("file_dirty") + field("file_writeback")
+    return max(0, on_disk - unwritten) + field("slab_reclaimable")
 
 
 def _fields(path: Path) -> dict[str, int]:

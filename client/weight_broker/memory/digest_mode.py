@@ -1,4 +1,7 @@
-"""How much of the content is digested when publishing and verified when receiving."""
+"""How much of the content is digested when publishing and verified when receiving.
+
+The caller's choice, the kind of memory and the installed packages decide, never a measurement: two runs of the same
+thing verify the same."""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ class DigestMode(enum.StrEnum):
     """The caller's choice."""
 
     AUTO = "auto"
-    """Everything where that costs less than a third of the copy (XXH3; see digest_cost.py), else a sample."""
+    """Everything, if both sides have XXH3, else a sample. Mapped host memory: a sample."""
     FULL = "full"
     """Everything, at any cost."""
     SAMPLED = "sampled"
@@ -37,11 +40,3 @@ class DigestMode(enum.StrEnum):
             DigestMode.SAMPLED: [*sampled, *full],
         }[self]
         return order[0] if order else None
-
-    def sample_instead(self, expected: ContentDigests, offered: Sequence[ContentDigests]) -> ContentDigests | None:
-        """The sample to verify if full verification costs too much; None if full verification is a must."""
-        if self is not DigestMode.AUTO or expected.coverage is not DigestCoverage.FULL:
-            return None
-        return DigestMode.SAMPLED.choose(
-            [candidate for candidate in offered if candidate.coverage is DigestCoverage.SAMPLED]
-        )

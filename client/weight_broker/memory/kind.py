@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+from weight_broker.connection import room
 from weight_broker.digest import ContentDigests, DigestCoverage
 from weight_broker.errors import InvalidArgument
 from weight_broker.kinds import MemoryKind
@@ -90,21 +91,28 @@ class Shared(Protocol):
     def is_served(self) -> bool:
         """Whether the broker still reaches the memory, provided that the session is not over."""
 
-    def stage(self, session: Session) -> pb.StagedMemory | None:
+    def stage(self, session: Session, timeout: float) -> pb.StagedMemory | None:
         """Serve staged copies in this session and return the memory's name there; None if this process copies
-        nothing."""
+        nothing. The broker's answers take `timeout` seconds at most, here and below."""
 
     def note(self, publication: resources_pb2.Publication) -> None:
         """Take the broker's answer, which says whether the broker maps the memory or has it staged."""
 
-    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
+    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int, timeout: float) -> None:
         """Give the broker what it needs to reach a region besides the message."""
 
-    def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
+    def take_back(self, connection: AttachConnection, region: pb.Region, timeout: float) -> None:
         """Undo `hand_over`. Raises `BrokerError`."""
 
     def close(self) -> None:
         """Idempotent. Raises `RetractTimeout` while the memory is still mapped: call again."""
+
+
+class Sharing(Protocol):
+    """Memory that others may have mapped."""
+
+    def close(self) -> None:
+        """End the sharing. Idempotent. Raises `RetractTimeout` while the driver does not: call again."""
 
 
 class Destination(Protocol):
@@ -118,9 +126,9 @@ class Destination(Protocol):
     def grace_seconds(self) -> float:
         """How long the broker may take after the deadline to end its writing; 0 where it never writes."""
 
-    def fill_request(self, request: service_pb.AcquireRequest, session: Session) -> None:
-        """Add where the bytes go; export the memory if the broker writes to it. Called again for a new session. Raises
-        `TransferFailed`."""
+    def fill_request(self, request: service_pb.AcquireRequest, session: Session, deadline: float) -> None:
+        """Add where the bytes go before `deadline` (monotonic seconds); export the memory if the broker writes to it.
+        Called again for a new session. Raises `TransferFailed`."""
 
     def take(self, granted: service_pb.Granted, claim: ClaimRegion, deadline: float) -> Received | None:
         """Copy or map from the source before `deadline` (monotonic seconds). None: the broker brings the bytes, and
@@ -141,6 +149,10 @@ class Destination(Protocol):
         """Nothing writes to the memory after this returns. Idempotent. Raises a `BrokerError` with `quiesced` False if
         that is not known."""
 
+    def abandon(self) -> Sharing | None:
+        """Instead of `close`, while something may still write to the memory: what is left to end later, which keeps no
+        tensor alive; None if nothing is."""
+
 
 class Kind(Protocol[Described]):
     """One kind of memory, in the process that has the tensors."""
@@ -155,11 +167,13 @@ class Kind(Protocol[Described]):
         """Host memory that `share` takes; 0 if none."""
 
     def destination(self, tensors: Described, terms: Terms) -> Destination:
-        """The tensors as the destination of one acquisition."""
+        """The tensors as the destination of one acquisition. Raises `InvalidArgument` for a tensor that cannot be
+        written."""
 
-    def digests(self, tensors: Described, deadline: float | None = None) -> ContentDigests:
-        """Digests of the present content, of every byte if this host can, after waiting for the device. Raises
-        `DeadlinePassed` and `BrokerError`, never a driver's error."""
+    def digests(self, tensors: Described, deadline: float | None = None, *, sampled: bool = False) -> ContentDigests:
+        """Digests of the present content, after waiting for the device: of every byte if this host can, or `sampled`,
+        of a few bytes of each tensor, which costs next to nothing. Raises `DeadlinePassed` and `BrokerError`, never a
+        driver's error."""
 
 
 MODULES: dict[str, str] = {
@@ -171,8 +185,9 @@ MODULES: dict[str, str] = {
 
 
 def kind_of(name: str) -> Kind[Any]:
-    """Raises `InvalidArgument`."""
+    """Raises `InvalidArgument`, and `BrokerUnavailable` where this process cannot import the kind."""
     module = MODULES.get(name)
     if module is None:
         raise InvalidArgument("tensors.device", name, "memory of kind " + " or ".join(MODULES))
-    return cast("Kind[Any]", importlib.import_module(module).KIND)
+    with room.importing():
+        return cast("Kind[Any]", importlib.import_module(module).KIND)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from weight_broker.connection.channel import decode_error
+from weight_broker.connection.channel import decode_error, late
+from weight_broker.connection.deadline import LAST_WORD_SECONDS, last_word, seconds_until
 from weight_broker.connection.session import Session
 from weight_broker.errors import (
     AcquireTimeout,
@@ -26,7 +27,9 @@ from weight_broker.key import WeightSetKey
 from weight_broker.load_group import LoadGroup
 from weight_broker.memory.kind import Destination, Received
 from weight_broker.transfers import calls
+from weight_broker.transfers.grant_deadline import cancelled_without_grant
 from weight_broker.transfers.report import AcquireReport
+from weight_broker.transfers.waiting_log import WaitingLog
 from weight_broker.v1 import resources_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.wire import key_to_wire, layout_to_wire, load_group_to_wire
@@ -34,7 +37,8 @@ from weight_broker.wire import key_to_wire, layout_to_wire, load_group_to_wire
 IF_ABSENT = {"fail": pb.IF_ABSENT_FAIL, "wait": pb.IF_ABSENT_WAIT, "load": pb.IF_ABSENT_LOAD}
 """What the broker does if there is no source."""
 
-_LAST_WORD_SECONDS = 1.0
+_LEAST_SECONDS = 0.001
+"""A request has some time, also if the attachment took all there was: the broker then says that it has passed."""
 _PHASE_NAMES = {value: name for name, value in calls.PHASES.items()}
 _DATA_PLANES = {
     resources_pb2.DATA_PLANE_LOCAL: "local",
@@ -65,6 +69,8 @@ class LeaseGranted:
 
     lease: resources_pb2.ColdLoadLease
     touched: bool
+    failure: BrokerError | None
+    """Why the last source did not deliver, if there was one."""
 
 
 @dataclass(slots=True)
@@ -83,6 +89,8 @@ class Acquisition:
     """Seconds by phase, the caller's own phases included."""
     group: LoadGroup | None = None
     """The engine that this process is a rank of."""
+    is_answered: bool = False
+    """Whether the broker has said anything at all."""
     _touched: bool = False
     _last_failure: BrokerError | None = None
     _granted: pb.Granted | None = None
@@ -102,9 +110,12 @@ class Acquisition:
         stream = None
         try:
             request = self._request()
-            timeout = self._remaining() + self.destination.grace_seconds
-            stream = stub.Acquire(request, timeout=timeout, metadata=metadata)
-            return self._follow(stream)
+            grace = self.destination.grace_seconds
+            stream = stub.Acquire(request, timeout=self._remaining() + grace, metadata=metadata)
+            if not grace:
+                return self._follow(stream)
+            with cancelled_without_grant(stream.cancel, lambda: self._granted is not None, self.deadline):
+                return self._follow(stream)
         finally:
             try:
                 if self._is_filled:  # an interruption: the caller may use the memory next
@@ -114,13 +125,18 @@ class Acquisition:
                     stream.cancel()
 
     def _follow(self, stream: Iterator[pb.AcquireResponse]) -> Acquired | LeaseGranted:
+        waiting_log = WaitingLog(self.key.model)
         try:
             for response in stream:
+                self.is_answered = True
+                if response.WhichOneof("event") != "waiting":
+                    waiting_log.end()
                 match response.WhichOneof("event"):
                     case "waiting":
                         self._end_wait()
                         self._waiting = True
                         self._note_holder(response.waiting)
+                        waiting_log.note(response.waiting)
                     case "granted":
                         self._end_wait()
                         self._waiting = self._own_lease = False
@@ -140,20 +156,23 @@ class Acquisition:
                         # The broker sends this once nothing writes any more; a source that was lost may have written.
                         self._touched, self._is_filled = self._touched or self._is_filled, False
                         self._confirm_lease(stream, lease)
-                        return LeaseGranted(lease, self._touched)
+                        return LeaseGranted(lease, self._touched, self._last_failure)
                     case _:  # progress of a transfer by the broker, or an event of a newer broker
                         pass
         except grpc.RpcError as error:
-            filled, self._is_filled = self._is_filled, False
-            return self._without_answer(
-                decode_error(
-                    error,
-                    on_deadline=Reason.ACQUIRE_TIMEOUT,
-                    touched=self._touched,
-                    broker_writes=filled,
-                )
-            )
+            return self._without_answer(self._decoded(error))
+        finally:
+            waiting_log.end()
         return self._without_answer(BrokerError("the broker ended the acquisition without an answer; report its log"))
+
+    def _decoded(self, error: grpc.RpcError) -> BrokerError:
+        filled, self._is_filled = self._is_filled, False
+        on_deadline = Reason.ACQUIRE_TIMEOUT
+        decoded = decode_error(error, on_deadline=on_deadline, touched=self._touched, broker_writes=filled)
+        is_late = self.destination.grace_seconds and not self._granted and not self._remaining()
+        if is_late and isinstance(decoded, BrokerUnavailable):  # this process cancelled the call
+            return late(on_deadline, touched=decoded.touched, quiesced=decoded.quiesced)
+        return decoded
 
     def _confirm_lease(self, stream: Iterator[pb.AcquireResponse], lease: resources_pb2.ColdLoadLease) -> None:
         """Read to the end of the stream, by which the broker tells a lease that arrived from a cancelled call. If that
@@ -165,7 +184,7 @@ class Acquisition:
             weight_set_id, token = lease.weight_set_id, lease.fencing_token
             reason = "the grant did not arrive"
             with contextlib.suppress(BrokerError):  # usually the broker has ended the lease with the call
-                calls.give_up_lease(self.session, weight_set_id, token, reason, timeout=_LAST_WORD_SECONDS)
+                calls.give_up_lease(self.session, weight_set_id, token, reason, timeout=LAST_WORD_SECONDS)
             raise
 
     def _note_holder(self, waiting: pb.Waiting) -> None:
@@ -179,10 +198,12 @@ class Acquisition:
             layout_to_wire(layout, request.layout)
         if self.group is not None:
             request.load_group.CopyFrom(load_group_to_wire(self.group))
-            request.assembly_timeout.FromNanoseconds(int(min(self.group.assembly_timeout, self._remaining()) * 1e9))
-        self.destination.fill_request(request, self.session)
+            request.assembly_timeout.FromNanoseconds(
+                int(max(min(self.group.assembly_timeout, self._remaining()), _LEAST_SECONDS) * 1e9)
+            )
+        self.destination.fill_request(request, self.session, self.deadline)
         if self.destination.grace_seconds:
-            request.timeout.FromNanoseconds(int(self._remaining() * 1e9))
+            request.timeout.FromNanoseconds(int(max(self._remaining(), _LEAST_SECONDS) * 1e9))
         return request
 
     def _transfer(self, granted: pb.Granted) -> BrokerError | None:
@@ -234,6 +255,7 @@ class Acquisition:
                 size_bytes=received.size_bytes,
                 phases=self.phases,
                 verified=received.verified,
+                timeout=last_word(self.deadline),
             )
         )
 
@@ -259,7 +281,8 @@ class Acquisition:
         if self._granted is None:
             raise AssertionError("nothing is granted")
         try:
-            return self.session.connection.claim_region(self._granted.transfer_id, index)
+            timeout = seconds_until(self.deadline)
+            return self.session.connection.claim_region(self._granted.transfer_id, index, timeout=timeout)
         except (NotAttached, BrokerUnavailable):
             raise
         except BrokerError as error:
@@ -274,7 +297,7 @@ class Acquisition:
         source = granted.source.publication_id
         _logger.warning("transfer %s from publication %s failed: %s", granted.transfer_id, source, error)
         detail = f"tensors {error.metadata['tensors']}" if error.metadata.get("tensors") else str(error)
-        timeout = min(max(self._remaining(), _LAST_WORD_SECONDS), calls.REPORT_TIMEOUT_SECONDS)
+        timeout = last_word(self.deadline)
         report_error = self._send_report(
             lambda: calls.report_failure(self.session, granted.transfer_id, cause=cause, detail=detail, timeout=timeout)
         )

@@ -5,11 +5,14 @@ Only this module, `channel`, `acquisition` and `wire` import gRPC or protobuf at
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 import grpc
 
 from weight_broker.connection.channel import decode_error
+from weight_broker.connection.deadline import REQUEST_TIMEOUT_SECONDS, seconds_until
+from weight_broker.connection.label import shortened
 from weight_broker.connection.session import Session
 from weight_broker.digest import DigestCoverage
 from weight_broker.errors import Reason
@@ -29,7 +32,6 @@ from weight_broker.wire import (
     placements_to_wire,
 )
 
-REPORT_TIMEOUT_SECONDS = 10.0
 GIVE_UP_TIMEOUT_SECONDS = 30.0
 """Time for the broker to end its writing to this process's memory."""
 PHASES = {
@@ -54,6 +56,7 @@ def publish(
     group: LoadGroup | None = None,
 ) -> resources_pb2.Publication:
     """The regions must have been handed over before."""
+    deadline = time.monotonic() + timeout
     request = pb.PublishRequest(
         key=key_to_wire(key),
         layout=layout_to_wire(shared.layout),
@@ -63,12 +66,26 @@ def publish(
         fencing_token=fencing_token,
         request_id=request_id,
         load_group=load_group_to_wire(group) if group is not None else None,
-        staged=shared.stage(session),
+        staged=shared.stage(session, seconds_until(deadline)),
     )
+    timeout = seconds_until(deadline, timeout)
     try:
         return session.stub.Publish(request, timeout=timeout, metadata=session.metadata).publication
     except grpc.RpcError as error:
         raise decode_error(error) from error
+
+
+def require_answer(session: Session, timeout: float) -> None:
+    """Raises `BrokerUnavailable` unless the broker answers a question that costs it nothing."""
+    from weight_broker.v1 import inspection_service_pb2
+    from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
+
+    try:
+        InspectionServiceStub(session.channel).GetHost(inspection_service_pb2.GetHostRequest(), timeout=timeout)
+    except grpc.RpcError as error:
+        decoded = decode_error(error)
+        if decoded.reason is Reason.BROKER_UNAVAILABLE:
+            raise decoded from error
 
 
 def retract(session: Session, publication_id: str, *, timeout: float) -> None:
@@ -81,7 +98,13 @@ def retract(session: Session, publication_id: str, *, timeout: float) -> None:
 
 
 def report_success(
-    session: Session, transfer_id: str, *, size_bytes: int, phases: Mapping[str, float], verified: DigestCoverage
+    session: Session,
+    transfer_id: str,
+    *,
+    size_bytes: int,
+    phases: Mapping[str, float],
+    verified: DigestCoverage,
+    timeout: float,
 ) -> None:
     """Every byte of the transfer arrived."""
     succeeded = pb.TransferSucceeded(size_bytes=size_bytes, verified=coverage_to_wire(verified))
@@ -89,7 +112,7 @@ def report_success(
         if name in PHASES:
             phase_time = succeeded.phase_times.add(phase=PHASES[name])
             phase_time.duration.FromNanoseconds(int(seconds * 1e9))
-    _report_transfer(session, pb.ReportTransferRequest(transfer_id=transfer_id, succeeded=succeeded))
+    _report_transfer(session, pb.ReportTransferRequest(transfer_id=transfer_id, succeeded=succeeded), timeout)
 
 
 def report_failure(
@@ -98,9 +121,9 @@ def report_failure(
     *,
     cause: pb.TransferFailed.Cause.ValueType,
     detail: str,
-    timeout: float = REPORT_TIMEOUT_SECONDS,
+    timeout: float,
 ) -> None:
-    failed = pb.TransferFailed(cause=cause, detail=detail[:MAX_REASON_CHARACTERS])
+    failed = pb.TransferFailed(cause=cause, detail=shortened(detail, MAX_REASON_CHARACTERS))
     _report_transfer(session, pb.ReportTransferRequest(transfer_id=transfer_id, failed=failed), timeout)
 
 
@@ -111,7 +134,7 @@ def give_up_lease(
     reason: str,
     *,
     unpublishable: bool = False,
-    timeout: float = REPORT_TIMEOUT_SECONDS,
+    timeout: float = REQUEST_TIMEOUT_SECONDS,
 ) -> None:
     """The next waiter gets the lease; if the weights are `unpublishable`, all waiters load from disk."""
     _report_load(
@@ -119,7 +142,9 @@ def give_up_lease(
         pb.ReportLoadRequest(
             weight_set_id=weight_set_id,
             fencing_token=fencing_token,
-            give_up=pb.ReportLoadRequest.GiveUp(reason=reason[:MAX_REASON_CHARACTERS], unpublishable=unpublishable),
+            give_up=pb.ReportLoadRequest.GiveUp(
+                reason=shortened(reason, MAX_REASON_CHARACTERS), unpublishable=unpublishable
+            ),
         ),
         timeout,
     )
@@ -135,7 +160,7 @@ def extend_lease(session: Session, weight_set_id: str, fencing_token: int, secon
 
 
 def _report_load(
-    session: Session, request: pb.ReportLoadRequest, timeout: float = REPORT_TIMEOUT_SECONDS
+    session: Session, request: pb.ReportLoadRequest, timeout: float = REQUEST_TIMEOUT_SECONDS
 ) -> pb.ReportLoadResponse:
     try:
         return session.stub.ReportLoad(request, timeout=timeout, metadata=session.metadata)
@@ -143,9 +168,7 @@ def _report_load(
         raise decode_error(error) from error
 
 
-def _report_transfer(
-    session: Session, request: pb.ReportTransferRequest, timeout: float = REPORT_TIMEOUT_SECONDS
-) -> None:
+def _report_transfer(session: Session, request: pb.ReportTransferRequest, timeout: float) -> None:
     try:
         session.stub.ReportTransfer(request, timeout=timeout, metadata=session.metadata)
     except grpc.RpcError as error:

@@ -6,6 +6,7 @@ import contextlib
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from weight_broker.connection.deadline import REQUEST_TIMEOUT_SECONDS
 from weight_broker.connection.session import Attachment, Session
 from weight_broker.errors import BrokerError, InvalidArgument, LeaseLost, NotAttached
 
@@ -19,7 +20,8 @@ class ColdLoadLease:
     A context manager: a block that ends without `publish(..., lease=lease)` or `give_up`, also by an exception, gives
     the lease up.
 
-    `touched` says whether an earlier source failed half way, so that the tensors have undefined content.
+    `touched` says whether an earlier source failed half way, so that the tensors have undefined content; `failure` why
+    it failed, None if there was none.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class ColdLoadLease:
         fencing_token: int,
         expires_at: float,
         touched: bool,
+        failure: str | None = None,
     ) -> None:
         self._attachment = attachment
         self._session = session
@@ -39,6 +42,7 @@ class ColdLoadLease:
         self.expires_at = expires_at
         """Seconds since the epoch."""
         self.touched = touched
+        self.failure = failure
         self._settled = False
         self._prepared: PreparedMemory | None = None
 
@@ -60,16 +64,24 @@ class ColdLoadLease:
         """The memory of `prepare_memory`. For `BrokerClient.publish`."""
         return self._prepared
 
-    def give_up(self, reason: str = "", *, unpublishable: bool = False) -> None:
+    def give_up(
+        self, reason: str = "", *, unpublishable: bool = False, timeout: float = REQUEST_TIMEOUT_SECONDS
+    ) -> None:
         """End the lease; the next waiter gets it. `unpublishable`: no process can publish these weights, `reason` says
-        why, and all waiters and later callers load from disk. Raises `LeaseLost` if the lease has ended already."""
+        why, and all waiters and later callers load from disk. Raises `LeaseLost` if the lease has ended already,
+        `BrokerUnavailable` if the broker does not answer within `timeout` seconds."""
         from weight_broker.transfers import calls
 
         self._discard_prepared()
         self._check_session()
         try:
             calls.give_up_lease(
-                self._session, self.weight_set_id, self.fencing_token, reason, unpublishable=unpublishable
+                self._session,
+                self.weight_set_id,
+                self.fencing_token,
+                reason,
+                unpublishable=unpublishable,
+                timeout=timeout,
             )
         except NotAttached as error:
             raise self._lost() from error

@@ -14,11 +14,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from weight_broker.drivers.error import DriverError
-from weight_broker.errors import BrokerError, BrokerUnavailable, LayoutMismatch
+from weight_broker.errors import BrokerError, BrokerUnavailable, LayoutMismatch, PublishRefused
 from weight_broker.memory.kind import DeadlinePassed, kind_of
+from weight_broker.transfers.checked import Check, WeightsDamaged
 from weight_broker.transfers.exchange import Exchange, Filled, Framework, IfAbsent, Mapped, Request, checked_seconds
 from weight_broker.transfers.lease import ColdLoadLease
 from weight_broker.transfers.report import AcquireReport, LoadReport
+from weight_broker.transfers.written import TensorSource, Watch, current
 
 if TYPE_CHECKING:
     from weight_broker.key import WeightSetKey
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from weight_broker.memory.kind import Shared
     from weight_broker.transfers.publication import Publication
     from weight_broker.transfers.report import AttachedTensors
-
-TensorSource = Mapping[str, object] | Callable[[], Mapping[str, object]]
-"""Tensors by name, or a function that returns them: for loaders that replace tensors while they load."""
 
 SURVIVABLE = (BrokerError, DriverError, DeadlinePassed, OSError, MemoryError, ImportError, RuntimeError)
 """Failures that end in a load from disk: the broker or a driver refused, or this process has no descriptor, memory or
@@ -79,15 +78,24 @@ class Load:
         self._acquire_error: str | None = None
         self._publication: Publication | None = None
         self._publish_error: str | None = None
+        self._check: Check | None = None
+        self._watch: Watch | None = None
         self._begun = time.monotonic()
         self._acquire_ended = self._publish_begun = self._ended = 0.0
 
-    def fill(self, tensors: Mapping[str, object]) -> bool:
+    def fill(self, tensors: TensorSource) -> bool:
         """True: filled from a peer. False: load from disk. Raises only a `BrokerError` with `quiesced` False: the
         storages of the tensors must be discarded."""
-        outcome = self._attempt(lambda request: self._exchange.fill(request, tensors))
+        present: Mapping[str, object] = {}
+
+        def filled(request: Request) -> Filled | ColdLoadLease:
+            nonlocal present
+            present = current(tensors)
+            return self._exchange.fill(request, present)
+
+        outcome = self._attempt(filled)
         if self._lease is not None:
-            self._prepare_for(tensors)
+            self._prepare_for(present)
         if outcome is None:
             return False
         self._acquired, self._shared = outcome.report, outcome.shared
@@ -114,37 +122,46 @@ class Load:
         """Whether all others wait for this process's load from disk."""
         return self._lease is not None
 
-    @property
-    def shares_own_memory(self) -> bool:
-        """Whether readers will read the very tensors that were filled."""
-        return self._shared is not None and self._shared.needs_retraction
-
     def prepare_memory(self, size_bytes: int) -> None:
         """Allocate memory for publishing while the weights are read. Does nothing without a lease."""
         if self._lease is not None and size_bytes > 0:
             with contextlib.suppress(*SURVIVABLE):
                 self._lease.prepare_memory(size_bytes)
 
-    def publish(self, tensors: TensorSource) -> Publication | None:
-        """Publish, unless publishing is off or there is no broker. Never raises, as the weights are loaded; the report
-        says why there is no publication."""
-        self._publish_begun = time.monotonic()
-        failure = self.failure or type(None)
-        if self._publish and not issubclass(failure, BrokerUnavailable):
-            if issubclass(failure, LayoutMismatch):
-                self._logger.warning("publishing %s with another layout than the resident one", self._key.model)
+    def watch(self, tensors: TensorSource) -> None:
+        """Called before weights are read from disk: `publish` then refuses what that did not write."""
+        if self._is_publishing:
+            try:
+                self._watch = Watch(tensors, touched=self.touched)
+            except SURVIVABLE as error:
+                self._refuse(error, "%s will not be published: %s")
+
+    def publish(self, tensors: TensorSource, check: Check | None = None) -> Publication | None:
+        """Publish, unless publishing is off or there is no broker; what was read from disk only once `check` has found
+        nothing. Never raises, as the weights are loaded; the report says why there is no publication."""
+        self._publish_begun, self._check = time.monotonic(), check
+        if self._is_publishing:
             try:
                 self._publication = self._offer(tensors)
-            except Exception as error:  # the weights are loaded: no failure may undo that
-                text, self._publish_error = "%s is loaded but not published: %s", _text(error)
-                self._logger.warning(text, self._key.model, error, exc_info=not isinstance(error, _EXPECTED))
-                self.give_up(f"publishing failed: {self._publish_error}")
+            except Exception as error:  # noqa: BLE001  # the weights are loaded: no failure may undo that
+                self._refuse(error, "%s is loaded but not published: %s")
         self._ended = time.monotonic()
         return self._publication
 
+    @property
+    def _is_publishing(self) -> bool:
+        is_hopeless = issubclass(self.failure or type(None), BrokerUnavailable)
+        return self._publish and not is_hopeless and self._publish_error is None
+
+    def _refuse(self, error: Exception, text: str) -> None:
+        self._publish_error = _text(error)
+        self._logger.warning(text, self._key.model, error, exc_info=not isinstance(error, _EXPECTED))
+        self.give_up(f"publishing failed: {self._publish_error}", unpublishable=isinstance(error, WeightsDamaged))
+
     def discard(self) -> None:
-        """The caller does not use the weights that arrived."""
-        self._acquired = None
+        """The caller does not use the weights that arrived, and says why itself."""
+        if self._acquired is not None:
+            self._acquired, self._acquire_error = None, "the weights that arrived were not used"
         shared, self._shared = self._shared, None
         if shared is not None:
             shared.close()
@@ -187,6 +204,7 @@ class Load:
             try:
                 shared.close()
             except SURVIVABLE as error:
+                self._exchange.leave(shared)
                 self._logger.warning("the memory of %s is still shared: %s", self._key.model, error)
 
     def __enter__(self) -> Self:
@@ -199,7 +217,7 @@ class Load:
 
     def _attempt(self, ask: Callable[[Request], Outcome | ColdLoadLease]) -> Outcome | None:
         """One acquisition. None: there is a lease, or a failure that the load survives."""
-        self.failure, self._acquire_error = None, None
+        self.failure = None
         try:
             outcome = ask(self._request())
         except SURVIVABLE as error:
@@ -214,8 +232,10 @@ class Load:
         finally:
             self._acquire_ended = time.monotonic()
         if not isinstance(outcome, ColdLoadLease):
+            self._acquire_error = None
             return outcome
         self._lease = outcome
+        self._acquire_error = outcome.failure or self._acquire_error
         self.touched = self.touched or outcome.touched
         return None
 
@@ -235,13 +255,18 @@ class Load:
         shared, self._shared = self._shared, None
         if shared is not None:  # verified on arrival: nothing needs to be copied
             return self._exchange.publish_shared(self._key, shared, group=self._group)
-        publication = self._exchange.publish(self._key, current(tensors), lease=self._lease, group=self._group)
+        present = current(tensors)
+        why = self._watch.refusal(present) if self._watch is not None else ""
+        if why:  # in every instance: they run the same load
+            self.give_up(why, unpublishable=True)
+            raise PublishRefused(why)
+        if issubclass(self.failure or type(None), LayoutMismatch):
+            self._logger.warning("publishing %s with another layout than the resident one", self._key.model)
+        publication = self._exchange.publish(
+            self._key, present, lease=self._lease, group=self._group, check=self._check
+        )
         self._lease = None
         return publication
-
-
-def current(tensors: TensorSource) -> Mapping[str, object]:
-    return tensors() if callable(tensors) else tensors
 
 
 def _check_layout(mapped: Mapped, like: Mapping[str, object]) -> None:

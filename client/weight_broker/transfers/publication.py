@@ -14,6 +14,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from weight_broker.connection import room
+from weight_broker.connection.deadline import LAST_WORD_SECONDS, last_word, seconds_until
 from weight_broker.connection.keeper import KEEPER
 from weight_broker.connection.session import Attachment, Session
 from weight_broker.errors import (
@@ -30,18 +32,21 @@ from weight_broker.load_group import LoadGroup
 from weight_broker.memory.kind import Shared
 
 if TYPE_CHECKING:
+    from weight_broker.transfers.waiting import Waiting
     from weight_broker.v1 import resources_pb2, weight_set_pb2
 
 _RESTORE_TIMEOUT_SECONDS = 10.0
 _UNDO_TIMEOUT_SECONDS = 2.0
+_LONGEST_ANSWER_SECONDS = 7 * 24 * 3600.0
 _LET_GO_SECONDS = 0.02
 
 _logger = logging.getLogger("weight_broker")
 
 
 class Publication:
-    """Resident until `retract`, the client's `close` or the end of the process. After a restart of the broker the
-    client publishes it again, by reference; `id` and `generation` then change.
+    """Resident until `retract`, the client's `close` or the end of the process, also without a reference to this
+    object, its report or its client. After a restart of the broker the client publishes it again, by reference; `id`
+    and `generation` then change.
 
     A context manager: retracted at the end of the block.
     """
@@ -67,6 +72,8 @@ class Publication:
         self._regions: list[weight_set_pb2.Region] = []
         self._wanted = True
         self._closed = False
+        self.waiting: Waiting | None = None
+        """Set while the publication waits for a check; `id` is empty until it is announced."""
         _publications.add(self)
 
     @property
@@ -83,23 +90,32 @@ class Publication:
         """Publish for the first time; on an exception nothing stays published. `deadline` in monotonic seconds."""
         try:
             with self._lock:
-                self._attachment.run(lambda session: self._announce(session, deadline, fencing_token))
+                if self._closed:
+                    raise PublicationNotFound("the publication was retracted before it was announced")
+                KEEPER.add(self)  # first: what cannot be kept is not published
+                self._attachment.run(lambda session: self._announce(session, deadline, fencing_token), deadline)
         except BaseException:
             with contextlib.suppress(RetractTimeout):  # the first error says more
-                self._let_go(time.monotonic() + _UNDO_TIMEOUT_SECONDS)
+                self._let_go(time.monotonic() + last_word(deadline, _UNDO_TIMEOUT_SECONDS))
             raise
-        KEEPER.add(self)
+        KEEPER.ring()  # there is a socket to watch now
 
     def restore(self) -> None:
         """Publish again if the session of the publication is over. Called by the keeper."""
         if not self._lock.acquire(blocking=False):
-            return  # a retraction is running
+            return  # a retraction is running, or the first publication
         try:
-            if not self._wanted or (self._attachment.is_current(self._session) and self._shared.is_served):
+            if self._session is None or not self._wanted:
+                return  # what was never published is not published again
+            if self._attachment.is_current(self._session) and self._shared.is_served:
                 return
             session = self._attachment.session()
+            self._retract_former(session)
             self._announce(session, time.monotonic() + _RESTORE_TIMEOUT_SECONDS, 0)
             _logger.info("published weight set %s again, as %s", self.key.id, self.id)
+        except BrokerError:
+            if self._wanted:  # else its client is closing
+                raise
         finally:
             self._lock.release()
 
@@ -109,8 +125,8 @@ class Publication:
         return self._attachment
 
     def fileno(self) -> int:
-        """The attach socket."""
-        return self._attachment.fileno()
+        """The attach socket; -1 before the first publication, which nothing but its own call can bring about."""
+        return self._attachment.fileno() if self._session is not None else -1
 
     def retract(self, timeout: float = 60.0) -> None:
         """Returns when no reader is left. Idempotent. `RetractTimeout`: readers still run after `timeout` seconds; new
@@ -121,20 +137,30 @@ class Publication:
                 metadata={"publication_id": self.id},
             )
         deadline = time.monotonic() + timeout
-        with self._lock:
+        if not self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX)):
+            raise RetractTimeout(f"publication {self.id} is being published again, which has not ended yet; call again")
+        try:
             if self._closed:
                 return
             self._wanted = False
             session = self._session
-            if session is not None and self._attachment.is_current(session):
-                self._retract(session, timeout)
-            # Otherwise the publication is gone with its broker. Readers that hold sealed memory can finish.
+            if session is not None and not session.has_ended:
+                # Also if the attach connection is lost: the broker, if it lives, serves on for as long as this process.
+                self._retract(session, deadline)
+            # A publication of another broker is gone with it. Readers that hold sealed memory can finish.
             self._let_go(deadline)
+        finally:
+            self._lock.release()
 
     @property
     def needs_retraction(self) -> bool:
         """Whether others read this process's own memory, which may change only after a retraction."""
         return self._shared.needs_retraction and not self.is_retracted
+
+    def expire(self) -> None:
+        """Not published again once its session ends."""
+        self._wanted = False
+        KEEPER.remove(self)
 
     def abandon(self) -> None:
         """Close the memory. For a client that has ended its session, which retracts everything."""
@@ -157,11 +183,12 @@ class Publication:
             self.retract()
 
     def __repr__(self) -> str:
-        state = "retracted" if self.is_retracted else "published"
+        state = "retracted" if self.is_retracted else "published" if self.id else "waiting"
         return f"Publication(id={self.id!r}, model={self.key.model!r}, {self.size_bytes} bytes, {state})"
 
     def _announce(self, session: Session, deadline: float, fencing_token: int) -> None:
-        from weight_broker.transfers import calls
+        with room.importing():
+            from weight_broker.transfers import calls
 
         batch = uuid.uuid4().hex
         regions = self._shared.regions(batch)
@@ -176,52 +203,71 @@ class Publication:
             request_id=batch,
             group=self.group,
         )
+        is_asked = False
         try:
             for index, region in enumerate(regions):
-                self._shared.hand_over(session.connection, region, index)
                 offered.append(region)
-            published = publish(timeout=max(deadline - time.monotonic(), 0.001))
+                self._shared.hand_over(session.connection, region, index, seconds_until(deadline))
+            is_asked = True
+            published = publish(timeout=seconds_until(deadline, _LONGEST_ANSWER_SECONDS))
+            self._shared.note(published)
+            self.id, self.generation = published.publication_id, published.generation
+            self._session, self._regions = session, regions
         except BaseException as error:
-            answer_lost = isinstance(error, BrokerUnavailable) and error.reason is Reason.BROKER_UNAVAILABLE
-            if answer_lost and not session.is_over:
-                _undo(session, publish)
-            self._take_back(session, offered)
+            if is_asked and not _is_refusal(error) and not session.is_over:
+                _undo(session, publish, last_word(deadline, _UNDO_TIMEOUT_SECONDS))
+            self._take_back(session, offered, last_word(deadline))
             raise
-        self.id, self.generation = published.publication_id, published.generation
-        self._session, self._regions = session, regions
-        self._shared.note(published)
 
-    def _retract(self, session: Session, timeout: float) -> None:
+    def _retract_former(self, session: Session) -> None:
+        """What was published in a session whose connection is lost, if its broker lives. No new reader finds it then;
+        those that run need no answer."""
+        from weight_broker.transfers import calls
+
+        former = self._session
+        if former is not None and former is not session and not former.has_ended:
+            with contextlib.suppress(BrokerError):  # another broker does not know it
+                calls.retract(former, self.id, timeout=_UNDO_TIMEOUT_SECONDS)
+
+    def _retract(self, session: Session, deadline: float) -> None:
         from weight_broker.transfers import calls
 
         try:
-            calls.retract(session, self.id, timeout=timeout)
+            calls.retract(session, self.id, timeout=seconds_until(deadline, _LONGEST_ANSWER_SECONDS))
         except (PublicationNotFound, NotAttached):
             pass  # the publication has ended already
         except BrokerUnavailable:
             if not session.is_over:
                 raise
-        self._take_back(session, self._regions)
+        self._take_back(session, self._regions, last_word(deadline))
 
-    def _take_back(self, session: Session, regions: list[weight_set_pb2.Region]) -> None:
+    def _take_back(self, session: Session, regions: list[weight_set_pb2.Region], timeout: float) -> None:
+        """A session that is over has no regions."""
         for region in regions:
-            with contextlib.suppress(BrokerError):  # a session that is over has no regions
-                self._shared.take_back(session.connection, region)
+            if session.is_over:
+                return
+            try:
+                self._shared.take_back(session.connection, region, timeout)
+            except BrokerUnavailable:  # the request is there, and the broker does it once it reads
+                timeout = LAST_WORD_SECONDS / 10
+            except BrokerError:
+                pass
 
     def _let_go(self, deadline: float = 0.0) -> None:
         """End the sharing. Processes that have device memory mapped get until `deadline` (monotonic seconds) to unmap
         it: a broker's processes end soon after the broker."""
-        self._wanted = False
-        KEEPER.remove(self)
+        self.expire()
         while True:
             try:
                 self._shared.close()
                 break
             except RetractTimeout:
                 if time.monotonic() >= deadline:
+                    _mapped.add(self)
                     raise
                 time.sleep(_LET_GO_SECONDS)
         self._closed = True
+        _mapped.discard(self)
 
 
 def publications_of(attachment: Attachment) -> list[Publication]:
@@ -233,15 +279,30 @@ def publications_of(attachment: Attachment) -> list[Publication]:
     ]
 
 
-def _undo(session: Session, publish: Callable[..., resources_pb2.Publication]) -> None:
-    """For a request whose answer was lost: ask again, which returns the publication, and retract it."""
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the broker has said that nothing is published. After a lost answer, an interruption or a defect nothing
+    is known."""
+    unknown = (Reason.BROKER_UNAVAILABLE, Reason.INTERNAL)
+    return isinstance(error, BrokerError) and error.reason not in unknown
+
+
+def _undo(session: Session, publish: Callable[..., resources_pb2.Publication], timeout: float) -> None:
+    """For a request whose answer was lost: ask again, which returns the publication, and retract it. If that fails,
+    end the session, which ends the publication too: without its id it could not be retracted later."""
     from weight_broker.transfers import calls
 
-    with contextlib.suppress(BrokerError):  # the end of the session ends the publication too
-        calls.retract(session, publish(timeout=_UNDO_TIMEOUT_SECONDS).publication_id, timeout=_UNDO_TIMEOUT_SECONDS)
+    deadline = time.monotonic() + timeout
+    try:
+        publication_id = publish(timeout=timeout).publication_id
+        calls.retract(session, publication_id, timeout=seconds_until(deadline))
+    except BrokerError as error:
+        if not _is_refusal(error) or isinstance(error, RetractTimeout):
+            session.break_off()
 
 
 _publications: weakref.WeakSet[Publication] = weakref.WeakSet()
+_mapped: set[Publication] = set()
+"""What the driver did not let go of. The client's `close` ends it, also where the caller never got the publication."""
 
 
 def _forget_publications() -> None:

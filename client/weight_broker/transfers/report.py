@@ -69,9 +69,11 @@ class LoadReport:
     report: AcquireReport | None = None
     """The acquisition, if the weights came from a peer."""
     publication: Publication | None = field(default=None, repr=False)
-    """The publication, if this process is a source now."""
+    """The publication, if this process is a source now, or will be: `id` is empty until the files that were read have
+    been compared with what was downloaded. It outlives this report, until it is retracted or the client is closed."""
     acquire_error: str | None = None
-    """Why the weights did not come from a peer, if the acquisition failed."""
+    """Why the weights did not come from a peer although there was one, or although the broker was asked: the last
+    attempt that failed. None if they did, and if no peer had them."""
     publish_error: str | None = None
     """Why this process did not become a source, if the caller wanted that."""
 

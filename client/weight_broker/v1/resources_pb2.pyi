@@ -188,6 +188,8 @@ class Instance(google.protobuf.message.Message):
     ATTACH_TIME_FIELD_NUMBER: builtins.int
     PUBLICATION_COUNT_FIELD_NUMBER: builtins.int
     AGE_FIELD_NUMBER: builtins.int
+    FALSE_DAMAGE_REPORTS_FIELD_NUMBER: builtins.int
+    SUSPECT_FIELD_NUMBER: builtins.int
     instance_id: builtins.str
     """Identity, unique for the life of the broker."""
     host_id: builtins.str
@@ -204,6 +206,10 @@ class Instance(google.protobuf.message.Message):
     """State."""
     publication_count: builtins.int
     """Number of its publications that are not gone."""
+    false_damage_reports: builtins.int
+    """Reports of damage by its process that a check of the source has disproved."""
+    suspect: builtins.bool
+    """True if there are so many that the memory of its process may be damaged itself."""
     @property
     def attach_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it attached."""
@@ -225,9 +231,11 @@ class Instance(google.protobuf.message.Message):
         attach_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         publication_count: builtins.int = ...,
         age: google.protobuf.duration_pb2.Duration | None = ...,
+        false_damage_reports: builtins.int = ...,
+        suspect: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["age", b"age", "attach_time", b"attach_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["age", b"age", "attach_time", b"attach_time", "gid", b"gid", "host_id", b"host_id", "instance_id", b"instance_id", "name", b"name", "pid", b"pid", "publication_count", b"publication_count", "state", b"state", "uid", b"uid"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age", b"age", "attach_time", b"attach_time", "false_damage_reports", b"false_damage_reports", "gid", b"gid", "host_id", b"host_id", "instance_id", b"instance_id", "name", b"name", "pid", b"pid", "publication_count", b"publication_count", "state", b"state", "suspect", b"suspect", "uid", b"uid"]) -> None: ...
 
 global___Instance = Instance
 
@@ -254,7 +262,7 @@ class Publication(google.protobuf.message.Message):
         STATE_GONE: Publication._State.ValueType  # 4
         """Not readable any more."""
         STATE_QUARANTINED: Publication._State.ValueType  # 5
-        """Delivered wrong bytes or was set aside by an administrator; not readable."""
+        """Its content differs from its digests, or an administrator set it aside; not readable."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """State of a publication."""
@@ -270,7 +278,7 @@ class Publication(google.protobuf.message.Message):
     STATE_GONE: Publication.State.ValueType  # 4
     """Not readable any more."""
     STATE_QUARANTINED: Publication.State.ValueType  # 5
-    """Delivered wrong bytes or was set aside by an administrator; not readable."""
+    """Its content differs from its digests, or an administrator set it aside; not readable."""
 
     PUBLICATION_ID_FIELD_NUMBER: builtins.int
     WEIGHT_SET_ID_FIELD_NUMBER: builtins.int
@@ -292,6 +300,7 @@ class Publication(google.protobuf.message.Message):
     LOAD_GROUP_FIELD_NUMBER: builtins.int
     IS_STAGED_FIELD_NUMBER: builtins.int
     AGE_FIELD_NUMBER: builtins.int
+    BEING_CHECKED_FIELD_NUMBER: builtins.int
     publication_id: builtins.str
     """Identity, unique for the life of the broker."""
     weight_set_id: builtins.str
@@ -326,6 +335,8 @@ class Publication(google.protobuf.message.Message):
     """Why it is quarantined; empty otherwise."""
     is_staged: builtins.bool
     """True if its instance copies it through buckets of the broker's, because the broker does not map its memory."""
+    being_checked: builtins.bool
+    """True while its content is compared with its digests because a receiver has reported damage. It is readable."""
     @property
     def publish_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was published."""
@@ -361,9 +372,10 @@ class Publication(google.protobuf.message.Message):
         load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
         is_staged: builtins.bool = ...,
         age: google.protobuf.duration_pb2.Duration | None = ...,
+        being_checked: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["age", b"age", "load_group", b"load_group", "publish_time", b"publish_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["age", b"age", "device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "is_staged", b"is_staged", "layout_fingerprint", b"layout_fingerprint", "load_group", b"load_group", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age", b"age", "being_checked", b"being_checked", "device_id", b"device_id", "device_kind", b"device_kind", "generation", b"generation", "host_id", b"host_id", "instance_id", b"instance_id", "instance_name", b"instance_name", "is_staged", b"is_staged", "layout_fingerprint", b"layout_fingerprint", "load_group", b"load_group", "publication_id", b"publication_id", "publish_time", b"publish_time", "quarantine_reason", b"quarantine_reason", "reader_count", b"reader_count", "reader_limit", b"reader_limit", "served_count", b"served_count", "size_bytes", b"size_bytes", "state", b"state", "tensor_count", b"tensor_count", "weight_set_id", b"weight_set_id"]) -> None: ...
 
 global___Publication = Publication
 
@@ -740,7 +752,7 @@ class DatasystemWorker(google.protobuf.message.Message):
     managed: builtins.bool
     """Whether the broker started it and owns it."""
     problem: builtins.str
-    """Why it is not there, where the broker knows; empty otherwise."""
+    """Why it is not there, or that it is too old, where the broker knows; empty otherwise."""
     def __init__(
         self,
         *,

@@ -458,7 +458,7 @@ class TransferFailed(google.protobuf.message.Message):
         CAUSE_SOURCE_UNREACHABLE: TransferFailed._Cause.ValueType  # 1
         """The source's memory could not be reached; another source may do."""
         CAUSE_DIGEST_MISMATCH: TransferFailed._Cause.ValueType  # 2
-        """The source's bytes do not have the digests they were published with; the source is quarantined."""
+        """The source's bytes do not have the digests they were published with; the broker checks the source."""
         CAUSE_RECEIVER: TransferFailed._Cause.ValueType  # 3
         """The receiver gave up (its own error or deadline); no other source is tried."""
 
@@ -470,7 +470,7 @@ class TransferFailed(google.protobuf.message.Message):
     CAUSE_SOURCE_UNREACHABLE: TransferFailed.Cause.ValueType  # 1
     """The source's memory could not be reached; another source may do."""
     CAUSE_DIGEST_MISMATCH: TransferFailed.Cause.ValueType  # 2
-    """The source's bytes do not have the digests they were published with; the source is quarantined."""
+    """The source's bytes do not have the digests they were published with; the broker checks the source."""
     CAUSE_RECEIVER: TransferFailed.Cause.ValueType  # 3
     """The receiver gave up (its own error or deadline); no other source is tried."""
 

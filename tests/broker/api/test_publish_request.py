@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from support.kinds import RecordedEvents
+from support.received import as_received
 from support.scripted_cards import ScriptedCards
 from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import InvalidArgument, PublishRefused
@@ -15,7 +16,6 @@ from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import weight_broker_service_pb2, weight_set_pb2
 from weight_broker.wire import digests_to_wire, key_to_wire, layout_to_wire
 from weight_brokerd.api import publish_request as validation
-from weight_brokerd.api.layouts import LayoutCache
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.core.publications import Offer
@@ -24,6 +24,7 @@ from weight_brokerd.kinds.host.kind import HostKind
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.kinds.published import PublishedMemory
 from weight_brokerd.kinds.registry import Kinds
+from weight_brokerd.kinds.steps import at_once
 
 GPU = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
 HANDLE = bytes(range(64))
@@ -62,7 +63,7 @@ def offered(
 
     async def parse() -> tuple[Offer, PublishedMemory]:
         kind = await validation.published_kind(request, kinds or with_gpu())
-        return validation.offer(request, "instance-1", LayoutCache(), kind)
+        return at_once(validation.offer(as_received(request), "instance-1", kind))
 
     return asyncio.run(parse())
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import pytest
 
 from support.kinds import RecordedEvents, ServingConnections, npu_kind
+from support.received import as_received
 from support.scripted_cards import ScriptedCards
 from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.errors import InvalidArgument, PublishRefused, TransferFailed
@@ -18,10 +19,10 @@ from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.wire import digests_to_wire, key_to_wire, layout_to_wire
 from weight_brokerd.api import acquire_request, publish_request
-from weight_brokerd.api.layouts import LayoutCache
 from weight_brokerd.core.model import TransferPath
 from weight_brokerd.dataplane.plane import Place
 from weight_brokerd.kinds.registry import Kinds
+from weight_brokerd.kinds.steps import at_once
 
 T = TypeVar("T")
 LAYOUT = layout_to_wire(Layout([TensorSpec("weight", "int8", (4,), (1,), 4)]))
@@ -84,7 +85,7 @@ async def _with_npu(path: str, serving: tuple[str, ...], parse: Callable[[Kinds]
 def published(request: pb.PublishRequest, path: str, *serving: str) -> Place:
     async def parse(kinds: Kinds) -> Place:
         kind = await publish_request.published_kind(request, kinds)
-        return publish_request.offer(request, OWNER, LayoutCache(), kind)[1].place
+        return at_once(publish_request.offer(as_received(request), OWNER, kind))[1].place
 
     return asyncio.run(_with_npu(path, serving, parse))
 
@@ -93,7 +94,7 @@ def acquired(request: pb.AcquireRequest, path: str, *serving: str) -> tuple[Tran
     async def parse(kinds: Kinds) -> tuple[TransferPath, Place]:
         kind = await acquire_request.receiving_kind(request, kinds)
         call = acquire_request.Call("acquisition-1", OWNER, 0.0, 60.0)
-        acquisition, destination = acquire_request.acquisition(request, call, LayoutCache(), kind)
+        acquisition, destination = at_once(acquire_request.acquisition(as_received(request), call, kind))
         return acquisition.path, destination
 
     return asyncio.run(_with_npu(path, serving, parse))

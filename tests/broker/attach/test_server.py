@@ -21,7 +21,7 @@ from support.sealed_memory import memfd, open_descriptors
 from support.waiting import eventually
 from weight_broker.errors import BrokerUnavailable, NotAttached, Reason
 from weight_broker.v1 import attach_pb2 as pb
-from weight_brokerd.attach import peer, server
+from weight_brokerd.attach import peer, server, strangers
 from weight_brokerd.processes.packets import MAXIMUM_PACKET_BYTES
 
 OFFER = pb.AttachRequest(offer_region=pb.OfferRegion(region_id="region", size_bytes=7))
@@ -310,7 +310,7 @@ def test_a_stranger_who_says_nothing_is_closed(room: AttachRoom, monkeypatch: py
 
 
 def test_a_crowd_of_strangers_keeps_no_instance_out(room: AttachRoom, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAXIMUM_STRANGERS", 3)
+    monkeypatch.setattr(strangers, "MAXIMUM_STRANGERS", 3)
     with ExitStack() as stack:
         crowd = [stack.enter_context(room.client()) for _ in range(10)]
         instance = stack.enter_context(room.instance())

@@ -73,7 +73,7 @@ class Broker(AttachRoom):
         copy.CopyFrom(request)
         return asyncio.run_coroutine_threadsafe(self.staging.ask("instance-1", copy, timeout), self.loop)
 
-    def let_go(self) -> Future[None]:
+    def let_go(self) -> Future[bool]:
         """Ends when the instance has unmapped what it was lent."""
         assert self.staging is not None
         return asyncio.run_coroutine_threadsafe(self.staging.let_go("instance-1"), self.loop)
@@ -174,6 +174,24 @@ def test_who_does_not_answer_loses_the_connection_and_unmaps_its_buckets(broker:
     letting_go.result(60)
     assert ("close", "b") in tensors.done
     eventually(lambda: not server.serves("s"))
+
+
+@pytest.mark.parametrize("is_asked_before", [True, False])
+def test_a_broker_that_ends_does_not_say_that_an_instance_that_copies_has_let_go(
+    broker: Broker, server: StagingServer, is_asked_before: bool
+) -> None:
+    tensors = Tensors()
+    server.add("s", tensors)
+    eventually(broker.has)
+    broker.ask(OPEN).result(60)
+    tensors.may_go_on.clear()
+    with pytest.raises(StagingSilent):
+        broker.ask(COPY, timeout=0.2).result(60)
+    letting_go = broker.let_go() if is_asked_before else None
+    assert broker.staging is not None
+    broker.loop.call_soon_threadsafe(broker.staging.close)
+    assert not (letting_go or broker.let_go()).result(60)
+    tensors.may_go_on.set()
 
 
 def test_the_end_of_the_connection_is_heard_by_whoever_waits(broker: Broker, server: StagingServer) -> None:

@@ -20,6 +20,8 @@ ALL: list[messages.Message] = [
     messages.ImportRegion("r", 1 << 40, export_key="00ff"),
     messages.ImportRegion("r", 1 << 21, shareable_handles=((1 << 64) - 1, 0), chunk_bytes=1 << 20),
     messages.CloseRegion("r"),
+    messages.MakeStagingBuffer("r", 1 << 22),
+    messages.LendStagingBuffer("r"),
     messages.Offer("k", BLOBS, "peer"),
     messages.Withdraw("k", 100),
     messages.Fetch("k", BLOBS, 1000),

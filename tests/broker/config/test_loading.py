@@ -57,6 +57,12 @@ def test_the_file_changes_only_what_it_names(file: Path) -> None:
     assert loaded.limits.instances == Config().limits.instances
 
 
+def test_a_file_without_end_is_refused() -> None:
+    [problem] = problems_of(Path("/dev/zero"))
+    assert (problem.key, problem.value) == ("--config", "/dev/zero")
+    assert f"at most {config.MAXIMUM_FILE_BYTES} bytes" in problem.expected
+
+
 def test_the_environment_wins_over_the_file(file: Path) -> None:
     file.write_text("[limits]\npublications = 7\ninstances = 8\n")
     loaded = load(file, {"WEIGHT_BROKER_LIMITS_PUBLICATIONS": "9"})
@@ -186,6 +192,31 @@ def test_a_misspelt_variable_is_refused_and_the_clients_are_left_alone() -> None
     (problem,) = problems_of(None, {"WEIGHT_BROKER_LOG_LEVLE": "info", "WEIGHT_BROKER_CACHE": "/x"})
     assert problem.key == "WEIGHT_BROKER_LOG_LEVLE"
     assert "WEIGHT_BROKER_LOG_LEVEL" in problem.expected
+
+
+SERVICE_VARIABLES = {
+    "_SERVICE_HOST": "10.96.0.7",
+    "_SERVICE_PORT": "9400",
+    "_SERVICE_PORT_HTTP_METRICS": "9400",
+    "_PORT": "tcp://10.96.0.7:9400",
+    "_PORT_9400_TCP": "tcp://10.96.0.7:9400",
+    "_PORT_9400_TCP_PROTO": "tcp",
+    "_PORT_9400_TCP_PORT": "9400",
+    "_PORT_9400_TCP_ADDR": "10.96.0.7",
+}
+"""What Kubernetes sets for a service, behind the service's name."""
+
+
+@pytest.mark.parametrize("service", ["WEIGHT_BROKER", "WEIGHT_BROKER_METRICS", "WEIGHT_BROKER_DATASYSTEM_MANAGED"])
+def test_the_variables_of_a_service_of_kubernetes_are_no_settings(service: str) -> None:
+    assert load(None, {service + end: value for end, value in SERVICE_VARIABLES.items()}) == Config()
+
+
+def test_a_setting_that_looks_like_a_services_port_is_still_a_setting() -> None:
+    loaded = load(None, {"WEIGHT_BROKER_DATASYSTEM_MANAGED_PORT": "9400"})
+    assert loaded.datasystem.managed_port == 9400
+    (problem,) = problems_of(None, {"WEIGHT_BROKER_METRICS_PORT": "9400"})
+    assert "WEIGHT_BROKER_METRICS_LISTEN" in problem.expected
 
 
 @pytest.mark.parametrize("content", [b"[log", b"\xff\xfe", None])

@@ -33,7 +33,7 @@ class ScriptedPorts:
     def _unexpected(self, *arguments: object) -> None:
         raise AssertionError(arguments)
 
-    answer = hold = release = reserve = move = end = claim = give_back = _unexpected
+    answer = hold = release = reserve = move = end = claim = give_back = check = _unexpected
 
 
 def changed(*names: str) -> decide.Decisions:

@@ -39,10 +39,17 @@ class NoWorker:
     """A datasystem worker that is not managed."""
 
     is_managed = False
+    is_ready = True
     problem = ""
 
     async def start(self) -> tuple[str, int]:
         return "127.0.0.1", 1
+
+    async def settled(self) -> None:
+        """At once."""
+
+    async def look(self) -> None:
+        """It is new enough."""
 
     async def close(self) -> None:
         """Nothing to end."""

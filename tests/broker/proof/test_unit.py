@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from weight_brokerd.proof import unit
+from weight_brokerd.proof.__main__ import main
 
 DEPLOY = Path(__file__).parents[3] / "deploy/systemd"
 
@@ -55,3 +56,52 @@ def test_the_json_comes_through_the_pipe_and_ascends_variables_go_along(installe
     assert "--setenv=ASCEND_HOME_PATH=/opt/cann" in command
     assert command[-5:] == ["-m", "weight_brokerd.proof", "npu", "--json", "-"]
     assert not any("SECRET" in word for word in command)
+
+
+def program(directory: Path, text: str) -> None:
+    (directory / "systemd-run").write_text(f"#!/bin/sh\n{text}\n")
+    (directory / "systemd-run").chmod(0o755)
+
+
+def prove(tmp_path: Path) -> tuple[int, Path]:
+    file = tmp_path / "unit.json"
+    file.write_text("an earlier proof")
+    return main(["npu", "--json", str(file), "--as-unit", str(DEPLOY / "weight-broker.service")]), file
+
+
+def test_what_the_unit_writes_into_the_pipe_is_the_file_and_its_exit_status_the_proofs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    program(tmp_path, "echo '{}'; exit 1")
+    status, file = prove(tmp_path)
+    assert (status, file.read_text()) == (1, "{}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("echo no bus >&2; exit 1", "systemd-run started nothing (exit status 1)"),
+        (None, "there is no systemd-run here"),
+    ],
+)
+def test_where_systemd_starts_nothing_nothing_is_proved_and_an_earlier_file_stays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    words: str,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if text is not None:
+        program(tmp_path, text)
+    status, file = prove(tmp_path)
+    assert (status, file.read_text()) == (2, "an earlier proof")
+    assert words in capsys.readouterr().err
+
+
+def test_a_file_of_the_unit_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "no.service"
+    assert main(["npu", "--json", str(tmp_path / "unit.json"), "--as-unit", str(missing)]) == 2
+    assert f"--as-unit {missing}: No such file or directory" in capsys.readouterr().err
+    assert not (tmp_path / "unit.json").exists()

@@ -149,7 +149,9 @@ def call_stream(channel: grpc.Channel, method: str) -> Any:
 
 async def metrics_after(calls: Callable[[grpc.Channel], object], socket: Path) -> dict[str, float]:
     """The samples after `calls`, as Prometheus reads them."""
-    counted = Counts(1, 2, 3, 4, 5, 6, 7, {"ready": 8, "failed": 0}, {"peer_copy": 9})
+    counted = Counts(
+        1, 2, 3, 4, 5, 6, 7, {"ready": 8, "failed": 0}, {"peer_copy": 9}, {"cold_load": 0}, 10, {}, {"intact": 10}, 11
+    )
     metrics = Metrics(lambda: counted, [SERVICE])
     server = make_server(metrics, socket)
     await server.start()
@@ -209,6 +211,10 @@ def test_gauges_show_the_counts_when_they_are_read(tmp_path: Path) -> None:
         'weight_broker_cards{state="ready"}': 8,
         'weight_broker_cards{state="failed"}': 0,
         'weight_broker_transfers_total{data_plane="peer_copy"}': 9,
+        'weight_broker_acquisitions_total{outcome="cold_load"}': 0,
+        "weight_broker_log_lines_dropped_total": 10,
+        'weight_broker_damage_reports_total{finding="intact"}': 10,
+        "weight_broker_suspect_receivers": 11,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import socket
 import threading
@@ -66,19 +67,99 @@ def test_a_claimed_descriptor_is_the_callers_and_is_not_inherited(
     os.close(descriptor)
 
 
-def test_a_broker_that_does_not_answer_in_time_is_left_with_a_goodbye(
+def test_a_process_without_a_descriptor_for_the_memory_says_so_and_stays_attached(
     broker: ScriptedBroker, connection: AttachConnection
+) -> None:
+    region = os.memfd_create("region")
+    broker.regions["transfer", 0] = region
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(BrokerUnavailable, match="LimitNOFILE"):
+            connection.claim_region("transfer", 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not connection.is_over()
+    os.close(connection.claim_region("transfer", 0))
+    os.close(region)
+
+
+def test_a_broker_that_hangs_is_left_with_a_goodbye(
+    broker: ScriptedBroker, connection: AttachConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_up = threading.Event()
     broker.on_attach = lambda request: assert_set(given_up)
+    monkeypatch.setattr(attach, "REQUEST_TIMEOUT_SECONDS", 0.05)
     with pytest.raises(BrokerUnavailable, match="within"):
-        connection._ask(attach_pb2.AttachRequest(withdraw_region=attach_pb2.WithdrawRegion()), timeout=0.05)
+        connection.withdraw_region("region")
     given_up.set()
     assert connection.is_over()
     with pytest.raises(NotAttached):
         connection.withdraw_region("region")
     requests = [broker.attach_requests.get(timeout=60) for _ in range(3)]
     assert requests == ["hello", "withdraw_region", "goodbye"]  # what it does late, it undoes
+
+
+def test_a_caller_without_time_leaves_its_request_behind_and_the_session_in_place(
+    broker: ScriptedBroker, connection: AttachConnection
+) -> None:
+    given_up = threading.Event()
+    broker.on_attach = lambda request: assert_set(given_up)
+    with pytest.raises(BrokerUnavailable, match="within"):
+        connection.claim_region("transfer", 0, timeout=0.05)
+    given_up.set()
+    assert not connection.is_over()
+    broker.on_attach = lambda request: refused(Reason.REGION_REFUSED, "the second answer")
+    with pytest.raises(PublishRefused, match="the second answer"):
+        connection.withdraw_region("region")
+
+
+def test_a_thread_without_time_does_not_wait_for_the_answer_to_another(
+    broker: ScriptedBroker, connection: AttachConnection
+) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def late(request: attach_pb2.AttachRequest) -> None:
+        asked.set()
+        assert_set(answered)
+
+    broker.on_attach = late
+    patient = threading.Thread(target=connection.withdraw_region, args=("region",))
+    patient.start()
+    assert_set(asked)
+    with pytest.raises(BrokerUnavailable, match="within"):
+        connection.claim_region("transfer", 0, timeout=0.05)
+    answered.set()
+    patient.join(60)
+    assert not connection.is_over()
+
+
+def test_a_connection_that_an_ending_broker_drops_is_made_again(broker: ScriptedBroker) -> None:
+    """A broker that ends accepts no more, but the kernel did so for it."""
+    dropped: list[None] = []
+
+    def drop_the_first(request: attach_pb2.AttachRequest) -> None:
+        if not dropped:
+            dropped.append(None)
+            broker.drop_attachments()
+
+    broker.on_attach = drop_the_first
+    connection = AttachConnection(broker.directory / "attach.sock", "name")
+    assert connection.connect(60).session_token == TOKEN
+    connection.close()
+
+
+def test_a_broker_that_refuses_to_attach_this_process_is_asked_once(broker: ScriptedBroker) -> None:
+    broker.on_attach = lambda request: refused(Reason.NOT_ATTACHED, "this process cannot be watched")
+    with pytest.raises(NotAttached, match="cannot be watched"):
+        AttachConnection(broker.directory / "attach.sock", "name").connect(60)
+    assert [broker.attach_requests.get(timeout=60) for _ in range(2)] == ["hello", "goodbye"]
+
+
+def test_a_broker_that_drops_every_connection_is_unavailable(broker: ScriptedBroker) -> None:
+    broker.on_attach = lambda request: broker.drop_attachments()
+    with pytest.raises(BrokerUnavailable, match="ending"):
+        Attachment(broker.directory, "name", 60).run(lambda session: session)
 
 
 def test_the_answer_to_an_interrupted_request_is_not_taken_for_the_next_one(

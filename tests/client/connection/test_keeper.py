@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
 import threading
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -63,6 +65,11 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[set[int], float | None
 
     monkeypatch.setattr(keeper_module, "_sleep", note_and_sleep)
     return slept
+
+
+def no_thread(*arguments: object) -> NoReturn:
+    """As the interpreter says it at a limit of threads."""
+    raise RuntimeError("can't start new thread")
 
 
 def keeper_threads() -> int:
@@ -174,6 +181,33 @@ def test_a_forked_child_has_no_keeper_and_can_have_its_own(keeper: Keeper) -> No
             os._exit(1)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_thread_that_could_not_start_is_not_believed_to_run(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    lamp = Lamp()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "_start_new_thread", no_thread)
+        with pytest.raises(BrokerUnavailable, match="can start no thread"):
+            keeper.add(lamp)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    keeper.add(lamp)
+    lamp.far.close()
+    eventually(lambda: lamp.restored == 1)
+
+
+def test_without_a_descriptor_nothing_is_kept(keeper: Keeper) -> None:
+    lamp = Lamp()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(BrokerUnavailable, match="LimitNOFILE"):
+            keeper.add(lamp)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert keeper_threads() == 0
+    keeper.add(lamp)
+    assert keeper_threads() == 1
 
 
 def test_a_reason_is_a_warning_once_and_then_a_detail(keeper: Keeper, caplog: pytest.LogCaptureFixture) -> None:

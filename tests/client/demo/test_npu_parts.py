@@ -9,8 +9,11 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
+from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.cli.main import main
 from weight_broker.demo.npu import memory as npu_memory
 from weight_broker.demo.npu.report import CardReport, bytes_per_second
+from weight_broker.demo.npu.run import prefix_of
 from weight_broker.demo.orders import CardResult
 from weight_broker.integrations.checkpoint import CheckpointError
 from weight_broker.layout import ITEM_SIZES
@@ -87,3 +90,23 @@ def test_a_step_that_cannot_be_done_is_a_row_with_its_reason() -> None:
     assert not steps.measure("import", refuse)
     assert steps.rows[0].median == 2.0
     assert steps.failures() == [Row("import", problem="source: the driver says no")]
+
+
+def test_the_command_of_instances_is_split_as_a_shell_does() -> None:
+    assert prefix_of(None) == []
+    assert prefix_of("env 'A=b c' X={card}") == ["env", "A=b c", "X={card}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("env 'A", "is no command: No closing quotation"), ("no-such-command 1", "'no-such-command'")],
+)
+def test_a_command_that_cannot_start_instances_is_refused_before_a_broker_starts(command: str, words: str) -> None:
+    with pytest.raises(CommandError, match=words) as refused:
+        prefix_of(command)
+    assert refused.value.code is ExitCode.USAGE
+
+
+def test_a_command_for_instances_goes_with_cards(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--run-in", "env"]) == ExitCode.USAGE
+    assert "it needs --device npu" in capsys.readouterr().err

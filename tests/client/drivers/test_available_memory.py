@@ -48,6 +48,27 @@ def write(root: Path, files: dict[str, str]) -> Path:
         (
             {
                 "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "80000\n",
+                "sys/fs/cgroup/memory.current": "79000\n",
+                "sys/fs/cgroup/memory.stat": "anon 9000\nshmem 8000\nactive_file 50000\ninactive_file 7000\n"
+                "file_dirty 3000\nfile_writeback 1000\nslab_reclaimable 500\nunevictable 900\n",
+            },
+            1_000 + 50_000 + 7_000 - 3_000 - 1_000 + 500,
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "80000\n",
+                "sys/fs/cgroup/memory.current": "79000\n",
+                "sys/fs/cgroup/memory.stat": "active_file 500\nfile_dirty 3000\n",
+            },
+            1_000,
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
                 "proc/self/cgroup": "0::/../outside\n",
                 "sys/fs/cgroup/memory.max": "70000\n",
                 "sys/fs/cgroup/memory.current": "80000\n",
@@ -65,8 +86,29 @@ def write(root: Path, files: dict[str, str]) -> Path:
             },
             40_000,
         ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "4:memory:/job\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "60000\n",
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "60000\n",
+                "sys/fs/cgroup/memory/job/memory.stat": "active_file 1\ninactive_file 1\ndirty 1\n"
+                "total_active_file 20000\ntotal_inactive_file 5000\ntotal_dirty 700\ntotal_writeback 300\n",
+            },
+            24_000,
+        ),
     ],
-    ids=["unknown", "host", "unlimited group", "group above", "container", "version 1"],
+    ids=[
+        "unknown",
+        "host",
+        "unlimited group",
+        "group above",
+        "file pages in use",
+        "file pages not written yet",
+        "container",
+        "version 1",
+        "version 1, groups below",
+    ],
 )
 def test_the_tightest_limit_counts(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
     assert available_bytes(write(tmp_path, files)) == expected

@@ -85,11 +85,15 @@ class Small(Engine):
 
 def by_client(directory: Path) -> Outcome:
     with BrokerClient(directory) as client:
-        tensors: dict[str, object] = {"w": torch.zeros(8)}
-        report = client.acquire_or_load(KEY, tensors, lambda: None, timeout=10)
+        weight = torch.zeros(8)
+        report = client.acquire_or_load(KEY, {"w": weight}, lambda: void(weight.fill_(4)), timeout=10)
         return Outcome(
             report.source, report.publication is not None, report.acquire_error or "", report.publish_error or ""
         )
+
+
+def void(value: object) -> None:
+    """For lambdas that have to return nothing."""
 
 
 def by_engine(directory: Path) -> Outcome:

@@ -3,6 +3,9 @@ object."""
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +16,16 @@ import pytest
 
 from support.device_driver import PAGE_BYTES, Acl, Memory
 from support.scripted_broker import Context, ScriptedBroker, done
-from weight_broker import BrokerClient, BrokerError, ColdLoadLease, WeightSetKey
+from support.scripted_stage import assert_set
+from weight_broker import (
+    AcquireTimeout,
+    BrokerClient,
+    BrokerError,
+    ColdLoadLease,
+    PublishRefused,
+    Reason,
+    WeightSetKey,
+)
 from weight_broker.connection.session import Session
 from weight_broker.drivers import acl as acl_module
 from weight_broker.memory import describe
@@ -33,7 +45,7 @@ COPY, STAGED = resources_pb2.TRANSFER_PATH_COPY, resources_pb2.TRANSFER_PATH_STA
 def driver(monkeypatch: pytest.MonkeyPatch) -> Acl:
     acl = Acl()
     monkeypatch.setattr(acl_module, "load", lambda *_: acl)
-    monkeypatch.setattr(npu_export, "EXPORTS", Exports())  # what a lost broker may write to is never let go
+    monkeypatch.setattr(npu_export, "EXPORTS", Exports())  # what stays mapped is not let go
     return acl
 
 
@@ -102,6 +114,31 @@ def test_a_lease_that_comes_with_memory_that_stays_mapped_is_given_up_before_the
     assert (caught.value.touched, caught.value.quiesced) == (True, False)
     report = broker.load_reports.get(timeout=5)
     assert (report.fencing_token, report.WhichOneof("action")) == (9, "give_up")
+
+
+@pytest.mark.parametrize("says_wait", [True, False])
+def test_without_a_grant_the_deadline_is_the_callers_although_a_broker_that_writes_gets_longer(
+    broker: ScriptedBroker, driver: Acl, client: BrokerClient, memory: Memory, says_wait: bool
+) -> None:
+    ended, left = threading.Event(), []
+
+    def note(context: Context) -> None:
+        left.append(context.time_remaining())
+        ended.set()
+
+    def stay_silent(request: pb.AcquireRequest, context: Context) -> Iterator[pb.AcquireResponse]:
+        context.add_callback(lambda: note(context))
+        if says_wait:
+            yield pb.AcquireResponse(waiting=pb.Waiting(reason=pb.Waiting.REASON_COLD_LOAD))
+        assert_set(ended)
+
+    broker.on_acquire = stay_silent
+    with pytest.raises(AcquireTimeout) as caught:
+        client.acquire(KEY, {"w": memory.tensor()}, timeout=2)  # the call arrives before that
+    assert (caught.value.touched, caught.value.quiesced) == (False, True)
+    assert_set(ended)
+    assert left[0] > 0, "the client ended the call, not gRPC's deadline"
+    assert not driver.keys
 
 
 def test_a_lease_comes_with_memory_that_the_broker_has_no_more(
@@ -213,6 +250,75 @@ def test_memory_that_a_lost_broker_may_write_to_is_not_handed_back(
     assert not stage_ids(client), "this process itself writes no more"
 
 
+@pytest.mark.parametrize("paths", [(COPY,), (STAGED, COPY)])
+def test_memory_that_a_lost_broker_may_write_to_is_shared_until_the_client_is_closed(
+    broker: ScriptedBroker, driver: Acl, memory: Memory, paths: tuple[resources_pb2.TransferPath.ValueType, ...]
+) -> None:
+    """A chunk that is exported cannot be freed, and an address has one key: a process would lose both for good."""
+    broker.on_acquire = Script(memory, *paths, is_lost=True)
+    with BrokerClient(broker.directory) as client:
+        with pytest.raises(BrokerError, match="gone"):
+            client.acquire(KEY, {"w": memory.tensor()})
+        assert driver.keys
+    assert not driver.keys
+
+
+def test_memory_that_was_discarded_after_a_lost_transfer_is_not_kept_alive(
+    broker: ScriptedBroker, driver: Acl, client: BrokerClient
+) -> None:
+    memory = Memory()
+    broker.on_acquire = Script(Memory(), COPY, is_lost=True)
+    with pytest.raises(BrokerError, match="gone"):
+        client.acquire(KEY, {"w": memory.tensor()})
+    discarded = weakref.ref(memory)
+    del memory
+    gc.collect()
+    assert discarded() is None
+
+
+def test_memory_that_stays_mapped_after_a_transfer_is_let_go_by_the_next_close(
+    broker: ScriptedBroker, driver: Acl, memory: Memory
+) -> None:
+    broker.on_acquire = Script(memory, COPY)
+    driver.is_mapped = True
+    client = BrokerClient(broker.directory)
+    with pytest.raises(BrokerError, match="still mapped"):
+        client.acquire(KEY, {"w": memory.tensor()})
+    client.close()
+    assert driver.keys
+    driver.is_mapped = False
+    client.close()
+    assert not driver.keys
+
+
+def test_memory_that_stays_mapped_after_a_refused_publication_is_let_go_when_the_client_is_closed(
+    broker: ScriptedBroker, driver: Acl, memory: Memory
+) -> None:
+    client = BrokerClient(broker.directory)
+    broker.refusals["Publish"] = [Reason.LIMIT_EXCEEDED]
+    driver.is_mapped = True
+    with pytest.raises(PublishRefused):
+        client.publish(KEY, {"w": memory.tensor()})
+    gc.collect()
+    assert driver.keys
+    driver.is_mapped = False
+    client.close()
+    assert not driver.keys
+
+
+def test_what_arrived_and_could_not_be_let_go_ends_when_the_client_is_closed(
+    broker: ScriptedBroker, driver: Acl, memory: Memory
+) -> None:
+    broker.on_acquire = Script(memory, COPY)
+    with BrokerClient(broker.directory) as client:
+        with client._load(KEY, timeout=60, publish=True) as load:
+            assert load.fill({"w": memory.tensor()})
+            driver.is_mapped = True
+        assert driver.keys
+        driver.is_mapped = False
+    assert not driver.keys
+
+
 @pytest.mark.parametrize("is_mapped", [False, True])
 def test_a_staged_transfer_of_a_lost_broker_is_over_if_the_driver_agrees(
     broker: ScriptedBroker, driver: Acl, client: BrokerClient, memory: Memory, is_mapped: bool
@@ -232,11 +338,11 @@ def test_the_way_that_the_broker_picked_decides_whether_it_still_reaches_the_mem
 ) -> None:
     served: set[str] = set()
     stage = SimpleNamespace(
-        add=lambda name, _: served.add(name), remove=served.discard, serves=served.__contains__
+        add=lambda name, *_: served.add(name), remove=served.discard, serves=served.__contains__
     )  # fmt: skip
     shared = kind_of("npu").share(describe({"w": memory.tensor()}), Terms(), deadline=1e9)
     assert isinstance(shared, DeviceShared)
-    shared.stage(cast(Session, SimpleNamespace(staging=stage)))
+    shared.stage(cast(Session, SimpleNamespace(staging=stage)), 10.0)
     shared.note(resources_pb2.Publication(is_staged=is_staged))
     assert shared.is_served
     served.clear()

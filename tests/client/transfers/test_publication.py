@@ -7,11 +7,13 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
 from support.scripted_broker import ScriptedBroker, refused
+from support.scripted_stage import assert_set
 from support.waiting import eventually
 from weight_broker import (
     BrokerClient,
@@ -24,6 +26,7 @@ from weight_broker import (
     WeightSetKey,
 )
 from weight_broker.connection import keeper
+from weight_broker.memory.host.export import SharedWeights
 from weight_broker.v1 import attach_pb2
 
 KEY = WeightSetKey("model")
@@ -98,7 +101,7 @@ def test_a_refused_publication_leaves_nothing_behind(broker: ScriptedBroker, cli
         client.publish(KEY, tensors())
     assert requests(broker, 3) == ["hello", "offer_region", "withdraw_region"]
     assert open_memfds() == 0
-    assert not keeper_runs()
+    eventually(lambda: not keeper_runs())
 
 
 def test_a_publication_whose_answer_was_lost_is_taken_back(broker: ScriptedBroker, client: BrokerClient) -> None:
@@ -109,6 +112,88 @@ def test_a_publication_whose_answer_was_lost_is_taken_back(broker: ScriptedBroke
     assert asked_again.request_id, "the same request, so that the broker answers with what became of it"
     assert broker.retractions.get(timeout=60) == "publication-1"
     assert open_memfds() == 0
+
+
+def test_a_publication_whose_end_cannot_be_learned_ends_with_the_session(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    """Without its id it could not be retracted later. In the next session everything is published again."""
+    kept = client.publish(KEY, tensors())
+    assert requests(broker, 2) == ["hello", "offer_region"]
+    broker.refusals["Publish"] = [Reason.BROKER_UNAVAILABLE] * 2
+    another = client.publish(WeightSetKey("another"), tensors())
+    assert requests(broker, 1) == ["offer_region"]
+    while requests(broker, 1) != ["goodbye"]:
+        """The next session may begin before the broker has read the last word of this one."""
+    eventually(lambda: {kept.id, another.id} == {"publication-2", "publication-3"})
+    assert set(broker.retractions.queue) <= {"publication-1"}, "a former session's, in case its broker still lives"
+
+
+def test_a_publication_that_an_interruption_meets_is_taken_back(
+    broker: ScriptedBroker, client: BrokerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SharedWeights, "note", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        client.publish(KEY, tensors())
+    assert broker.retractions.get(timeout=60) == "publication-2", "the broker's answer to the same request"
+    assert open_memfds() == 0
+    eventually(lambda: not keeper_runs())
+
+
+def test_what_no_thread_can_keep_is_not_published(
+    broker: ScriptedBroker, client: BrokerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(*arguments: object) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    client._attachment.session().stub  # noqa: B018 - opens the channel, which needs threads too
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "_start_new_thread", no_thread)
+        with pytest.raises(BrokerUnavailable, match="can start no thread"):
+            client.publish(KEY, tensors())
+    assert broker.publish_requests.empty()
+    assert open_memfds() == 0
+    publication = client.publish(KEY, tensors())
+    broker.drop_attachments()
+    eventually(lambda: publication.id == "publication-2")
+
+
+def test_publishing_has_one_deadline_for_all_of_its_steps(broker: ScriptedBroker, client: BrokerClient) -> None:
+    """The regions are offered and taken back, and the session stays: it is the caller that has no time."""
+    silence = threading.Event()
+    broker.on_attach = lambda request: assert_set(silence) if request.WhichOneof("request") != "hello" else None
+    client._attachment.session()
+    try:
+        with pytest.raises(BrokerUnavailable, match="within"):
+            client.publish(KEY, tensors(), timeout=0.5)
+    finally:
+        silence.set()
+    assert requests(broker, 3) == ["hello", "offer_region", "withdraw_region"]
+    broker.on_attach = None
+    client.publish(KEY, tensors())
+    assert requests(broker, 1) == ["offer_region"]
+
+
+def test_a_client_that_closes_warns_of_nothing(
+    broker: ScriptedBroker, client: BrokerClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also if the keeper sees the end of the session first."""
+    publication = client.publish(KEY, tensors())
+    end, restored = client._attachment.end, threading.Event()
+
+    def end_and_restore() -> None:
+        end()
+        publication.restore()
+        restored.set()
+
+    monkeypatch.setattr(client._attachment, "end", end_and_restore)
+    client.close()
+    assert restored.is_set()
+    eventually(lambda: not keeper_runs())
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_refused_region_leaves_nothing_behind(broker: ScriptedBroker, client: BrokerClient) -> None:
@@ -164,7 +249,8 @@ def test_a_new_broker_has_the_same_memory_again_by_itself(
         assert (second.layout, second.digests, second.placements) == (first.layout, first.digests, first.placements)
         assert requests(successor, 2) == ["hello", "offer_region"]
         publication.retract()
-        assert successor.retractions.get(timeout=60) == "publication-11"
+        retracted = [successor.retractions.get(timeout=60) for _ in range(2)]
+        assert retracted == ["publication-1", "publication-11"], "the former one in case its broker still lives"
     finally:
         client.close()
         successor.stop()
@@ -184,10 +270,12 @@ def test_while_there_is_no_broker_it_is_looked_for_a_few_times_a_second(
         raise BrokerUnavailable("gone")
 
     def sleep(bell: int, sockets: Iterable[int], seconds: float | None) -> None:
-        events.append(seconds or 0.0)
-        if len(events) >= 8:
+        if seconds is not None:  # otherwise nothing is broken yet
+            events.append(seconds)
+            if len(events) < 8:
+                return
             enough.set()
-            real_sleep(bell, sockets, seconds)
+        real_sleep(bell, sockets, seconds)
 
     real_sleep = keeper._sleep
     monkeypatch.setattr("weight_broker.connection.attach._connect", connect)

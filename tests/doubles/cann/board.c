@@ -4,12 +4,15 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 struct opener { int32_t pid; uint64_t mounts; };
@@ -125,15 +128,22 @@ void board_lock(void)
 
 void board_unlock(void) { pthread_mutex_unlock(&board->lock); }
 
+int process_end(int pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
+
+bool has_ended(int descriptor)
+{
+    struct pollfd end = { .fd = descriptor, .events = POLLIN };
+    return poll(&end, 1, 0) != 0;
+}
+
 bool process_is_alive(int pid)
 {
-    char path[64], state = 'X';
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    FILE *file = fopen(path, "re");
-    if (!file) return false;
-    if (fscanf(file, "%*d (%*[^)]) %c", &state) != 1) state = 'R';   /* a name with a ')' in it */
-    fclose(file);
-    return state != 'Z' && state != 'X';
+    int descriptor = process_end(pid);
+    if (descriptor < 0)
+        return errno != ESRCH && errno != EINVAL && (kill(pid, 0) == 0 || errno == EPERM);   /* no descriptor is free */
+    bool alive = !has_ended(descriptor);
+    close(descriptor);
+    return alive;
 }
 
 int bare_tgid(int pid)

@@ -115,7 +115,8 @@ API int aclrtDeviceGetBareTgid(int32_t *pid)
 
 API const char *aclrtGetSocName(void) { return setting("CANN_DOUBLE_SOC", "Ascend910B4"); }
 
-/* Of the current card to another one: in one direction, in this process. [rt 9.0.0 aclrt_impl/memory.cpp] */
+/* Of the current card to another one: in one direction, in this process. A card is no peer of its own.
+ * [rt 8.5.0 to 9.2.0 aclrt_impl/memory.cpp] */
 static _Atomic uint64_t peers_of[CARDS];
 
 bool reaches_peer(int card, int peer)
@@ -123,20 +124,26 @@ bool reaches_peer(int card, int peer)
     return (peers_of[card] >> peer & 1) && !fault_strikes(FAULT_NO_PEER_ACCESS, card);
 }
 
+static int not_a_peer(int32_t device)
+{
+    return refuse(ACL_ERROR_INVALID_PARAM, "device %d is asked for peer access to itself", device);
+}
+
 static int find_peer(int32_t device, int *card, int *peer)
 {
     int code = enter(card);
     *peer = card_of_device(device);
     if (code) return code;
-    return *peer < 0 ? refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d", device) : ACL_SUCCESS;
+    if (*peer < 0) return refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d", device);
+    return *card == *peer ? not_a_peer(device) : ACL_SUCCESS;
 }
 
 API int aclrtDeviceEnablePeerAccess(int32_t device, uint32_t flags)
 {
+    if (flags) return refuse(ACL_ERROR_FEATURE_UNSUPPORTED, "aclrtDeviceEnablePeerAccess: flags %u", flags);
     int card, peer, code = find_peer(device, &card, &peer);
     if (code) return code;
-    if (flags) return refuse(ACL_ERROR_RT_PARAM_INVALID, "aclrtDeviceEnablePeerAccess: flags %u", flags);
-    if (card != peer && fault_strikes(FAULT_NO_PEER_ACCESS, card))
+    if (fault_strikes(FAULT_NO_PEER_ACCESS, card))
         return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "card %d has no peer access to card %d", card, peer);
     peers_of[card] |= 1ULL << peer;
     return ACL_SUCCESS;
@@ -150,9 +157,10 @@ API int aclrtDeviceDisablePeerAccess(int32_t device)
 }
 API int aclrtDeviceCanAccessPeer(int32_t *can, int32_t device, int32_t peer)
 {
+    if (device == peer) return not_a_peer(device);
     if (card_of_device(device) < 0 || card_of_device(peer) < 0)
         return refuse(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d or %d", device, peer);
-    *can = device != peer;
+    *can = 1;
     return ACL_SUCCESS;
 }
 

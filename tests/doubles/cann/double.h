@@ -28,6 +28,7 @@ enum {
     ACL_ERROR_RT_INVALID_HANDLE = 107017,
     ACL_ERROR_RT_THREAD_SUBSCRIBE = 107012,
     ACL_ERROR_RT_WAIT_TIMEOUT = 107019,
+    ACL_ERROR_FEATURE_UNSUPPORTED = 200006,
     ACL_ERROR_RT_FEATURE_NOT_SUPPORT = 207000,
     ACL_ERROR_RT_MEMORY_ALLOCATION = 207001,
     ACL_ERROR_RT_NO_PERMISSION = 207006,
@@ -147,6 +148,8 @@ void release_the_dead(void);                              /* gives up what kille
 uint64_t card_bytes_used(int card);
 uint64_t card_bytes_total(void);
 bool process_is_alive(int pid);
+int process_end(int pid);                       /* a descriptor for `has_ended`, -1 if there is none */
+bool has_ended(int descriptor);                 /* also if nobody has waited for the process yet */
 int bare_tgid(int pid);
 int open_segment_memory(const struct segment *segment);   /* a holder's memfd, opened here; -1: it cannot be had */
 /* Whether this process may open the card now, by the mount namespaces of those that have it open. */
@@ -157,6 +160,7 @@ struct key *board_keys(void);
 uint64_t board_next_key(void);
 struct key *key_create(struct segment *segment, uint64_t offset, uint64_t bytes, bool any_pid);
 struct key *key_named(const char *name);                  /* open, and its owner alive; or NULL */
+bool key_is_closed(uint64_t serial);                      /* without the board's lock; its owner may have died */
 struct key *key_with_serial(uint64_t serial);             /* as key_named */
 void key_name(const struct key *key, char name[KEY_BYTES]);
 void key_close(struct key *key);
@@ -217,7 +221,7 @@ struct range {
     uint64_t page;             /* an allocation's */
     struct piece *pieces;      /* what is mapped into it, by offset; one piece unless a reservation */
     uint64_t key;              /* an import's: serial of the key, its owner, how often it is open, is its name forgotten */
-    int exporter, opened;
+    int exporter, exporter_end, opened;
     bool forgotten;
 };
 void memory_lock(void);

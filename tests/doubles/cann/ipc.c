@@ -120,6 +120,7 @@ static int import_fresh(struct key *key, int card, void **address)
     range->pieces->file_offset = key->offset;
     range->key = key->serial;
     range->exporter = key->owner;
+    range->exporter_end = process_end(key->owner);
     range->opened = 1;
     madvise(range->alias, range->bytes, MADV_POPULATE_WRITE);   /* all at once, as a driver does; only faster than later */
     *address = range->base;

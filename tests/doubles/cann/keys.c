@@ -93,6 +93,13 @@ struct key *key_create(struct segment *segment, uint64_t offset, uint64_t bytes,
     return NULL;
 }
 
+bool key_is_closed(uint64_t serial)
+{
+    const struct key *key = &board_keys()[serial % KEYS];
+    return __atomic_load_n(&key->serial, __ATOMIC_ACQUIRE) != serial ||
+           __atomic_load_n(&segment_at(key->slot)->serial, __ATOMIC_ACQUIRE) != key->segment;
+}
+
 struct key *key_with_serial(uint64_t serial)
 {
     struct key *key = &board_keys()[serial % KEYS];

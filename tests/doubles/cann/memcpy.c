@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum kind { HOST_TO_HOST, HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, BY_ADDRESS };
 
@@ -60,10 +61,37 @@ static int prepare(const char *what, struct place *to, void *destination, size_t
     return ACL_SUCCESS;
 }
 
+static const struct segment *segment_behind(const struct place *place)
+{
+    struct piece *piece = piece_at(place->range, place->offset);
+    return piece ? segment_at(piece->slot) : NULL;
+}
+
+static bool is_imported_chunk(const struct segment *segment) { return segment->is_chunk && segment->owner != getpid(); }
+
+/* What is copied from device to device without a stream goes through the driver, which copies no imported chunk within
+ * its card. [drv 8.5.0 svm_master_memcpy.c:376, 9.0.0:378: EOPNOTSUPP] Between cards a user's fails with 507899, and
+ * works in a stream (910A, CANN 9.0); the source copies it as between host and device: the worse is assumed. */
+static int may_copy_without_a_stream(const struct place *to, const struct place *from)
+{
+    if (!to->on_device || !from->on_device) return ACL_SUCCESS;
+    memory_lock();
+    board_lock();
+    const struct segment *one = segment_behind(from), *other = segment_behind(to);
+    bool between_cards = one && other && one->card != other->card;
+    bool with_chunk = one && other && (is_imported_chunk(one) || is_imported_chunk(other));
+    board_unlock();
+    memory_unlock();
+    if (between_cards) return refuse(ACL_ERROR_RT_DRV_INTERNAL_ERROR, "a copy between cards needs a stream");
+    if (with_chunk) return refuse(ACL_ERROR_RT_FEATURE_NOT_SUPPORT, "a copy of an imported chunk within its card needs a stream");
+    return ACL_SUCCESS;
+}
+
 static int copy_now(const char *what, void *destination, size_t room, const void *source, size_t bytes, int kind, int card)
 {
     struct place to, from;
     int code = prepare(what, &to, destination, room, &from, source, bytes, kind, card);
+    if (!code) code = may_copy_without_a_stream(&to, &from);
     if (!code) code = hazard_check_read(what, source, bytes);
     if (!code) code = hazard_check_write(what, destination, bytes);
     return code ? code : copy_places(&to, &from, bytes);

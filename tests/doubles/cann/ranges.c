@@ -47,7 +47,7 @@ struct range *range_create(enum range_kind kind, uint64_t bytes, uint64_t alignm
         arena = arena_next = reserved;
     }
     struct range *range = calloc(1, sizeof *range);
-    *range = (struct range){ .kind = kind, .bytes = bytes, .requested = bytes, .card = card };
+    *range = (struct range){ .kind = kind, .bytes = bytes, .requested = bytes, .card = card, .exporter_end = -1 };
     range->base = (char *)round_up((uint64_t)arena_next, alignment);
     range->alias = reserve_alias(bytes);
     if (!range->alias || range->base + bytes + PAGE_BYTES > arena + arena_bytes) {
@@ -90,6 +90,7 @@ void range_destroy(struct range *range)
 {
     while (range->pieces) range_unmap(range, range->pieces);
     munmap(range->alias, range->bytes);
+    if (range->exporter_end >= 0) close(range->exporter_end);
     size_t index = 0;
     while (ranges[index] != range) index++;
     memmove(&ranges[index], &ranges[index + 1], (--number - index) * sizeof *ranges);
@@ -119,11 +120,10 @@ struct range *import_of(uint64_t key_serial)
 
 bool place_is_dead(const struct place *place)
 {
-    if (!place->on_device || place->range->kind != RANGE_IMPORT) return false;
-    board_lock();
-    bool dead = !key_with_serial(place->range->key);
-    board_unlock();
-    return dead;
+    const struct range *range = place->range;
+    if (!place->on_device || range->kind != RANGE_IMPORT) return false;
+    if (key_is_closed(range->key)) return true;
+    return range->exporter_end < 0 ? !process_is_alive(range->exporter) : has_ended(range->exporter_end);
 }
 
 /* Pages that are not there any more: the device faults. A process whose exporter died cannot help it; one that uses

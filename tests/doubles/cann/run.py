@@ -1,4 +1,4 @@
-"""Runs a command on an emulated host: `python -m doubles.cann.run [--cards N] COMMAND ...`.
+"""Runs a command on an emulated host: `python -m doubles.cann.run [--cards N] [--visible LIST] COMMAND ...`.
 
 What the command starts finds the double where it would find Ascend's driver: brokers by their settings
 (`cards.library_path`, `cards.preload`), which `weight-broker demo` and `ascend-check` hand to their own processes too.
@@ -16,9 +16,9 @@ from doubles.cann.build import CannotBuild, build
 from doubles.cann.control import CannHost
 
 
-def variables(host: CannHost) -> dict[str, str]:
-    """For a command that starts brokers and instances on the host."""
-    double = host.environment()
+def variables(host: CannHost, *, visible: str | None = None) -> dict[str, str]:
+    """For a command that starts brokers and instances on the host. `visible`: as `CannHost.environment`."""
+    double = host.environment(visible=visible)
     return {
         "WEIGHT_BROKER_CARDS_PRELOAD": double.pop("LD_PRELOAD"),
         "WEIGHT_BROKER_CARDS_LIBRARY_PATH": double.pop("LD_LIBRARY_PATH"),
@@ -30,6 +30,7 @@ def main() -> int:
     """The command's exit status."""
     parser = argparse.ArgumentParser(prog="doubles.cann.run")
     parser.add_argument("--cards", type=int, default=4)
+    parser.add_argument("--visible", metavar="LIST", help="ASCEND_RT_VISIBLE_DEVICES (1 to --cards)")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     try:
@@ -37,7 +38,7 @@ def main() -> int:
     except CannotBuild as error:
         sys.exit(str(error))
     with CannHost(cards=options.cards) as host:
-        child = subprocess.Popen(options.command, env=os.environ | variables(host))
+        child = subprocess.Popen(options.command, env=os.environ | variables(host, visible=options.visible))
         # The command ends in order and this process after it, whoever is told to end.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())

@@ -28,12 +28,13 @@ def reports(result: dict[str, Any]) -> list[dict[str, Any]]:
     [
         ("untied", {}),
         ("tied", {}),
+        ("untied", {"dtype": "float32"}),
         ("moe", {}),
         ("untied", {"multiprocessing": True}),
         ("untied", {"tensor_parallel_size": 2}),
         ("untied", {"model_loader_extra_config": {"zero_copy": True}}),
     ],
-    ids=["untied", "tied", "mixture-of-experts", "spawned", "two-ranks", "zero-copy"],
+    ids=["untied", "tied", "float32", "mixture-of-experts", "spawned", "two-ranks", "zero-copy"],
 )
 def test_weights_from_a_peer_give_the_answers_of_the_disk(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path], model: str, options: dict[str, Any]
@@ -53,6 +54,23 @@ def test_weights_from_a_peer_give_the_answers_of_the_disk(
         groups = {one.load_group.group_id for one in broker.publications() if one.publication_id in sources}
         assert len(sources) == ranks
         assert len(groups) == 1, "all ranks from the ranks of one engine"
+
+
+def test_experts_are_shared_as_post_processing_leaves_them_unless_it_packs_other_weights(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    """Which weights vLLM packs depends on the processor. The answers do not."""
+    from_disk = start_engine(models["moe"], through_broker=False).result()["digest"]
+    processed: dict[str, Any] = {"model_loader_extra_config": {"stage": "runtime"}}
+    first = start_engine(models["moe"], hold=True, **processed).result()
+    second = start_engine(models["moe"], **processed).result()
+    (publisher,), (receiver,) = reports(first), reports(second)
+    if publisher["publication_id"]:
+        assert receiver["source"] == "peer"
+    else:
+        assert "in no tensor any more" in publisher["not_published"]
+        assert receiver["source"] == "disk"
+    assert [first["digest"], second["digest"]] == [from_disk, from_disk]
 
 
 def test_random_weights_answer_otherwise(start_engine: Start, models: dict[str, Path]) -> None:

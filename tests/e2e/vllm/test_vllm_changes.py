@@ -22,36 +22,26 @@ def offered(result: dict[str, Any], call: int) -> tuple[bool, str]:
     return bool(report["publication_id"]), report["not_published"]
 
 
-def test_a_sleep_retracts_and_waking_up_publishes_again(
+def test_a_sleep_leaves_a_copy_published_and_a_change_retracts_it(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
-    calls = [
-        "sleep [1]",
-        "reports",
-        "wake_up",
-        "reports",
-        "reload_weights",
-        "reports",
-        "generate",
-        "wake_up",
-        "reports",
-    ]
+    """What is published in host memory is a copy of the loaded weights. test_engine_on_gpu.py has memory that is
+    published in place."""
+    calls = ["sleep [1]", "scribble", "wake_up", "reports", "reload_weights", "reports", "generate"]
     result = start_engine(models["untied"], hold=True, calls=calls).result()
-    assert offered(result, 1) == (False, "retracted: the engine goes to sleep")
     assert offered(result, 3) == (True, "")
     assert offered(result, 5) == (False, "retracted: reload_weights changes the weights")
     assert result["calls"][6] == result["digest"]
-    assert offered(result, 8)[0] is False, "nobody knows what the weights are after a change"
     assert broker.publications() == []
 
 
-def test_weights_that_changed_in_a_sleep_are_not_published_again(
+def test_a_peer_is_filled_from_an_engine_whose_own_weights_a_sleep_has_changed(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
-    calls = ["sleep [1]", "scribble", "wake_up", "reports"]
-    result = start_engine(models["untied"], hold=True, calls=calls).result()
-    assert offered(result, 3) == (False, "the sleep changed the weights")
-    assert broker.publications() == []
+    first = start_engine(models["untied"], hold=True, calls=["sleep [1]", "scribble"]).result()
+    second = start_engine(models["untied"]).result()
+    assert [report["source"] for (report,) in second["reports"]] == ["peer"]
+    assert second["digest"] == first["digest"]
 
 
 def test_weights_that_are_loaded_into_the_model_are_retracted_first(

@@ -29,24 +29,22 @@ def only(result: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def test_weights_that_post_processing_moves_are_not_published(
+def test_weights_that_are_to_be_shared_as_processed_and_cannot_are_not_published(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
-    """On a processor, float32 weights are packed into objects that no tensor shows."""
-    plain = start_engine(models["untied"], through_broker=False, dtype="float32").result()
-    first = start_engine(models["untied"], dtype="float32", hold=True).result()
+    plain = start_engine(models["untied"], through_broker=False).result()
+    runtime: dict[str, Any] = {"model_loader_extra_config": {"stage": "runtime"}}
+    first = start_engine(models["untied"], hold=True, **runtime).result()
     report = only(first)
-    assert report["source"] == "disk"
-    assert report["publication_id"] == ""
-    assert "post-processing moved or replaced" in report["not_published"]
-    assert "bytes are in no tensor any more" in report["not_published"]
-    second = only(other := start_engine(models["untied"], dtype="float32").result())
-    assert second["source"] == "disk", "nobody waits for what cannot be published"
+    assert (report["source"], report["publication_id"]) == ("disk", "")
+    assert "no quantization method of this model is on the list" in report["not_published"]
+    second = only(other := start_engine(models["untied"], **runtime).result())
+    assert second["source"] == "disk", "an engine does not wait for what cannot be published"
     assert "cannot be published" in second["acquire_error"]
     assert [first["digest"], other["digest"]] == [plain["digest"]] * 2
     answer = broker.inspection.Explain(inspection.ExplainRequest(weight_set_id=report["weight_set_id"]), timeout=60)
     assert answer.outcome == inspection.ExplainResponse.OUTCOME_UNPUBLISHABLE
-    assert "post-processing moved" in answer.summary
+    assert "no quantization method" in answer.summary
 
 
 def test_without_a_broker_the_disk_is_read_at_once(start_engine: Start, models: dict[str, Path]) -> None:
@@ -88,7 +86,7 @@ def test_a_broker_that_is_killed_while_an_engine_waits_sends_it_to_the_disk(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
     slow = "import time\nfrom weight_broker.integrations.engine.load import Load\n"
-    slow += "Load._publish = lambda self, model: time.sleep(1e6)\n"
+    slow += "Load._offer = lambda self, tensors, refusal: time.sleep(1e6)\n"
     start_engine(models["untied"], before=slow)  # it holds the lease and does not get on
     eventually(lambda: broker.host().cold_load_lease_count == 1, within=900, every=0.5)
     waiting = start_engine(models["untied"])
@@ -155,16 +153,15 @@ def test_half_the_ranks_unservable_sends_all_to_the_disk(
     assert second["digest"] == first["digest"]
 
 
-@pytest.mark.parametrize(("dtype", "same"), [("float32", False), ("bfloat16", True)])
 def test_publishing_what_post_processing_left_corrupts_silently(
-    broker: BrokerProcess, start_engine: Start, models: dict[str, Path], dtype: str, same: bool
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
-    """Why float32 is refused: so forced, the answers are others, and nothing says so. A test of the tests above. Where
-    post-processing leaves the weights alone the same way gives the right answers."""
-    plain = start_engine(models["untied"], through_broker=False, dtype=dtype).result()
-    start_engine(models["untied"], dtype=dtype, before=FORCED.format(role="publish"), hold=True).result()
-    forced = start_engine(models["untied"], dtype=dtype, before=FORCED.format(role="acquire")).result()
-    assert (forced["digest"] == plain["digest"]) is same
+    """Why weights are published before post-processing, which packs float32 weights into objects that no tensor shows.
+    Forced into the other order, the answers are others, and nothing says so. A test of the tests above."""
+    plain = start_engine(models["untied"], through_broker=False, dtype="float32").result()
+    start_engine(models["untied"], dtype="float32", before=FORCED.format(role="publish"), hold=True).result()
+    forced = start_engine(models["untied"], dtype="float32", before=FORCED.format(role="acquire")).result()
+    assert forced["digest"] != plain["digest"]
 
 
 def test_an_unknown_option_is_named_with_those_that_there_are(start_engine: Start, models: dict[str, Path]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from doubles.cann.control import CannHost, card_name
 from support import acl, card_actions, npu_actions
 from support.acl import CHUNK
 from support.card_process import CardProcess
-from support.cards import CardScene
+from support.cards import CardScene, move
 from support.npu_actions import Place, Shared
 from weight_broker.layout import MemoryFormat
 from weight_broker.memory.npu.kind import Segment, SegmentKind, describe_device
@@ -127,6 +129,19 @@ def test_publications_of_one_instance_that_share_segments_and_chunks_come_and_go
         assert not {"imports", "mappings", "reservations"} & set(scene.host.live(pid))
 
     scene.run(scenario)
+
+
+@pytest.mark.parametrize("chunks", [False, True], ids=["plain allocations", "chunks"])
+def test_a_region_that_names_the_card_of_its_process_needs_no_peer_access(scene: CardScene, chunks: bool) -> None:
+    """The runtime refuses a card peer access to itself."""
+    source, destination = scene.own(0, 2 * MIB, seed=3, chunks=chunks), scene.own(1, 2 * MIB, chunks=chunks)
+
+    async def scenario(cards: CardSupervisor) -> None:
+        await cards.register(source.card, replace(source.region, device_id=source.card))
+        await move(cards, source, destination)
+
+    scene.run(scenario)
+    assert destination.digest() == source.digest()
 
 
 def test_chunks_of_a_container_that_counts_the_cards_otherwise_are_refused_and_keys_are_not(scene: CardScene) -> None:

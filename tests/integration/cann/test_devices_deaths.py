@@ -16,6 +16,7 @@ from support.datasystem_worker import DatasystemWorker, free_ports
 from support.device_host import DeviceHost, cards, published_on, wait_until_idle
 from support.device_scene import MODEL, SLOW, Scene
 from support.waiting import eventually
+from weight_broker.v1 import resources_pb2
 
 MIB = 1 << 20
 ENGINE_WAITS = 60.0
@@ -154,7 +155,7 @@ def test_a_killed_broker_leaves_nobody_sure_of_the_memory_and_a_new_one_has_the_
     assert len(children) == 2
     scene.broker.kill()
     outcome = acquiring(50)
-    assert (outcome.error, outcome.touched, outcome.quiesced) == ("BrokerUnavailable", True, False)
+    assert (outcome.error, outcome.touched, outcome.quiesced) == ("TransferFailed", True, False)
     eventually(lambda: not any(map(is_alive, children)))
     scene.cann.clear()
     scene.broker.start()
@@ -163,6 +164,10 @@ def test_a_killed_broker_leaves_nobody_sure_of_the_memory_and_a_new_one_has_the_
     outcome = other.call(instance.acquire, "model")
     assert (outcome.error, outcome.source) == ("", "first")
     assert other.call(instance.digest, "model") == first.call(instance.digest, "model")
+    assert receiver.call(instance.exports) == 1, "only the lost broker could have said that nothing writes"
+    receiver.call(instance.close)
+    assert receiver.call(instance.exports) == 0
+    receiver.call(instance.free, "model")
 
 
 @pytest.mark.parametrize("role", ["sender", "receiver"])
@@ -200,16 +205,30 @@ def test_a_retraction_waits_for_its_reader_and_then_the_memory_can_be_freed(scen
     assert scene.cann.violations() == []
 
 
-def test_wrong_bytes_are_found_and_their_source_is_not_read_again(scene: Scene) -> None:
+def test_wrong_bytes_are_found_and_their_source_is_not_read_again_by_this_receiver(scene: Scene) -> None:
+    """The broker cannot read the memory: one report keeps the two apart, and takes the source from no other."""
     scene.publisher("first", 0)
-    receiver = scene.receiver("receiver", 1)
+    receiver, other = scene.receiver("receiver", 1), scene.receiver("other", 1)
     scene.cann.inject(Fault.CORRUPT_LINK, card=1)
     outcome = receiver.call(instance.acquire, "model")
     assert (outcome.error, outcome.touched, outcome.quiesced) == ("IntegrityError", True, True)
     scene.cann.clear()
-    assert receiver.call(instance.acquire, "model").error == "WeightsNotFound"
-    (publication,) = scene.broker.publications()
-    assert "tensors layer" in publication.quarantine_reason
+    again = receiver.call(instance.acquire, "model")
+    assert (again.error, again.touched) == ("TransferFailed", False)
+    assert "this process reported wrong bytes" in again.message
+    assert "tensors layer" in again.message
+    assert other.call(instance.acquire, "model").source == "first"
+
+
+def test_wrong_bytes_that_two_receivers_report_quarantine_the_source(scene: Scene) -> None:
+    scene.publisher("first", 0)
+    receivers = [scene.receiver(f"receiver-{number}", 1) for number in range(2)]
+    scene.cann.inject(Fault.CORRUPT_LINK, card=1)
+    for receiver in receivers:
+        assert receiver.call(instance.acquire, "model").error == "IntegrityError"
+    scene.cann.clear()
+    eventually(lambda: scene.broker.publications()[0].state == resources_pb2.Publication.STATE_QUARANTINED)
+    assert scene.receiver("third", 1).call(instance.acquire, "model").error == "WeightsNotFound"
 
 
 def test_a_dead_source_costs_its_own_publication_and_the_others_on_its_card_are_served(scene: Scene) -> None:
@@ -279,7 +298,7 @@ def test_without_a_worker_publishing_is_refused_at_once_with_the_reason(
     (port,) = free_ports(1)
     broker = device_host.start_broker(worker_port=port)
     process = device_host.start_instance("first")
-    process.call(instance.create, "model", 0, MODEL, 7)
+    process.call(instance.create, "model", 0, MODEL, 8)
     outcome = process.call(instance.acquire_or_load, "model", 7)
     assert outcome.source == "disk"
     assert f"no datasystem worker answers at 127.0.0.1:{port}" in outcome.message

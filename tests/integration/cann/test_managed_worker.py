@@ -116,6 +116,44 @@ async def test_a_worker_that_dies_is_told_and_started_again_where_it_was(state: 
 
 
 @on_a_loop
+async def test_a_worker_that_hangs_is_told_and_replaced(state: Path) -> None:
+    changes: list[bool] = []
+    worker = ManagedWorker(SETTINGS, state, on_change=lambda: changes.append(worker.is_ready))
+    host, port = await worker.start()
+    try:
+        assert await worker.wait_ready(START_SECONDS), worker.problem
+        first = worker.pid
+        with capture_logs() as logs:
+            os.kill(first, signal.SIGSTOP)
+            await until(lambda: worker.problem == managed_worker.HANGS)
+            assert not worker.is_ready
+            await until(lambda: "hung and was killed" in worker.problem)
+            assert not is_running(first)
+            assert await worker.wait_ready(START_SECONDS), worker.problem
+        assert worker.pid not in (0, first)
+        failed = "datasystem_worker_failed"
+        assert [entry["event"] for entry in logs] == [failed, failed, "datasystem_worker_ready"]
+        assert changes == [True, False, False, True]
+        await asyncio.to_thread(round_trip, host, port)
+    finally:
+        await worker.close()
+
+
+@on_a_loop
+async def test_a_worker_that_hung_for_a_moment_goes_on(state: Path) -> None:
+    async with managed(state) as worker:
+        host, port = await worker.start()
+        assert await worker.wait_ready(START_SECONDS), worker.problem
+        first = worker.pid
+        os.kill(first, signal.SIGSTOP)
+        await until(lambda: not worker.is_ready)
+        os.kill(first, signal.SIGCONT)
+        assert await worker.wait_ready(START_SECONDS), worker.problem
+        assert (worker.pid, worker.problem) == (first, "")
+        await asyncio.to_thread(round_trip, host, port)
+
+
+@on_a_loop
 async def test_weights_move_between_cards_through_a_managed_worker(
     state: Path, cann_host: CannHost, start_process: Callable[..., CardProcess]
 ) -> None:

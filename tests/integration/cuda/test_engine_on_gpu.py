@@ -24,6 +24,18 @@ def test_an_engine_loads_and_publishes_and_the_next_one_is_filled_from_it(gpu_ho
     assert gpu_host.cuda.violations() == []
 
 
+@pytest.mark.parametrize(("scribble", "republished"), [(False, 1), (True, 0)])
+def test_a_sleep_retracts_what_is_published_in_place_and_waking_up_publishes_what_has_not_changed(
+    gpu_host: GpuHost, scribble: bool, republished: int
+) -> None:
+    broker = gpu_host.start_broker()
+    first = gpu_host.start_instance("first")
+    first.call(engine.make, 0)
+    assert first.call(engine.load).is_published
+    assert first.call(engine.sleep, scribble=scribble) == (1, republished)
+    assert len(published_on(broker)) == republished
+
+
 @pytest.mark.parametrize("fault", [Fault.OUT_OF_MEMORY, Fault.OPEN_REFUSED, Fault.MAPPED_MEMORY])
 def test_a_driver_that_fails_costs_the_publication_and_not_the_load(gpu_host: GpuHost, fault: Fault) -> None:
     gpu_host.start_broker()

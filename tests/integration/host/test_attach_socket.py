@@ -60,6 +60,17 @@ def too_small() -> int:
     return sealed_memory(REGION_BYTES - 1)
 
 
+def reserved_huge_pages() -> int:
+    """Memory of huge pages, of which the machine may have none: a reader dies of the first byte."""
+    try:
+        descriptor = os.memfd_create("huge", os.MFD_HUGETLB | os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, 2 << 20)
+    except OSError:
+        pytest.skip("this kernel has no huge pages of 2 MiB")
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, ALL_SEALS)
+    return descriptor
+
+
 def regular_file() -> int:
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(REGION_BYTES)
@@ -89,7 +100,19 @@ def own_memory() -> int:
 
 
 @pytest.mark.parametrize(
-    "make", [unsealed, partly_sealed, too_small, regular_file, pipe, unix_socket, directory, device, own_memory]
+    "make",
+    [
+        unsealed,
+        partly_sealed,
+        too_small,
+        reserved_huge_pages,
+        regular_file,
+        pipe,
+        unix_socket,
+        directory,
+        device,
+        own_memory,
+    ],
 )
 def test_what_is_no_sealed_memfd_of_that_size_is_refused_and_not_kept(
     broker: BrokerProcess, client: RawClient, make: Callable[[], int]

@@ -109,8 +109,9 @@ def test_json_needs_no_rich(publisher: BrokerClient, run: Run, monkeypatch: pyte
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
-    code, _, err = run("status")
-    assert (code, "pip install" in err) == (2, True)
+    for command in (("status",), ("explain", KEY.id)):
+        code, _, err = run(*command)
+        assert (code, "pip install" in err) == (2, True)
     for command in (("status",), ("explain", KEY.id)):
         code, out, _ = run(*command, "--json")
         assert code == 0

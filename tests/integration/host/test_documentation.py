@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import socket
+import sys
 import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -44,15 +47,20 @@ NOT_RUN = {
     r"ASCEND_RT_VISIBLE_DEVICES=. vllm serve .*": "needs an NPU and vLLM",
     r"vllm serve .*": "needs vLLM; tests/e2e/vllm runs engines with the same load format",
     r"sglang serve .*": "needs SGLang; tests/e2e/sglang runs its loaders with the same load format",
-    r"weight-broker demo --device npu .*": "needs NPUs; tests/integration/cann/test_demo_ascend.py has a double",
+    r"(TMPDIR=\S+ )?weight-broker demo --device npu .*": "needs NPUs; tests/integration/cann runs it on a double",
     r"deploy/ascend-check.sh .*": "needs NPUs; tests/integration/cann/test_ascend_check.py has a double",
-    r"grpcurl .*": "is not a package that tests can depend on; the same is asked with buf curl",
 }
 """Commands that cannot run in a test, each with the reason. All others run."""
+
+if shutil.which("grpcurl", path=os.path.dirname(sys.executable)) is None:
+    NOT_RUN[r"grpcurl .*"] = "has a package for x86_64 only; the same is asked with buf curl"
 
 RUN_INSTEAD = {
     "make demo": "make --dry-run demo",  # takes minutes and gigabytes; the demo has tests of its own
     "make test": "make --dry-run test",  # this is part of it
+    "make torture": "make --dry-run torture",  # minutes; tests/integration/host/test_campaign.py is a short one
+    "make torture TORTURE_ARGUMENTS='--seed 7 --seconds 3600 --seats 8'": "make --dry-run torture",  # an hour
+    "make fuzz": "make --dry-run fuzz",  # needs atheris; tests/fuzzing feeds the same parsers
     "make demo-ascend-double": "make --dry-run demo-ascend-double",  # minutes; tests/integration/cann runs the same
     # Without an end of its own.
     "weight-broker watch": "timeout --preserve-status --signal=INT 3 weight-broker watch || test $? = 130",

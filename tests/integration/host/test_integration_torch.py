@@ -115,7 +115,7 @@ def test_what_a_load_raises_passes_through_and_leaves_no_lease(broker: BrokerPro
 
 
 def test_a_module_without_memory_takes_the_resident_weights(new_client: NewClient) -> None:
-    source = trained()
+    source = trained().requires_grad_(False)
     client = new_client()
     client.publish(KEY, tensors_of(source))
     module = on_meta()
@@ -124,7 +124,7 @@ def test_a_module_without_memory_takes_the_resident_weights(new_client: NewClien
     assert torch.equal(answers(module), answers(source))
     assert module.output.weight is module.embedding.weight
     assert module.state_dict().keys() == source.state_dict().keys(), "a buffer changed its kind"
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert all(parameter.requires_grad for parameter in module.parameters()), "as of the module, whatever the source's"
 
 
 def test_a_module_that_does_not_fit_stays_as_it_is(new_client: NewClient) -> None:
@@ -175,8 +175,26 @@ def test_empty_memory_keeps_ties_types_and_shapes() -> None:
         assert (tensor.dtype, tensor.shape, tensor.stride()) == (wanted.dtype, wanted.shape, wanted.stride()), name
 
 
-def test_a_tensor_that_is_no_buffer_is_refused_by_name() -> None:
+def test_a_tensor_that_is_no_buffer_gets_memory_too() -> None:
     module = on_meta()
     module.norm.table = torch.empty(3, device="meta")
-    with pytest.raises(InvalidArgument, match=r"norm\.table"):
+    materialise_empty(module)
+    assert tensors_of(module)["norm.table"] is module.norm.table
+    assert not module.norm.table.is_meta
+
+
+def test_a_view_that_nothing_shows_keeps_a_module_on_the_meta_device() -> None:
+    module = on_meta()
+    hidden = module.norm.weight.detach()[1:]
+    with pytest.raises(InvalidArgument, match=r"norm\.weight"):
         materialise_empty(module)
+    assert all(tensor.is_meta for tensor in [hidden, *tensors_of(module).values()])
+
+
+def test_a_view_that_nothing_shows_sees_the_weights_of_a_module_with_memory(new_client: NewClient) -> None:
+    source, module = trained(), trained(1)
+    new_client().publish(KEY, tensors_of(source))
+    hidden = module.norm.weight.detach()[1:]
+    attach_module(module, KEY, new_client())
+    assert torch.equal(answers(module), answers(source))
+    assert torch.equal(hidden, source.norm.weight[1:])

@@ -9,6 +9,7 @@ import pytest
 from support import actions
 from support.broker_process import BrokerProcess
 from support.instance_process import InstanceProcess
+from support.waiting import eventually
 from weight_broker import AcquireTimeout, IntegrityError, TransferFailed
 from weight_broker.v1 import resources_pb2
 
@@ -24,9 +25,9 @@ def test_a_flipped_byte_raises_and_quarantines_the_source(broker: BrokerProcess,
         reader.call(actions.acquire, "model")
     assert failed.value.touched
     assert failed.value.quiesced
+    eventually(lambda: broker.publications()[0].state == resources_pb2.Publication.STATE_QUARANTINED)
     (source,) = broker.publications()
     assert source.publication_id == publication_id
-    assert source.state == resources_pb2.Publication.STATE_QUARANTINED
     assert "layers." in source.quarantine_reason, "the reason names the tensor"
     assert broker.transfers()[0].state == resources_pb2.Transfer.STATE_FAILED
 

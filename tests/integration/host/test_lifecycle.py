@@ -24,6 +24,7 @@ from support.broker_process import BrokerProcess
 from support.raw_client import RawClient, publish_request
 from support.waiting import eventually
 from weight_broker.v1 import inspection_service_pb2 as inspection
+from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
 
 StartBroker = Callable[..., BrokerProcess]
@@ -211,6 +212,40 @@ def test_metrics_are_served_where_they_are_asked_for_and_nowhere_else(
     assert "weight_broker_instances " in text
     assert f'grpc_server_call_duration_seconds_count{{{publish},grpc_status="OK"}} 1.0' in text
     assert broker.terminate() == 0
+
+
+def test_every_series_is_there_before_its_first_event_and_hits_differ_from_misses(
+    start_broker: StartBroker, unused_port: int
+) -> None:
+    listen = f"127.0.0.1:{unused_port}"
+    broker = start_broker(WEIGHT_BROKER_METRICS_LISTEN=listen)
+
+    def samples() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{listen}/metrics", timeout=60) as answer:
+            lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def outcomes() -> dict[str, float]:
+        prefix = 'weight_broker_acquisitions_total{outcome="'
+        return {name.removeprefix(prefix)[:-2]: count for name, count in samples().items() if name.startswith(prefix)}
+
+    first = samples()
+    for method in ("Acquire", "Publish", "ReportTransfer"):
+        label = f'grpc_method="weight_broker.v1.WeightBrokerService/{method}"'
+        assert first[f"grpc_server_call_started_total{{{label}}}"] == 0
+        assert first[f'grpc_server_call_duration_seconds_count{{{label},grpc_status="OK"}}'] == 0
+    begun = outcomes()
+    assert set(begun.values()) == {0}
+    assert {"transferred", "cold_load", "weights_not_found", "integrity_error", "transfer_failed"} <= begun.keys()
+    with running_transfer(broker) as (reader, call, transfer_id):
+        reader.report_success(transfer_id)
+        assert next(call).HasField("done")
+        with pytest.raises(grpc.RpcError):
+            next(reader.acquire("absent"))
+        assert next(reader.acquire("absent", if_absent=pb.IF_ABSENT_LOAD)).HasField("cold_load")
+        ended = {name: count for name, count in outcomes().items() if count}
+        assert ended == {"transferred": 1, "weights_not_found": 1, "cold_load": 1}
+        assert outcomes().keys() == begun.keys()
 
 
 def test_without_metrics_the_broker_has_no_network_socket(broker: BrokerProcess) -> None:

@@ -6,8 +6,10 @@ from weight_brokerd.ascend_check.contract.driver import (
     CHUNK,
     OUT_POINTER,
     OUT_SIZE,
+    WITHIN_DEVICE,
     DriverProcess,
     Scene,
+    i32,
     pointer,
     size,
     u64,
@@ -190,6 +192,25 @@ def gone(scene: Scene) -> object:
     exporter, importer, _, shareable = _shared(scene)
     exporter.kill()
     return importer.adopt(shareable).code
+
+
+@row(
+    "P11.copy",
+    "aclrtMemcpy",
+    "aclrtMemcpyAsync",
+    done="an imported chunk, copied into own memory of its card without a stream; in a stream: its bytes",
+    expected=(REFUSED, 0, _BYTES),
+    context="a thread with a device",
+    source="drv 8.5.0 svm_master_memcpy.c:376, 9.0.0:378: EOPNOTSUPP",
+    needed_by="NpuDriver.copy has a stream: an instance is filled on the card of its source",
+)
+def copied(scene: Scene) -> object:
+    _, importer, _, shareable = _shared(scene)
+    mapped, own = importer.reserve(), importer.malloc(CHUNK)
+    importer.map(mapped, int(importer.adopt(shareable).value))
+    ends = pointer(own), size(CHUNK), pointer(mapped), size(CHUNK)
+    refused = importer.code("aclrtMemcpy", *ends, i32(WITHIN_DEVICE))
+    return refused, importer.copy_in_stream(own, mapped, CHUNK), importer.read(own, 2)[1]
 
 
 @row(

@@ -17,6 +17,8 @@ from weight_brokerd.ascend_check.contract.row import REFUSED, rows
 
 ROWS, row = rows()
 _NO_CONTEXT = 107002
+_INVALID_PARAMETER = 100000
+_UNSUPPORTED = 200006
 _COUNTING = "rt 8.5.0 to 9.2.0 api_error.cc ApiErrorDecorator: ChgUserDevIdToDeviceId"
 
 
@@ -124,21 +126,35 @@ def device(scene: Scene) -> object:
     "D2",
     "aclrtSynchronizeDevice",
     "aclrtQueryDeviceStatus",
-    "aclrtDeviceEnablePeerAccess",
-    "aclrtDeviceDisablePeerAccess",
-    done="the four of them on device 0, in its process",
-    expected=(0, 0, 0, 0),
+    done="both on device 0, in its process",
+    expected=(0, 0),
     context="a thread with a device",
     source="acl_rt.h",
     needed_by="export waits for the device; the datasystem's client",
 )
 def healthy(scene: Scene) -> object:
     process = scene.process()
+    return process.code("aclrtSynchronizeDevice"), process.code("aclrtQueryDeviceStatus", i32(0), OUT_I32)
+
+
+@row(
+    "D4",
+    "aclrtDeviceEnablePeerAccess",
+    "aclrtDeviceDisablePeerAccess",
+    "aclrtDeviceCanAccessPeer",
+    done="on device 0: the three of them for device 0 itself; with flags 1",
+    expected=(_INVALID_PARAMETER, _INVALID_PARAMETER, _INVALID_PARAMETER, _UNSUPPORTED),
+    context="a thread with a device",
+    source="rt 8.5.0 aclrt_impl/memory.cpp:667-683, 715-719, 639-642; the same in 9.0.0 to 9.2.0-beta.2",
+    needed_by="NpuDriver.map asks for peer access to other cards only",
+)
+def no_peer_of_its_own(scene: Scene) -> object:
+    process = scene.process()
     return (
-        process.code("aclrtSynchronizeDevice"),
-        process.code("aclrtQueryDeviceStatus", i32(0), OUT_I32),
         process.code("aclrtDeviceEnablePeerAccess", i32(0), u32(0)),
         process.code("aclrtDeviceDisablePeerAccess", i32(0)),
+        process.code("aclrtDeviceCanAccessPeer", OUT_I32, i32(0), i32(0)),
+        process.code("aclrtDeviceEnablePeerAccess", i32(0), u32(1)),
     )
 
 

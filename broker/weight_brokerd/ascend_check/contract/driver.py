@@ -181,6 +181,13 @@ class DriverProcess:
         answer = self.call("aclrtMemcpy", ("room", count), size(count), pointer(address), size(count), i32(FROM_DEVICE))
         return answer.code, answer.value if not answer.code else ""
 
+    def copy_in_stream(self, destination: int, source: int, count: int) -> int:
+        """The code of a copy of device memory in a stream: of beginning it, or of waiting for it."""
+        stream = pointer(self.value("aclrtCreateStream", OUT_POINTER))
+        ends = pointer(destination), size(count), pointer(source), size(count)
+        code = self.code("aclrtMemcpyAsync", *ends, i32(WITHIN_DEVICE), stream)
+        return code or self.code("aclrtSynchronizeStream", stream)
+
     def export(self, address: int, count: int, flags: int = 1) -> tuple[int, str]:
         """The code, and the key."""
         key = ("room", KEY_BYTES)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from weight_brokerd.ascend_check.contract.driver import CHUNK, DriverProcess, Scene, i32, pointer, size, u32
-from weight_brokerd.ascend_check.contract.row import REFUSED, rows
+from weight_brokerd.ascend_check.contract.driver import (
+    CHUNK,
+    WITHIN_DEVICE,
+    DriverProcess,
+    Scene,
+    i32,
+    pointer,
+    size,
+    u32,
+)
+from weight_brokerd.ascend_check.contract.row import REFUSED, Assumed, rows
 
 ROWS, row = rows()
 _BYTES = "abcd"
-_WITHIN_DEVICES = 3
 _DOC = "rt 9.0.0 doc of aclrtIpcMemImportByKey and aclrtDeviceEnablePeerAccess"
 _SOURCE = _DOC + "; api_impl.cc IpcOpenMemory, raw_device.cc EnableP2PWithOtherDevice"
 _CHUNKS = "rt 9.0.0 doc of aclrtMemImportFromShareableHandle: across devices with aclrtDeviceEnablePeerAccess"
@@ -29,18 +37,15 @@ def _enable(importer: DriverProcess) -> int:
 def _copied(importer: DriverProcess, source: int) -> tuple[int, str]:
     """The code of copying into own memory, and what is there then."""
     own = importer.malloc(CHUNK)
-    count = size(len(_BYTES) // 2)
-    kind = i32(_WITHIN_DEVICES)
-    code = importer.code("aclrtMemcpy", pointer(own), count, pointer(source), count, kind)
-    return code or importer.code("aclrtSynchronizeDevice"), importer.read(own, 2)[1]
+    return importer.copy_in_stream(own, source, len(_BYTES) // 2), importer.read(own, 2)[1]
 
 
 @row(
     "P6.peer",
     "aclrtDeviceEnablePeerAccess",
     "aclrtIpcMemImportByKey",
-    "aclrtMemcpy",
-    done="on another card: peer access enabled, import with flag 1, copied into own memory: its bytes",
+    "aclrtMemcpyAsync",
+    done="on another card: peer access enabled, import with flag 1, copied into own memory in a stream: its bytes",
     expected=(0, 0, (0, _BYTES)),
     context="a thread with a device",
     owner="peer access lasts until the process ends",
@@ -52,6 +57,24 @@ def peer(scene: Scene) -> object:
     enabled = _enable(importer)
     code, address = importer.import_key(key, flags=1)
     return enabled, code, _copied(importer, address)
+
+
+@row(
+    "P6.peer_now",
+    "aclrtMemcpy",
+    done="on another card: peer access enabled, import with flag 1, copied into own memory without a stream",
+    expected=(0, Assumed(REFUSED)),
+    context="a thread with a device",
+    source="drv 9.0.0 svm_master_memcpy.c:407 copies it as between host and device; a user (910A, CANN 9.0): 507899, "
+    "and it works in a stream",
+    needed_by="NpuDriver.copy has a stream",
+)
+def without_a_stream(scene: Scene) -> object:
+    _, importer, key = _shared(scene)
+    _enable(importer)
+    code, address = importer.import_key(key, flags=1)
+    own, count = pointer(importer.malloc(CHUNK)), size(CHUNK)
+    return code, importer.code("aclrtMemcpy", own, count, pointer(address), count, i32(WITHIN_DEVICE))
 
 
 @row(
@@ -86,7 +109,7 @@ def flag(scene: Scene) -> object:
     "P6.peer_chunk",
     "aclrtDeviceEnablePeerAccess",
     "aclrtMemImportFromShareableHandle",
-    done="on another card: refused; peer access enabled, a chunk imported, mapped, copied into own memory: its bytes",
+    done="on another card: refused; peer access enabled, a chunk imported, mapped, copied in a stream: its bytes",
     expected=(REFUSED, 0, 0, (0, _BYTES)),
     context="a thread with a device",
     owner="as a chunk of the process's own card",
@@ -103,6 +126,21 @@ def chunk(scene: Scene) -> object:
     here = importer.reserve()
     mapped = importer.map(here, adopted.value)
     return refused, enabled, mapped, _copied(importer, here)
+
+
+@row(
+    "P6.peer_off",
+    "aclrtDeviceDisablePeerAccess",
+    done="on another card: peer access enabled and disabled; import with flag 1",
+    expected=(0, 0, Assumed(REFUSED)),
+    context="a thread with a device",
+    source="rt 8.5.0 aclrt_impl/memory.cpp:703-737; the last value: unknown, the worse is assumed",
+    needed_by="nothing: peer access stays enabled until the process ends",
+)
+def off(scene: Scene) -> object:
+    _, importer, key = _shared(scene)
+    codes = _enable(importer), importer.code("aclrtDeviceDisablePeerAccess", i32(0))
+    return *codes, importer.import_key(key, flags=1)[0]
 
 
 @row(

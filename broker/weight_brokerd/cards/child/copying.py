@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 from weight_broker.drivers.error import DriverError
 from weight_brokerd.cards import messages
@@ -32,6 +33,10 @@ class CopyingWork:
             case _:
                 raise NotPossible(f"this process does not do {type(request).__name__}")
         return messages.Done()
+
+    def unmap_all_but(self, kept: Collection[str]) -> None:
+        """Unmaps the regions of instances."""
+        self._memory.close_all(kept)
 
     def close(self) -> None:
         """Unmaps and frees all that can be."""

@@ -1,7 +1,7 @@
 """A card process: `python -m weight_brokerd.cards.child.main --kind npu --role sender --device 0 --socket FD`.
 
 It prints nothing, carries out the requests on the socket, and ends when the daemon closes the socket, also during a
-request.
+request; but not before its staging buffers are unmapped by every instance.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import importlib
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol
 
 from weight_broker.drivers.error import DriverError
 from weight_brokerd.cards import messages
+from weight_brokerd.cards.child.borrowers import Borrowers
 from weight_brokerd.cards.child.engine import EngineError
 from weight_brokerd.cards.child.memory import NotPossible
 from weight_brokerd.cards.messages import Role
@@ -31,6 +33,9 @@ class CardWork(Protocol):
 
     def do(self, request: messages.Request) -> messages.Answer:
         """Raises DriverError, EngineError or NotPossible if nothing was done; RequestRefused says what started."""
+
+    def unmap_all_but(self, kept: Collection[str]) -> None:
+        """Unmaps the regions of instances; `kept` are staging buffers. Raises DriverError, EngineError."""
 
     def close(self) -> None:
         """Unmaps and frees all that can be. Raises DriverError, EngineError."""
@@ -72,6 +77,7 @@ class _Child:
     def __init__(self, connection: socket.socket, card: Card) -> None:
         self._connection = Connection(connection, messages.CODEC)
         self._card = card
+        self._borrowers = Borrowers()
 
     def serve(self) -> int:
         """The exit status."""
@@ -91,12 +97,41 @@ class _Child:
         self._connection.answer(number, ready)
         while (request := self._connection.receive()) is not None:
             number, message = request
-            if isinstance(message, messages.Stop):
-                self._stop(work)
-                self._connection.answer(number, messages.Done())
-                return 0
+            match message:
+                case messages.Stop():
+                    self._stop(work)
+                    self._connection.answer(number, messages.Done())
+                    return 0
+                case messages.LendStagingBuffer(region_id):
+                    self._lend(number, region_id)
+                    continue
+                case messages.CloseRegion(region_id):
+                    self._borrowers.returned(region_id)
             pool.submit(self._do, work, number, message)
+        if self._borrowers.buffers:
+            self._outlive(work, pool)
         return 0
+
+    def _lend(self, number: int, region_id: str) -> None:
+        if not self._connection.descriptors:
+            self._connection.answer(number, messages.RequestRefused("no stage connection came with the request"))
+            return
+        self._borrowers.lend(region_id, self._connection.descriptors.pop())
+        self._connection.answer(number, messages.Done())
+
+    def _outlive(self, work: CardWork, pool: ThreadPoolExecutor) -> None:
+        """Without the daemon: begins nothing more, unmaps what other instances own, and waits for the borrowers."""
+        pool.shutdown(wait=False, cancel_futures=True)
+        kept = tuple(self._borrowers.buffers)
+
+        def unmap() -> None:
+            pool.shutdown(wait=True)
+            with suppress(DriverError, EngineError):
+                self._card.use()
+                work.unmap_all_but(kept)
+
+        threading.Thread(target=unmap, name="unmap", daemon=True).start()
+        self._borrowers.wait()
 
     def _do(self, work: CardWork, number: int, message: messages.Message) -> None:
         answer: messages.Answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -138,9 +138,9 @@ class CardMemory:
                 del self._imports[_material(region)]
                 found.undo.close()
 
-    def close_all(self) -> None:
-        """Unmaps everything."""
-        for region_id in list(self._regions):
+    def close_all(self, but: Collection[str] = ()) -> None:
+        """Unmaps everything except the regions `but`."""
+        for region_id in self._regions.keys() - set(but):
             self.close(region_id)
 
     def resolve(self, blobs: BlobList) -> list[list[Span]]:

@@ -12,7 +12,6 @@ from weight_broker.drivers.acl import (
     IMPORT_DEFAULT,
     IMPORT_WITH_PEER_ACCESS,
     Acl,
-    MemcpyKind,
     device_id,
 )
 from weight_brokerd.cards import messages
@@ -35,7 +34,7 @@ class NpuDriver:
         """Devices of the other cards whose memory this process may reach, by identity."""
 
     def map(self, region: ImportRegion, undo: ExitStack) -> int:
-        """Imports an allocation by its key, or maps chunks. A region that names a card is on another one."""
+        """Imports an allocation by its key, or maps chunks. A region that names no card is on the process's own."""
         if region.ipc_handle:
             raise NotPossible("this process owns an NPU, and the region is a GPU's memory")
         owner = self._reach(region.device_id) if region.device_id else self._device
@@ -43,15 +42,19 @@ class NpuDriver:
             self._check_container(region, owner)
             return self._map_chunks(region, undo)
         key = bytes.fromhex(region.export_key)
-        address = self._acl.ipc_import(key, IMPORT_WITH_PEER_ACCESS if region.device_id else IMPORT_DEFAULT)
+        address = self._acl.ipc_import(key, IMPORT_DEFAULT if owner == self._device else IMPORT_WITH_PEER_ACCESS)
         undo.callback(self._acl.ipc_close, key)
         return address
 
     def copy(self, pairs: Sequence[tuple[Span, Span]]) -> None:
-        """Between addresses of the card, also where they are another card's memory."""
-        for (destination, size), (source, _) in pairs:
-            self._acl.memcpy(destination, size, source, size, MemcpyKind.DEVICE_TO_DEVICE)
-        self._acl.synchronize_device()
+        """Between addresses of the card, also where they are another card's memory. Without a stream, the driver copies
+        no imported chunk."""
+        stream = self._acl.create_stream()
+        with ExitStack() as undo:
+            undo.callback(self._acl.destroy_stream, stream)
+            undo.callback(self._acl.synchronize_stream, stream)
+            for (destination, size), (source, _) in pairs:
+                self._acl.copy_in_stream(destination, source, size, stream)
 
     def malloc(self, size: int) -> int:
         """Fresh bytes on the card."""
@@ -70,14 +73,15 @@ class NpuDriver:
         self._acl.ipc_close(key)
 
     def _reach(self, peer: str) -> int:
-        """The device of another card, once its memory may be mapped. Chunks need this call, keys the flag of their
-        import as well."""
+        """The device of a card, once its memory may be mapped. Chunks of another card need peer access, keys the flag
+        of their import as well. The runtime refuses a device peer access to itself."""
         if peer in self._peers:
             return self._peers[peer]
         found = [index for index in range(self._acl.device_count()) if device_id(self._acl, index) == peer]
         if not found:
             raise NotPossible(f"this process sees no card {peer}")
-        self._acl.enable_peer_access(found[0])
+        if found[0] != self._device:
+            self._acl.enable_peer_access(found[0])
         self._peers[peer] = found[0]
         return found[0]
 

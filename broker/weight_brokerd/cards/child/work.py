@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from weight_broker.drivers.error import DriverError
@@ -19,6 +19,7 @@ from weight_brokerd.cards.messages import Role
 FORGET_AFTER_SECONDS = 0.5
 """A reader becomes a replica by an acknowledgement that arrives after its fetch has returned. Deleting sooner would
 race it and leave an entry behind."""
+_LAST_WAIT_MS = 200
 
 
 @dataclass(slots=True)
@@ -66,10 +67,16 @@ class Work(CopyingWork):
                 raise NotPossible(f"a {self._role} does not do {type(request).__name__}")
         return messages.Done()
 
+    def unmap_all_but(self, kept: Collection[str]) -> None:
+        """Unmaps the regions of instances, after the offers of them have ended."""
+        for key in list(self._offers):
+            self._withdraw(key, _LAST_WAIT_MS)
+        super().unmap_all_but(kept)
+
     def close(self) -> None:
         """Unmaps and frees all that can be."""
         for key in list(self._offers):
-            self._withdraw(key, 200)
+            self._withdraw(key, _LAST_WAIT_MS)
         for _, key in self._fetched:
             self._client.withdraw(key, 0)
         super().close()

@@ -22,7 +22,7 @@ from weight_brokerd.dataplane.copy import CopyPlane
 from weight_brokerd.dataplane.plane import DataPlane, Place
 from weight_brokerd.kinds.cuda.supervisor import GpuSupervisor
 from weight_brokerd.kinds.device_memory import DeviceMemory, refusal
-from weight_brokerd.kinds.kind import KindEvents, KindHealth
+from weight_brokerd.kinds.kind import UNREAD, ContentCheck, KindEvents, KindHealth
 from weight_brokerd.kinds.place_request import PlaceRequest, device_of, placements_of, regions_of, require_unstaged
 
 log = structlog.get_logger()
@@ -89,7 +89,7 @@ class CudaKind:
         require_unstaged(self.name, request)
         device_id = device_of(request, self.health.device_ids)
         regions = _with_exporter(regions_of(self.name, request, _import_region), request.peer)
-        return Place(self.name, device_id, regions, placements_of(self.name, request))
+        return Place(self.name, device_id, regions, placements_of(self.name, request).pairs)
 
     def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
         """Opens and closes the memory, to check that transfers can."""
@@ -102,6 +102,10 @@ class CudaKind:
     def grant(self, transfer: Transfer) -> bytes:
         """Nothing: the broker moves the bytes."""
         return b""
+
+    async def check(self, publication: Publication, digests: bytes) -> ContentCheck:
+        """Not done: the processes that own devices compute no digests."""
+        return UNREAD
 
     def end(self, transfer: Transfer) -> None:
         """The process that copied has closed the memory."""

@@ -12,8 +12,9 @@ from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 from weight_brokerd.dataplane.plane import DataPlane, Place
+from weight_brokerd.kinds.host.content import Content, ContentReader
 from weight_brokerd.kinds.host.regions import RegionTable
-from weight_brokerd.kinds.kind import KindHealth
+from weight_brokerd.kinds.kind import ContentCheck, KindHealth
 from weight_brokerd.kinds.place_request import PlaceRequest, placements_of, regions_of
 
 
@@ -26,6 +27,7 @@ class HostKind:
     def __init__(self, regions: RegionTable) -> None:
         """`regions` has the memfds from the attach socket."""
         self._regions = regions
+        self._reader = ContentReader()
         self._published: dict[str, Place] = {}
 
     @property
@@ -40,7 +42,8 @@ class HostKind:
         """At once."""
 
     async def close(self) -> None:
-        """Nothing to do: the table closes the regions."""
+        """Ends the checks. The table closes the regions."""
+        await self._reader.close()
 
     def place(self, request: PlaceRequest) -> Place:
         """The place of a publication; receivers copy for themselves and name no place."""
@@ -50,9 +53,8 @@ class HostKind:
         if request.device_id:
             raise InvalidArgument(request.device_field, request.device_id, "empty for host memory")
         regions = regions_of(self.name, request, _import_region)
-        placements_of(self.name, request)
-        granted = Granted(regions=request.regions, placements=request.placements)
-        return Place(self.name, "", regions, granted=granted.SerializeToString())
+        granted = Granted(regions=request.regions).SerializeToString() + placements_of(self.name, request).granted
+        return Place(self.name, "", regions, granted=granted)
 
     def hold(self, publication: Publication, place: Place) -> asyncio.Future[Place]:
         """Done at once: the broker has the memory open already."""
@@ -72,6 +74,17 @@ class HostKind:
         region_ids = [region.region_id for region in place.regions]
         self._regions.hold(transfer.transfer_id, publication.instance_id, region_ids)
         return place.granted
+
+    async def check(self, publication: Publication, digests: bytes) -> ContentCheck:
+        """Reads the memfds, which are held meanwhile."""
+        place = self._published[publication.publication_id]
+        holder = f"check of {publication.publication_id}"
+        self._regions.hold(holder, publication.instance_id, [region.region_id for region in place.regions])
+        try:
+            descriptors = [self._regions.descriptor(holder, index) for index in range(len(place.regions))]
+            return await self._reader.check(Content(publication.layout, place.granted, digests, descriptors))
+        finally:
+            self._regions.release(holder)
 
     def end(self, transfer: Transfer) -> None:
         """The receiver copied or mapped the memory, or gave up."""

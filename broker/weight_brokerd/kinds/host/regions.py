@@ -7,17 +7,20 @@ never maps a region: it keeps the descriptor and passes it on to receivers.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused, Reason, from_reason
+from weight_brokerd.core.conduct.quota import Quota, take_all
+from weight_brokerd.core.model import Process
 
 MAXIMUM_REGION_ID_LENGTH = 64
-MAXIMUM_REGION_BYTES = 1 << 50
-"""No memory is that large, but a sparse memfd may be."""
+_UNKNOWN_BYTES = 1 << 50
 REQUIRED_SEALS = {
     "F_SEAL_SEAL": fcntl.F_SEAL_SEAL,
     "F_SEAL_SHRINK": fcntl.F_SEAL_SHRINK,
@@ -43,6 +46,7 @@ class _Memory:
 @dataclass(slots=True)
 class _Region:
     instance_id: str
+    process: Process
     region_id: str
     descriptor: int
     size_bytes: int
@@ -54,7 +58,13 @@ class _Region:
 class RegionTable:
     """All host memory regions of this broker. `(instance_id, region_id)` names a region while it is open."""
 
-    def __init__(self, *, regions_per_instance: int) -> None:
+    def __init__(
+        self, *, regions_per_instance: int, maximum_bytes: int | None = None, quotas: Sequence[Quota] = ()
+    ) -> None:
+        """`maximum_bytes` of one region; None: as much as this host has. `quotas` bound what the regions take of the
+        broker, for each process and user."""
+        self._maximum_bytes = host_bytes() if maximum_bytes is None else maximum_bytes
+        self._quotas = quotas
         self._regions_per_instance = regions_per_instance
         self._regions: dict[str, dict[str, _Region]] = {}
         self._held: dict[str, tuple[_Region, ...]] = {}
@@ -73,14 +83,20 @@ class RegionTable:
         publishes the weights that it mapped offers the same memfd again."""
         return self._bytes
 
-    def offer(self, instance_id: str, region_id: str, size_bytes: int, descriptor: int) -> None:
-        """Takes a region over; `descriptor` belongs to the table from here on, also if it raises.
+    def offer(
+        self, instance_id: str, region_id: str, size_bytes: int, descriptor: int, process: Process | None = None
+    ) -> None:
+        """Takes a region over; `descriptor` belongs to the table from here on, also if it raises. `process`: whom it is
+        counted for, the instance alone if None.
 
         Offering the same memory again under the same id changes nothing. Raises `InvalidArgument` for a wrong field or
         an id in use, `PublishRefused` (REGION_REFUSED, LIMIT_EXCEEDED) for memory that cannot be shared or is too much.
         """
+        process = process or Process(-1, instance_id)
         try:
             known = self._offered_before(instance_id, region_id, size_bytes, descriptor)
+            if not known:
+                take_all(self._quotas, process)
         except BaseException:
             _close(descriptor)
             raise
@@ -88,7 +104,7 @@ class RegionTable:
             _close(descriptor)
             return
         memory = _Memory.of(descriptor)
-        region = _Region(instance_id, region_id, descriptor, size_bytes, memory)
+        region = _Region(instance_id, process, region_id, descriptor, size_bytes, memory)
         self._regions.setdefault(instance_id, {})[region_id] = region
         self._count += 1
         self._memories[memory] += 1
@@ -150,7 +166,7 @@ class RegionTable:
         """True if the same offer was made before; raises if the offer is refused."""
         if not 1 <= len(region_id) <= MAXIMUM_REGION_ID_LENGTH:
             raise InvalidArgument("offer_region.region_id", region_id, f"1 to {MAXIMUM_REGION_ID_LENGTH} characters")
-        _check_memory(descriptor, size_bytes)
+        _check_memory(descriptor, size_bytes, self._maximum_bytes)
         known = self._regions.get(instance_id, {})
         region = known.get(region_id)
         if region is not None:
@@ -186,6 +202,8 @@ class RegionTable:
         if not regions:
             del self._regions[region.instance_id]
         os.close(region.descriptor)
+        for quota in self._quotas:
+            quota.give_back(region.process)
         self._count -= 1
         self._memories[region.memory] -= 1
         if not self._memories[region.memory]:
@@ -193,7 +211,16 @@ class RegionTable:
             self._bytes -= region.memory.size_bytes
 
 
-def _check_memory(descriptor: int, size_bytes: int) -> None:
+def host_bytes() -> int:
+    """The host's memory and swap: no filled memfd is larger, but a sparse one may be."""
+    try:
+        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(int(rows[name].split()[0]) << 10 for name in ("MemTotal", "SwapTotal"))
+    except (OSError, ValueError, KeyError):
+        return _UNKNOWN_BYTES
+
+
+def _check_memory(descriptor: int, size_bytes: int, maximum_bytes: int) -> None:
     """Raises unless the descriptor is a memfd whose content and size can never change and that is large enough."""
     try:
         found = os.fstat(descriptor)
@@ -206,11 +233,16 @@ def _check_memory(descriptor: int, size_bytes: int) -> None:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError as error:
         raise _refused("it cannot be sealed. Create the memfd with MFD_ALLOW_SEALING") from error
+    if (page_bytes := os.fstatvfs(descriptor).f_bsize) != mmap.PAGESIZE:
+        raise _refused(
+            f"it is made of reserved huge pages of {page_bytes} bytes, and a reader dies where none is left. Create "
+            "the memfd without MFD_HUGETLB"
+        )
     missing = [name for name, seal in REQUIRED_SEALS.items() if not seals & seal]
     if missing:
         raise _refused(f"it lacks the seals {', '.join(missing)}. Add them with fcntl(F_ADD_SEALS) once it is filled")
-    if size_bytes > MAXIMUM_REGION_BYTES:
-        raise _refused(f"{size_bytes} bytes are declared, the most is {MAXIMUM_REGION_BYTES}")
+    if (largest := max(size_bytes, found.st_size)) > maximum_bytes:
+        raise _refused(f"it has {largest} bytes, the host's memory and swap {maximum_bytes}: it cannot be filled")
     if found.st_size < size_bytes:
         raise _refused(f"it has {found.st_size} bytes, {size_bytes} are declared")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -22,13 +23,19 @@ from weight_brokerd.dataplane.peer_copy import PeerCopyPlane
 from weight_brokerd.dataplane.plane import DataPlane, Place
 from weight_brokerd.dataplane.staged import Asker, StagedPlane
 from weight_brokerd.kinds.device_memory import DeviceMemory, refusal
-from weight_brokerd.kinds.kind import KindEvents, KindHealth, WorkerHealth
+from weight_brokerd.kinds.kind import UNREAD, ContentCheck, KindEvents, KindHealth, WorkerHealth
 from weight_brokerd.kinds.npu.place import NpuPlaces
 from weight_brokerd.kinds.npu.supervisor import CardSupervisor
 from weight_brokerd.kinds.npu.worker import DatasystemWorker
 from weight_brokerd.kinds.place_request import PlaceRequest
+from weight_brokerd.processes.tasks import Background
 
 log = structlog.get_logger()
+
+SETTLE_SECONDS = 30.0
+"""For a worker that is being started."""
+FOUND_SECONDS = 5.0
+"""For a worker that serves to be asked."""
 
 Connect = Callable[[], Awaitable[CardsConfiguration]]
 """Starts the datasystem worker if the broker runs it; returns how card processes reach it. Raises OSError,
@@ -78,6 +85,7 @@ class NpuKind:
         self._parts: _Parts | None = None
         self._problem = ""
         self._started: asyncio.Task[None] | None = None
+        self._background = Background()
 
     @property
     def health(self) -> KindHealth:
@@ -111,6 +119,7 @@ class NpuKind:
             await asyncio.gather(self._started, return_exceptions=True)
         if self._parts is not None:
             await self._parts.cards.close()
+        await self._background.close()
         await self._worker.close()
 
     def place(self, request: PlaceRequest) -> Place:
@@ -129,6 +138,10 @@ class NpuKind:
         """Nothing: the broker moves the bytes."""
         return b""
 
+    async def check(self, publication: Publication, digests: bytes) -> ContentCheck:
+        """Not done: the processes that own devices compute no digests."""
+        return UNREAD
+
     def end(self, transfer: Transfer) -> None:
         """The sender keeps the memory mapped for the next reader."""
 
@@ -146,6 +159,7 @@ class NpuKind:
     async def _hold(self, publication_id: str, place: Place) -> Place:
         if place.is_staged:
             return place
+        await self._worker_settled()
         try:
             await self._ready_parts().memory.hold(publication_id, place)
         except CardRefused as error:
@@ -156,6 +170,13 @@ class NpuKind:
         except CardError as error:
             raise refusal(place, error) from error
         return place.as_mapped
+
+    async def _worker_settled(self) -> None:
+        """A publication while the worker starts is not refused: it waits."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._worker.settled(), SETTLE_SECONDS)
+        if self._worker.is_managed and self._worker.is_ready:
+            await self._ready_parts().cards.worker_found(FOUND_SECONDS)
 
     def _ready_parts(self) -> _Parts:
         if self._parts is None:
@@ -177,7 +198,12 @@ class NpuKind:
         self._events.health_changed()
 
     def _assemble(self, configuration: CardsConfiguration) -> _Parts:
-        hooks = Hooks(on_region_lost=self._region_lost, on_health_change=self._events.health_changed)
+        hooks = Hooks(
+            on_region_lost=self._region_lost,
+            on_worker_found=self._worker_found,
+            on_health_change=self._events.health_changed,
+            worker_serves=lambda: self._worker.is_ready,
+        )
         cards = self._supervise(configuration, hooks)
         may_stage = self._places.may_stage
         datasystem = DatasystemPlane(cards, may_stage=may_stage)
@@ -198,6 +224,13 @@ class NpuKind:
             staged=staged,
             worker_address=f"{configuration.worker_host}:{configuration.worker_port}",
         )
+
+    def _worker_found(self) -> None:
+        self._background.spawn(self._look_at_worker())
+
+    async def _look_at_worker(self) -> None:
+        await self._worker.look()
+        self._events.health_changed()
 
     def _region_lost(self, region_id: str, why: str) -> None:
         if self._parts is not None:

@@ -41,7 +41,7 @@ class NpuPlaces:
         place = Place(MemoryKind.NPU, device_id)
         if is_mapped:
             regions = regions_of(MemoryKind.NPU, request, import_region)
-            place = Place(MemoryKind.NPU, device_id, regions, placements_of(MemoryKind.NPU, request))
+            place = Place(MemoryKind.NPU, device_id, regions, placements_of(MemoryKind.NPU, request).pairs)
             stage = stage if regions else None  # without content there is nothing to copy
         if stage is None:
             return place

@@ -7,6 +7,7 @@ new offers: a fresh one imports the same memory, and the old one is ended when t
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import structlog
@@ -43,6 +44,10 @@ class _Sender:
     """The regions of each key."""
     buffers: set[str] = field(default_factory=set)
     """Ids of its staging buffers, which a successor does not have."""
+    buffers_returned: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the last of the buffers is back, or the process has ended."""
+    is_ending: bool = False
+    """Nothing more is offered: the process is killed once its buffers are back."""
     is_stuck: bool = False
     """The engine waits for a reader that is gone: the process would not end by itself."""
     importing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -103,7 +108,8 @@ class SenderSide:
 
     async def unregister(self, region_id: str) -> None:
         """Unmaps a region in all senders and ends its offers; the memory may be freed when this returns. A sender that
-        does not unmap is killed. Idempotent. Raises CardError with `quiesced` False if the driver keeps the process."""
+        does not unmap is killed, once no instance has a staging buffer of it mapped. Idempotent. Raises CardError with
+        `quiesced` False if the driver keeps the process."""
         self.regions.pop(region_id, None)
         if self._starting is not None:  # it may be importing the region right now
             await asyncio.wait({self._starting})
@@ -125,11 +131,11 @@ class SenderSide:
                 sender.child.request(request, messages.StagingBuffer, self._configuration.import_seconds)
             )
         except TimeoutError:
-            sender.buffers.discard(region_id)
+            self._forget_buffer(sender, region_id)
             self._retire(sender)
             raise CardTimeout(f"card {self._device.identity} makes no staging buffer; its sender is replaced") from None
         except CardError:
-            sender.buffers.discard(region_id)
+            self._forget_buffer(sender, region_id)
             self._end_if_done(sender)
             self._end_when_idle()
             raise
@@ -138,13 +144,26 @@ class SenderSide:
             raise
         return ImportRegion(region_id, size, answer.export_key)
 
+    async def lend_staging_buffer(self, region_id: str, connection: int) -> None:
+        """Lets an instance map a staging buffer; `connection` is the descriptor of its stage connection. Raises
+        CardRefused, CardLost, CardTimeout."""
+        sender = self._owner([region_id])
+        if sender is None:
+            raise CardLost(f"staging buffer {region_id!r} has ended with its sender")
+        try:
+            await sender.child.lend(region_id, connection)
+        except TimeoutError:
+            self._retire(sender)
+            raise CardTimeout(f"the sender of card {self._device.identity} does not answer; it is replaced") from None
+
     async def close_staging_buffer(self, region_id: str) -> None:
         """Frees a staging buffer that no instance has imported any more. Never fails: a sender that does not free it is
         replaced and ends when its readers are done. The buffer of a sender that is being replaced ends with the sender.
         Idempotent."""
-        sender = next((sender for sender in self._all() if region_id in sender.buffers), None)
+        sender = self._owner([region_id])
         if sender is None:
             return
+        sender.child.returned(region_id)
         try:
             if sender is self._current:
                 await sender.child.ask(messages.CloseRegion(region_id), self._configuration.import_seconds)
@@ -153,7 +172,7 @@ class SenderSide:
             self._retire(sender)
         except CardLost:
             pass
-        sender.buffers.discard(region_id)
+        self._forget_buffer(sender, region_id)
         self._end_if_done(sender)
         self._end_when_idle()
 
@@ -168,9 +187,11 @@ class SenderSide:
     async def _offer(self, key: str, blobs: BlobList, peer: str) -> messages.Done:
         if not self._worker.is_there:
             raise CardUnavailable(f"no datasystem worker answers at {self._worker.address}")
-        sender = next((sender for sender in self._all() if sender.buffers.intersection(blobs.region_ids)), None)
+        sender = self._owner(blobs.region_ids)
         if sender is None:
             sender = await self._ready()
+        elif sender.is_ending:
+            raise CardLost(f"the sender of card {self._device.identity} is being ended")
         missing = set(blobs.region_ids) - sender.imported - sender.buffers
         if missing:
             raise CardRefused(f"no such regions on card {self._device.identity}: {', '.join(sorted(missing))}")
@@ -321,6 +342,7 @@ class SenderSide:
         was_current = sender is self._current
         if was_current:
             self._current = None
+        sender.buffers_returned.set()
         if sender.offers:
             lost = list(sender.offers)
             sender.offers.clear()
@@ -343,6 +365,24 @@ class SenderSide:
     def _forget(self, sender: _Sender, key: str) -> None:
         sender.offers.pop(key, None)
         self._end_if_done(sender)
+
+    def _owner(self, buffers: Collection[str]) -> _Sender | None:
+        """The sender that has one of the staging buffers."""
+        return next((sender for sender in self._all() if sender.buffers.intersection(buffers)), None)
+
+    def _forget_buffer(self, sender: _Sender, region_id: str) -> None:
+        sender.buffers.discard(region_id)
+        if not sender.buffers:
+            sender.buffers_returned.set()
+
+    async def _await_buffers(self, sender: _Sender) -> None:
+        """Cuts the readers of the sender's buffers off, and returns when no instance has one mapped: an instance that
+        has could use its card no more if the sender ended."""
+        sender.is_ending = True
+        self._retire(sender)
+        self._hooks.on_offers_lost(list(sender.offers), f"the sender of card {self._device.identity} is being ended")
+        sender.buffers_returned.clear()
+        await sender.buffers_returned.wait()
 
     def _end_if_done(self, sender: _Sender) -> None:
         if sender in self._retiring and not sender.offers and not sender.buffers and not self._is_closed:
@@ -371,6 +411,8 @@ class SenderSide:
                 await sender.child.ask(messages.CloseRegion(region_id), self._configuration.import_seconds)
             except (TimeoutError, CardRefused, CardLost) as error:
                 log.info("region_held_by_sender", device=self._device.identity, region=region_id, error=str(error))
+                if sender.buffers and not sender.child.has_ended:
+                    await self._await_buffers(sender)
                 if not await uninterrupted(sender.child.kill()):
                     raise CardTimeout(f"the driver does not let go of region {region_id!r}", quiesced=False) from error
             sender.imported.discard(region_id)

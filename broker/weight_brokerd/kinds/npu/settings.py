@@ -73,7 +73,7 @@ def _is_proved(proof: Path) -> bool:
     try:
         rows = json.loads(proof.read_text())["rows"]
         verdicts = [row["verdict"] for row in rows if row["id"] == PEER_COPY_ROW]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("proof_unreadable", path=str(proof), error=str(error))
         return False
     return verdicts in _PROVED

@@ -11,7 +11,7 @@ from typing import TypeVar
 import structlog
 
 from weight_broker.drivers import ascend_requirements
-from weight_brokerd.cards import messages
+from weight_brokerd.cards import messages, process
 from weight_brokerd.cards.borrowed import BorrowedReceiver
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardUnavailable
@@ -24,6 +24,7 @@ from weight_brokerd.cards.probe import Device, find_devices
 from weight_brokerd.cards.receivers import ReceiverSide, Reserve
 from weight_brokerd.cards.worker_watch import WorkerWatch
 from weight_brokerd.kinds.npu.senders import SenderSide
+from weight_brokerd.processes import left_behind
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -44,7 +45,12 @@ class CardSupervisor:
         self._configuration = configuration
         self._hooks = hooks or Hooks()
         self._cards: dict[str, _Card] = {}
-        self._worker = WorkerWatch(configuration.worker_host, configuration.worker_port, self._worker_changed)
+        self._worker = WorkerWatch(
+            configuration.worker_host,
+            configuration.worker_port,
+            self._worker_changed,
+            serves=self._hooks.worker_serves,
+        )
         self.problem = ""
         """The driver's words if it could not be asked for its cards."""
 
@@ -52,6 +58,9 @@ class CardSupervisor:
         """Finds the cards and the worker. Failures show in `health`; nothing is raised for them."""
         if self._configuration.log_directory is not None:
             self._configuration.log_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if pids := await asyncio.to_thread(left_behind.find, process.MODULE):
+            # An instance that hangs has a staging buffer of an earlier broker mapped. Its memory stays on the card.
+            log.warning("card_processes_left_behind", pids=pids)
         (devices, self.problem), _ = await asyncio.gather(find_devices(self._configuration), self._worker.start())
         for device in map(_judged, devices):
             parts = device, self._configuration, self._worker, self._hooks
@@ -88,6 +97,11 @@ class CardSupervisor:
     async def make_staging_buffer(self, card: str, size: int) -> ImportRegion:
         """Memory of the card's sender that an instance can import and fill, to be offered. Raises CardError."""
         return await self._card(card).senders.make_staging_buffer(size)
+
+    async def lend_staging_buffer(self, card: str, region_id: str, connection: int) -> None:
+        """Lets an instance map a staging buffer; `connection` is the descriptor of its stage connection. Raises
+        CardError."""
+        await self._card(card).senders.lend_staging_buffer(region_id, connection)
 
     async def close_staging_buffer(self, card: str, region_id: str) -> None:
         """Frees a staging buffer that no instance has imported any more. Idempotent; never fails."""
@@ -151,6 +165,10 @@ class CardSupervisor:
         """Whether the datasystem worker answers."""
         return self._worker.is_there
 
+    async def worker_found(self, seconds: float) -> None:
+        """Returns when the datasystem worker answers, or after so many seconds."""
+        await self._worker.found(seconds)
+
     @property
     def health(self) -> list[CardHealth]:
         """Every card."""
@@ -204,6 +222,7 @@ class CardSupervisor:
             for card in self._cards.values():
                 card.senders.replace()
                 card.receivers.replace()
+            self._hooks.on_worker_found()
         self._hooks.on_health_change()
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from weight_broker.cli import output, status_cards
-from weight_broker.cli.doctor import ascend_driver, ascend_versions, occupation
+from weight_broker.cli import output
+from weight_broker.cli.doctor import ascend_driver, ascend_versions, ascend_worker, occupation
 from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import State
 from weight_broker.drivers import hdk
@@ -20,7 +19,6 @@ from weight_broker.v1 import resources_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
 
 _PROBE_SECONDS = 120.0
-_CONNECT_SECONDS = 3.0
 _SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
 _RESTART = (
     "see `npu-smi info` (or `nvidia-smi`) and the broker's log; the broker asks the driver again when it is restarted"
@@ -54,7 +52,7 @@ def findings(state: State | None, *, devices: Path = Path("/dev"), driver: Path 
                 "has no CANN; then restart it",
             )
         )
-    found.append(_worker(state))
+    found.append(ascend_worker.finding(state))
     return found + _settings(state, version)
 
 
@@ -166,29 +164,6 @@ def _cards(state: State | None) -> list[Finding]:
             fix = _RESTART if card.state == pb.Card.STATE_FAILED else _LOOK_AGAIN
             found.append(problem(name, f"{output.state(pb.Card.State.Name(card.state))}: {card.problem}", fix))
     return found
-
-
-def _worker(state: State | None) -> Finding:
-    name = "datasystem worker"
-    if state is not None and state.host.HasField("datasystem_worker"):
-        worker = state.host.datasystem_worker
-        if worker.reachable:
-            return ok(name, status_cards.worker_line(worker))
-        fix = "the broker tries again; see its log" if worker.managed else "start it, or correct the address"
-        return problem(name, status_cards.worker_line(worker), f"{fix}. Until then weights come from disk")
-    address = os.environ.get("DS_WORKER_ADDR", "")
-    if not address:
-        return warning(
-            name,
-            "the broker uses none and DS_WORKER_ADDR is not set",
-            "set datasystem.managed = true in the broker's configuration, or datasystem.worker_address",
-        )
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        return problem(name, f"DS_WORKER_ADDR={address} does not answer: {error}", "start it, or correct the address")
-    return ok(name, f"DS_WORKER_ADDR={address} answers")
 
 
 def _settings(state: State | None, version: str | None) -> list[Finding]:

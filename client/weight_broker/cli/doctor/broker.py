@@ -14,7 +14,13 @@ from weight_broker.cli import status
 from weight_broker.cli.doctor.findings import Finding, ok, problem, warning
 from weight_broker.cli.inspector import Inspector, State
 from weight_broker.errors import BrokerError
-from weight_broker.runtime_directory import ATTACH_SOCKET, ENVIRONMENT_VARIABLE, GRPC_SOCKET, runtime_directory
+from weight_broker.runtime_directory import (
+    ATTACH_SOCKET,
+    ENVIRONMENT_VARIABLE,
+    GRPC_SOCKET,
+    refuse_shared,
+    runtime_directory,
+)
 
 _START = "start one: `systemctl start weight-broker`, or `weight-brokerd &`"
 
@@ -54,6 +60,10 @@ def _directory(directory: Path) -> Finding:
         return problem(name, f"{directory} is not a directory", f"remove it; {other}")
     if not os.access(directory, os.X_OK):
         return problem(name, f"uid {os.geteuid()} may not enter {_described(directory)}", _join(found.st_gid))
+    try:
+        refuse_shared(directory)
+    except BrokerError as error:
+        return problem(name, error.message, f"follow that; {other}")
     return ok(name, _described(directory))
 
 

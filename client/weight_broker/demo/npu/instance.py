@@ -20,6 +20,7 @@ from weight_broker.demo.orders import CardOrder, CardResult
 if TYPE_CHECKING:
     from weight_broker import BrokerClient
     from weight_broker.demo.npu.memory import CardMemory
+    from weight_broker.drivers.acl import Acl
 
 
 def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
@@ -28,9 +29,9 @@ def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
     from weight_broker.demo.npu.memory import card_memory, checkpoint, digest
 
     began = time.monotonic()
-    device_id = _open(order)
+    card = _open(order)
     opened = time.monotonic()
-    memory = card_memory(order.framework, order.card, checkpoint(Path(order.model_dir)))
+    memory = card_memory(order.framework, card, checkpoint(Path(order.model_dir)))
     spent = (opened - began, time.monotonic() - opened)
     client = BrokerClient(order.runtime_directory, name=order.name) if order.runtime_directory is not None else None
     _say(answers, {"event": "ready"})
@@ -38,7 +39,7 @@ def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
         for command in commands:
             match command.strip():
                 case "begin":
-                    result = _load(order, device_id, spent, memory, client)
+                    result = _load(order, spent, memory, client)
                     _say(answers, {"event": "done", "result": asdict(result)})
                 case "digest":
                     found = digest((name, memory.content(name)) for name in memory.tensors)
@@ -48,24 +49,36 @@ def main(argument: str, commands: IO[str], answers: IO[str]) -> None:
             client.close()
 
 
-def _open(order: CardOrder) -> str:
-    """Open the card, import what every inference process imports, and return the card's physical identity."""
+def _open(order: CardOrder) -> int:
+    """Open the card, import what every inference process imports, and return the card's index in this process."""
     from weight_broker.drivers import acl
-    from weight_broker.memory.npu import kind as npu
 
+    runtime = acl.load()
+    card = _index(runtime, order.device_id)
     if order.framework == "torch_npu":
         import importlib
 
-        importlib.import_module("torch_npu").npu.set_device(order.card)
-    runtime = acl.load()
+        importlib.import_module("torch_npu").npu.set_device(card)
     runtime.initialize()
-    runtime.set_device(order.card)
-    return npu.device_id(runtime, order.card)
+    runtime.set_device(card)
+    return card
 
 
-def _load(
-    order: CardOrder, device_id: str, spent: tuple[float, float], memory: CardMemory, client: BrokerClient | None
-) -> CardResult:
+def _index(runtime: Acl, device_id: str) -> int:
+    """Neither the driver nor the device is open yet: torch_npu does both in its own way."""
+    from weight_broker.memory.npu import kind as npu
+
+    seen = [npu.device_id(runtime, index) for index in range(runtime.device_count())]
+    if device_id not in seen:
+        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
+        sys.exit(
+            f"this process sees {', '.join(seen) or 'no card'}, not {device_id}, its card: check the container's "
+            f"devices and ASCEND_RT_VISIBLE_DEVICES ({visible}), which has to ascend"
+        )
+    return seen.index(device_id)
+
+
+def _load(order: CardOrder, spent: tuple[float, float], memory: CardMemory, client: BrokerClient | None) -> CardResult:
     from weight_broker import WeightSetKey
     from weight_broker.integrations.checkpoint import checkpoint_digest
 
@@ -98,7 +111,7 @@ def _load(
     read_after = _disk_bytes()
     return CardResult(
         name=order.name,
-        device_id=device_id,
+        device_id=order.device_id,
         size_bytes=size_bytes,
         tensor_count=count,
         open_seconds=spent[0],

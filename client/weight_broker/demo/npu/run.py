@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from weight_broker.cli import output, status
@@ -42,9 +44,9 @@ _WORKER_VARIABLES = ("DS_WORKER_ADDR", "WEIGHT_BROKER_DATASYSTEM_WORKER_ADDRESS"
 def run(options: argparse.Namespace) -> ExitCode:
     """Runs the demo on cards and prints what it measured."""
     progress = Progress(quiet=options.json)
-    framework = framework_of(options.framework)
+    framework, run_in = framework_of(options.framework), prefix_of(options.run_in)
     model_dir = model(options.model_dir, options.size, DEFAULT_SIZE, progress)
-    with CardScene(model_dir, framework, progress) as scene:
+    with CardScene(model_dir, framework, progress, run_in) as scene:
         scene.start(options.instances)
         report, state = scene.play()
     failures = report.failures()
@@ -136,28 +138,43 @@ def npus(host: pb.Host) -> list[pb.Card]:
     return [card for card in host.cards if card.device_kind == weight_set_pb2.DEVICE_KIND_NPU]
 
 
+def prefix_of(command: str | None) -> list[str]:
+    """The words of a command that instances are started with."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError as error:
+        raise CommandError(f"--run-in {command!r} is no command: {error}", ExitCode.USAGE) from None
+    if words and shutil.which(words[0]) is None:
+        raise CommandError(f"--run-in: there is no command {words[0]!r}", ExitCode.USAGE)
+    return words
+
+
 class CardInstance(Answering):
-    def __init__(self, order: CardOrder, directory: Path) -> None:
+    def __init__(self, order: CardOrder, directory: Path, run_in: Sequence[str] = ()) -> None:
+        """`run_in`: words before the instance's command; `{card}` is the number of its card."""
         self.order = order
         arguments = ["-m", "weight_broker.demo.npu.instance", order.to_argument()]
-        super().__init__(order.name, arguments, directory, **driver_variables())
+        prefix = [word.replace("{card}", order.device_id.rpartition(":")[2]) for word in run_in]
+        super().__init__(order.name, arguments, directory, prefix=prefix, **driver_variables())
 
 
 class CardScene(Scene):
     """A broker and instances on cards."""
 
-    def __init__(self, model_dir: Path, framework: str, progress: Progress) -> None:
+    def __init__(self, model_dir: Path, framework: str, progress: Progress, run_in: Sequence[str] = ()) -> None:
+        """`run_in`: as `CardInstance`."""
         super().__init__()
         self._model_dir = model_dir
         self._framework = framework
         self._progress = progress
+        self._run_in = run_in
         self._files = checkpoint_files(model_dir)
-        self._cards: list[int] = []
+        self._cards: list[pb.Card] = []
 
     @property
     def cards(self) -> list[int]:
-        """Indices of the cards in use, the first instance's first."""
-        return self._cards
+        """Indices of the cards in use in the broker's processes, the first instance's first."""
+        return [card.device_index for card in self._cards]
 
     def start(self, count: int | None) -> pb.Host:
         """Starts the broker and returns its host. `count`: instances to start at once."""
@@ -185,12 +202,14 @@ class CardScene(Scene):
         with self._progress.step(f"{len(others)} instances at once, each on its own card"):
             results = self._results(others)
         digests = {instance.name: self._digest(instance) for instance in (first, *others)}
-        restarted = self._instance(f"instance {len(others) + 2}", self._cards[0])
-        self._open([restarted])
-        with self._progress.step(f"{first.name} is killed (kill -9); {restarted.name} starts on its card"):
+        with self._progress.step(f"{first.name} is killed (kill -9)"):
             first.kill()
             self.processes.remove(first)
             self._wait_until_gone(first.name)
+        # Not earlier: the driver gives a card to one container at a time.
+        restarted = self._instance(f"instance {len(others) + 2}", self._cards[0])
+        self._open([restarted])
+        with self._progress.step(f"{restarted.name} starts on the card of {first.name}"):
             results += self._results([restarted])
         # Digested again: memory that was filled must not change while other instances are filled.
         again = {instance.name: self._digest(instance) for instance in (*others, restarted)}
@@ -205,9 +224,9 @@ class CardScene(Scene):
             self._progress.say(f"the broker's log ends with:{self.processes[0].log_end(40)}")
         return report, state
 
-    def _usable(self, host: pb.Host, count: int | None) -> list[int]:
-        """Indices of the cards to use: one more than the instances started at once."""
-        ready = [card.device_index for card in npus(host) if card.state == pb.Card.STATE_READY]
+    def _usable(self, host: pb.Host, count: int | None) -> list[pb.Card]:
+        """The cards to use: one more than the instances started at once."""
+        ready = [card for card in npus(host) if card.state == pb.Card.STATE_READY]
         wanted = (count or min(INSTANCES, len(ready) - 1)) + 1
         if wanted < 2 or wanted > len(ready):
             broken = [card for card in npus(host) if card.problem]
@@ -228,11 +247,11 @@ class CardScene(Scene):
         self.processes.remove(warm)
         return result
 
-    def _instance(self, name: str, card: int, *, broker: bool = True) -> CardInstance:
+    def _instance(self, name: str, card: pb.Card, *, broker: bool = True) -> CardInstance:
         directory = str(self.runtime_directory) if broker else None
-        order = CardOrder(name, card, str(self._model_dir), directory, self._framework, _SECONDS)
+        order = CardOrder(name, card.device_id, str(self._model_dir), directory, self._framework, _SECONDS)
         with held():
-            instance = CardInstance(order, self.directory)
+            instance = CardInstance(order, self.directory, self._run_in)
             self.processes.append(instance)
         return instance
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from weight_broker.integrations.engine.engine import Engine
 from weight_broker.integrations.engine.stage import processed_refusal
+from weight_broker.kinds import TRAITS
 from weight_broker.memory.kind import kind_of
 from weight_broker.memory.tensors import describe
 from weight_broker.transfers.load import SURVIVABLE
@@ -40,6 +41,14 @@ def snapshot(tensors: Mapping[str, torch.Tensor], *, contents: bool) -> Snapshot
     first = {place: name for name, place in reversed(places.items())}  # tied tensors count once
     sizes = {name: tensors[name].numel() * tensors[name].element_size() for name in first.values()}
     return Snapshot(places, sizes, content_digests(tensors) if contents else None)
+
+
+def is_copied_to_publish(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the tensors may change once they are published. False too for tensors that cannot be published."""
+    try:
+        return TRAITS[describe(tensors).device_kind].is_copied_to_publish
+    except SURVIVABLE:
+        return False
 
 
 class Comparison:

@@ -6,6 +6,8 @@ import logging
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from weight_broker.integrations.checkpoint import CoveredWeights
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,12 +22,17 @@ class NotServable(Exception):
 class Engine(ABC):
     """One model of an engine, in one process."""
 
+    def __init__(self) -> None:
+        self.covered = CoveredWeights()
+
     logger: logging.Logger
     """A child of the engine's own, so that its handlers and levels apply."""
     model: str
     """The model's name on the command line."""
     platform: str = ""
     """The engine's name of the kind of device."""
+    covered: CoveredWeights
+    """What the key covers. `make_key` sets it."""
     shared_as_processed: frozenset[str] = frozenset()
     """Classes of quantization methods whose weights are shared as post-processing leaves them on this platform."""
 

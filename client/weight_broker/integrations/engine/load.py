@@ -5,28 +5,35 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+import weight_broker.transfers.imports  # noqa: F401
 from weight_broker.client import BrokerClient
 from weight_broker.errors import BrokerError, BrokerUnavailable, TransferFailed
-from weight_broker.integrations.checkpoint import CheckpointError
+from weight_broker.integrations.checkpoint import CheckpointError, DamageCheck
 from weight_broker.integrations.engine import completeness, published, stage
-from weight_broker.integrations.engine.completeness import Comparison
+from weight_broker.integrations.engine.completeness import Comparison, is_copied_to_publish
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.engine.report import EngineLoad
 from weight_broker.integrations.engine.tensors import other_state, weight_tensors, without_memory
+from weight_broker.integrations.modules.replacing import viewed_elsewhere
 from weight_broker.load_group import LoadGroup
 from weight_broker.transfers import load as loading
 from weight_broker.transfers.load import SURVIVABLE
+from weight_broker.transfers.written import Watch
 
 if TYPE_CHECKING:
     from weight_broker.key import WeightSetKey
+    from weight_broker.transfers.publication import Publication
     from weight_broker.transfers.report import AcquireReport
+
+
+_SHOWN = 4
 
 
 class Reinitialise(Exception):
@@ -51,7 +58,12 @@ class Load:
         self._load: loading.Load | None = None
         self._comparison = Comparison()
         self._disk_only = ""
-        self._is_runtime = False
+        self._is_runtime = self._keeps_client = False
+        self._is_offered = False
+        """Whether it is settled what is published, or why nothing is."""
+        self._published: tuple[Publication, tuple[str, ...]] | None = None
+        """The publication and the names of its tensors."""
+        self._check: DamageCheck | None = None
 
     def without_broker(self, why: str) -> None:
         """Load from disk. Raises `NotServable` with the option `strict`."""
@@ -93,26 +105,27 @@ class Load:
             missing = without_memory(model)
             if missing:
                 self.without_broker(f"{missing[0]} has no memory yet: it is quantized while it is read")
-            elif self._options.stage != "loaded" and stage.is_shared_as_processed(
-                model, self._engine.shared_as_processed
-            ):
+            elif self._is_shared_as_processed(model):
                 self._is_runtime = True
                 self._key = self._engine.runtime_key(self._key)
                 self.report.weight_set_id = self._key.id
                 self._engine.load_dummy_weights(model)
                 return
             elif self._filled(weight_tensors(model)):
-                # Others read a sealed copy of host memory, so that this process's own may change.
-                own = self._load is not None and self._load.shares_own_memory
-                self._note_before(weight_tensors(model), contents=own)
+                self._after_loading(model)
                 return
-        state = other_state(model)
+        state, watch = other_state(model), self._watch(model)
+        self._start_check()
         with self._timed("load"):
             self._engine.load_weights(model)
+        if watch is not None:
+            self._refuse_left_over(watch.left_over(dict(model.named_parameters())))
+        if self._publishing and not self._comparison.refused:
+            self._comparison.refused = self._engine.covered.refusal()
         if self._publishing and not self._comparison.refused:
             if not self._is_runtime:  # in the stage `runtime` the rest of the state is published with the weights
                 self._comparison.refused = completeness.state_refusal(state, other_state(model))
-            self._note_before(weight_tensors(model), contents=not self._is_runtime)
+            self._after_loading(model)
 
     @property
     def is_to_fill(self) -> bool:
@@ -125,7 +138,7 @@ class Load:
             tensors = stage.processed_tensors(model)
             if self._filled(tensors):
                 self._check_state(model, tensors)
-                self._note_before(tensors, contents=False)
+                self._comparison.note_before(tensors, contents=False)
                 return True
             self._disk_only = "the broker has no processed weights"
         except Reinitialise:
@@ -135,18 +148,16 @@ class Load:
     def finish(self, model: nn.Module) -> None:
         """Publish after post-processing, or say in the report why not. Never raises."""
         published.note(self.report)
-        try:
-            if self._publishing:
+        with self._harmless():
+            if self._publishing and not self._is_offered:
                 self._publish(model)
-        except Exception as error:  # the model is loaded: no failure may undo that
-            self.report.not_published = f"{type(error).__name__}: {error}"
-            self._logger.warning("%s is loaded but not published: %s", self._engine.model, error, exc_info=True)
-        finally:
-            self._close()
+            self._keep(model)
+        self._close()
         self._logger.info("%s", self.report.summary())
 
     def abandon(self, error: BaseException) -> None:
-        """The engine could not create the model. The lease goes to the next waiter."""
+        """The engine could not create the model. The lease goes to the next waiter; what is published is retracted."""
+        self.report.publication_id, self._keeps_client = "", False
         self._close(f"the engine raised {type(error).__name__}")
 
     # Filling
@@ -202,8 +213,23 @@ class Load:
             )
         return self._load
 
+    def _watch(self, model: nn.Module) -> Watch | None:
+        """For what the load writes; None if nothing will be published."""
+        if self._publishing and not self._comparison.refused:
+            with suppress(*SURVIVABLE):  # publishing reports what cannot be shared
+                return Watch(dict(model.named_parameters()))
+        return None
+
+    def _refuse_left_over(self, names: list[str]) -> None:
+        if names:
+            shown = ", ".join(names[:_SHOWN])
+            self._comparison.refused = f"the load did not write {len(names)} parameters ({shown})"
+
     def _fill_or_map(self, load: loading.Load, tensors: dict[str, torch.Tensor]) -> bool:
         if not self._options.zero_copy or self._is_runtime:  # kernels may have stored addresses of weights
+            return load.fill(tensors)
+        if viewed := viewed_elsewhere(tensors):
+            self._logger.info("copying the weights instead of mapping them: something has a view of %s", viewed)
             return load.fill(tensors)
         attached = load.map("torch", like=tensors)
         if attached is None:
@@ -236,48 +262,82 @@ class Load:
     def _publishing(self) -> bool:
         return self._options.publish and self._client is not None and self._key is not None
 
-    def _note_before(self, tensors: dict[str, torch.Tensor], *, contents: bool) -> None:
-        if self._publishing:
+    def _is_shared_as_processed(self, model: nn.Module) -> bool:
+        if self._options.stage == "loaded" or not stage.is_shared_as_processed(model, self._engine.shared_as_processed):
+            return False
+        return self._options.stage == "runtime" or not is_copied_to_publish(weight_tensors(model))
+
+    def _after_loading(self, model: nn.Module) -> None:
+        """The weights are what the engine's loader left. A copy of them is published now: post-processing may
+        change them. Memory that is published in place must still be the same after post-processing."""
+        if not self._publishing:
+            return
+        tensors = weight_tensors(model)
+        if self._is_runtime or not is_copied_to_publish(tensors):
             with self._timed("check"):
-                self._comparison.note_before(tensors, contents=contents)
+                self._comparison.note_before(tensors, contents=not self._is_runtime)
+            return
+        with self._harmless():
+            self._offer(tensors, self._comparison.refused or self._stage_refusal())
 
     def _publish(self, model: nn.Module) -> None:
-        assert self._client is not None
-        assert self._key is not None
+        """After post-processing."""
         tensors = stage.processed_tensors(model) if self._is_runtime else weight_tensors(model)
-        refusal = self._comparison.refused or self._refusal(model, tensors)
+        refusal = self._comparison.refused or self._stage_refusal() or self._refusal(model, tensors)
+        if refusal or self._is_runtime:
+            self._offer(tensors, refusal)
+        else:
+            self._offer(self._comparison.noted(tensors), "")
+
+    def _offer(self, tensors: dict[str, torch.Tensor], refusal: str) -> None:
+        self._is_offered = True
         if refusal:
             self.report.not_published = refusal
             if refusal != self.report.acquire_error:  # logged already
                 self._logger.warning("%s is loaded but not published: %s", self._engine.model, refusal)
             self._begun().give_up(refusal, unpublishable=True)
             return
-        offered = tensors if self._is_runtime else self._comparison.noted(tensors)
         with self._timed("publish"):
             load = self._begun()
-            publication = load.publish(offered)
+            publication = load.publish(tensors, self._check)
         if publication is None:
             self.report.not_published = load.report.publish_error or self.report.acquire_error
             return
+        self._keeps_client = True
+        self._published = publication, tuple(tensors)
         self.report.publication_id = publication.id
         self.report.size_bytes, self.report.tensor_count = publication.size_bytes, len(publication.layout)
-        published.add(
-            published.PublishedModel(
-                weakref.ref(model),
-                self._client,
-                self._key,
-                self._group,
-                tuple(offered),
-                self.report,
-                self._logger,
-                publication,
-            )
-        )
-        self._engine.watch(model)
 
-    def _refusal(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> str:
+    def _keep(self, model: nn.Module) -> None:
+        """Register the publication, so that it is retracted before the weights change."""
+        if self._published is None:
+            return
+        assert self._client is not None
+        assert self._key is not None
+        publication, names = self._published
+        entry = published.PublishedModel(
+            weakref.ref(model), self._client, self._key, self._group, names, self.report, self._logger, publication
+        )
+        published.add(entry)
+        self._engine.watch(model)
+        if publication.waiting is not None:
+            self.report.not_published = "the checkpoint is being compared with what was downloaded"
+            publication.waiting.then(entry.waited)
+
+    def _start_check(self) -> None:
+        """Compare files that the hub's cache knows, beside the load. Each rank takes a part of them: what the ranks
+        publish is read together or not at all."""
+        if self._publishing and self._check is None:
+            member, size = (self._group.member, self._group.size) if self._group is not None else (0, 1)
+            self._check = DamageCheck(self._engine.covered.files[member::size])
+            self._check.start()
+
+    def _stage_refusal(self) -> str:
         if self._options.stage == "runtime" and not self._is_runtime:
             return "no quantization method of this model is on the list of those shared in the stage runtime"
+        return ""
+
+    def _refusal(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> str:
         with self._timed("check"):
             if not self._is_runtime:
                 return self._comparison.refusal(tensors)
@@ -285,12 +345,24 @@ class Load:
                 return self._comparison.missing()
             return self._comparison.processed_refusal(model, self._engine, weight_tensors(model))
 
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        """For what follows a load: the model is loaded, and no failure may undo that."""
+        try:
+            yield
+        except Exception as error:
+            self._is_offered = True
+            self.report.not_published = f"{type(error).__name__}: {error}"
+            self._logger.warning("%s is loaded but not published: %s", self._engine.model, error, exc_info=True)
+
     def _close(self, reason: str = "nothing was published") -> None:
         """Give back the lease; close the client too, unless a publication needs it."""
         if self._load is not None:
             self._load.close(reason)
-        if self._client is None or self.report.publication_id:
+        if self._client is None or self._keeps_client:
             return
+        if self._check is not None:
+            self._check.stop()
         try:
             self._client.close()
         except SURVIVABLE as error:

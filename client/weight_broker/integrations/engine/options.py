@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -48,7 +48,7 @@ class Options:
     digest_mode: str = "auto"
     """How much of the content is verified on arrival."""
     checkpoint_digest: str = "sampled"
-    """How much of the checkpoint its digest covers: both ends of every tensor, or (`full`) every byte."""
+    """How much of the checkpoint its digest covers: a sample, or the hub's SHA-256 of it; `full`: every byte."""
     engine_version: str = "compatible"
     """Which versions of the engine may share weights: versions that are known to lay them out alike, versions with
     the same minor version, or only the same version."""
@@ -83,7 +83,7 @@ def parse(config: object) -> Options:
 def _from_json(text: str) -> object:
     try:
         return json.loads(text) if text else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(_FIELD, text, f"JSON ({error})") from None
 
 
@@ -93,7 +93,7 @@ def _check(name: str, value: object, kind: str) -> None:
         if value not in _CHOICES[name]:
             raise InvalidArgument(field_name, value, "one of " + ", ".join(map(repr, _CHOICES[name])))
     elif name in _SECONDS:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise InvalidArgument(field_name, value, "a positive number of seconds")
     elif kind == "bool":
         if not isinstance(value, bool):

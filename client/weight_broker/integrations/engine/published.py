@@ -40,6 +40,17 @@ class PublishedModel:
     asleep: Mapping[str, int] | None = None
     """Digests of the tensors before the sleep; None if they will not be published again."""
 
+    def waited(self, refusal: str) -> None:
+        """The publication has waited for a check of the checkpoint."""
+        publication = self.publication
+        if publication is None:  # retracted meanwhile
+            return
+        self.report.publication_id, self.report.not_published = publication.id, refusal
+        if refusal:
+            self.publication = None
+            self.logger.warning("%s is loaded but not published: %s", self.report.model, refusal)
+            _published.remove(self)
+
 
 def note(report: EngineLoad) -> None:
     """Keep the report for `reports`."""
@@ -64,6 +75,8 @@ def retract(reason: str = "asked to", *, model: nn.Module | None = None, for_sle
     for entry in list(_published):
         if model is not None and entry.model() is not model:
             continue
+        if for_sleep and entry.publication is not None and not entry.publication.needs_retraction:
+            continue  # a copy, which no sleep changes
         if entry.publication is not None:
             begun = time.monotonic()
             entry.publication.retract(RETRACT_TIMEOUT_SECONDS)

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from weight_broker.integrations.engine.directory import local_directory
+from weight_broker.integrations.checkpoint import CoveredWeights
+from weight_broker.integrations.engine.directory import files_read, local_directory
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.sglang import hooks
@@ -26,6 +27,7 @@ class SglangEngine(Engine):
     def __init__(
         self, model_config: Any, device_config: Any, load_config: Any, download: Callable[[Any], None]
     ) -> None:
+        super().__init__()
         self.model = str(model_config.model_path)
         self.platform = str(device_config.device_type)
         self._model_config = model_config
@@ -51,7 +53,8 @@ class SglangEngine(Engine):
             directory = local_directory(*where)
         if directory is None:
             raise NotServable("its checkpoint is not on this machine, or not where the hub keeps it")
-        return weight_set_key(config, options, directory, self.platform, self._load_config)
+        self.covered = CoveredWeights(files_read(directory, options.fallback_load_format))
+        return weight_set_key(config, options, directory, self.platform, self._load_config, self.covered.files)
 
     def ranks(self, key: WeightSetKey) -> tuple[str, int, int] | None:
         return engine_ranks(key.model, str(key.role))

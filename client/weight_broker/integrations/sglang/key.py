@@ -1,16 +1,17 @@
 """The key of a SGLang model's weight set: everything that decides which bytes this rank holds.
 
-The key is made before the model. The weights are not read for it (see `weight_broker.integrations.checkpoint`).
+The key is made before the model. Its digest of the checkpoint does not read all of the weights (see
+`weight_broker.integrations.checkpoint.digest`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_name
 from weight_broker.integrations.engine.configuration import digest
-from weight_broker.integrations.engine.directory import files_read
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.sglang.ranks import attention_ranks, parallel_rank, server_arguments
 from weight_broker.key import Role, WeightSetKey
@@ -33,10 +34,10 @@ _USUAL = (None, False, 0, "", "auto", "none", "trivial")
 
 
 def weight_set_key(
-    model_config: Any, options: Options, directory: Path, platform: str, load_config: Any
+    model_config: Any, options: Options, directory: Path, platform: str, load_config: Any, files: Sequence[Path]
 ) -> WeightSetKey:
-    """The key of this rank's weights as loading leaves them, read from `directory`. Raises `CheckpointError` and
-    `OSError`."""
+    """The key of this rank's weights as loading leaves them, read from these files of `directory`. Raises
+    `CheckpointError` and `OSError`."""
     name, revision = checkpoint_name(directory)
     quantization = getattr(model_config, "quantization", None)
     attributes = {
@@ -53,9 +54,7 @@ def weight_set_key(
     return WeightSetKey(
         model=name,
         revision=str(getattr(model_config, "revision", None) or revision),
-        checkpoint_digest=checkpoint_digest(
-            directory, full=options.checkpoint_digest == "full", files=files_read(directory)
-        ),
+        checkpoint_digest=checkpoint_digest(directory, full=options.checkpoint_digest == "full", files=files),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=f"{quantization}:{_quantization_digest(model_config)}" if quantization else "",
         role=Role.DRAFT if getattr(model_config, "is_draft_model", False) else Role.TARGET,

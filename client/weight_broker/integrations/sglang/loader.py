@@ -74,7 +74,7 @@ class BrokerModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang may
         read: Callable[..., Any] = model.load_weights  # type: ignore[assignment]
 
         def load_weights(weights: Any, *args: Any, **kwargs: Any) -> None:
-            with engine.reading(lambda: read(weights, *args, **kwargs)):
+            with engine.reading(lambda: read(engine.covered.noted(weights), *args, **kwargs)):
                 load.weights(model)
 
         vars(model)["load_weights"] = load_weights  # in front of the class's

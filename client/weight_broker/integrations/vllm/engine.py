@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from weight_broker.integrations.checkpoint import CoveredWeights
+from weight_broker.integrations.engine.directory import files_read
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.vllm import hooks
@@ -28,6 +30,7 @@ class VllmEngine(Engine):
     logger = logging.getLogger("vllm.weight_broker")
 
     def __init__(self, disk_loader: Any, vllm_config: Any, model_config: Any, load_config: Any) -> None:
+        super().__init__()
         self.model = str(model_config.model)
         self.platform = platform_name()
         self.shared_as_processed = SHARED_AS_PROCESSED.get(self.platform, frozenset())
@@ -43,7 +46,8 @@ class VllmEngine(Engine):
             directory = checkpoint_directory(self._model_config, self._load_config)
         if directory is None:
             raise NotServable("its checkpoint is not on this machine")
-        return weight_set_key(self._vllm_config, self._model_config, options, directory)
+        self.covered = CoveredWeights(files_read(directory, options.fallback_load_format))
+        return weight_set_key(self._vllm_config, self._model_config, options, directory, self.covered.files)
 
     def runtime_key(self, key: WeightSetKey) -> WeightSetKey:
         return runtime_key(key, self._vllm_config)
@@ -52,7 +56,16 @@ class VllmEngine(Engine):
         return engine_ranks(self._vllm_config, key.model, str(key.role))
 
     def load_weights(self, model: nn.Module) -> None:
-        self._disk_loader.load_weights(model, self._model_config)
+        loader = self._disk_loader
+        read = getattr(loader, "get_all_weights", None)
+        if read is None:
+            loader.load_weights(model, self._model_config)
+            return
+        vars(loader)["get_all_weights"] = lambda *args, **kwargs: self.covered.noted(read(*args, **kwargs))
+        try:
+            loader.load_weights(model, self._model_config)
+        finally:
+            del vars(loader)["get_all_weights"]
 
     def load_dummy_weights(self, model: nn.Module) -> None:
         from vllm.model_executor.model_loader import get_model_loader

@@ -1,21 +1,20 @@
 """The key of a vLLM model's weight set: everything that decides which bytes this rank holds.
 
-The key is made before the model, because loading changes vLLM's configuration objects. The weights are not read for it:
-the checkpoint's digest covers the configuration, every tensor's name, type and shape, and both ends of its content (or
-all of it), and is remembered for as long as the files do not change.
+The key is made before the model, because loading changes vLLM's configuration objects. Its digest of the checkpoint
+does not read all of the weights (see `weight_broker.integrations.checkpoint.digest`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from weight_broker.integrations.checkpoint import checkpoint_digest, checkpoint_name
 from weight_broker.integrations.engine.configuration import digest, installed_version
-from weight_broker.integrations.engine.directory import files_read, local_directory
+from weight_broker.integrations.engine.directory import local_directory
 from weight_broker.integrations.engine.engine import NotServable
 from weight_broker.integrations.engine.options import Options
 from weight_broker.integrations.vllm.ranks import parallel_rank
@@ -28,9 +27,11 @@ LOADED_LAYOUT_VERSIONS = ((0, 10), (0, 33))
 """The first and the last minor version of vLLM whose layout `LOADED_LAYOUT` is."""
 
 
-def weight_set_key(vllm_config: Any, model_config: Any, options: Options, directory: Path) -> WeightSetKey:
-    """The key of this rank's weights as loading leaves them, read from `directory`. Raises `CheckpointError`, `OSError`
-    and `NotServable`."""
+def weight_set_key(
+    vllm_config: Any, model_config: Any, options: Options, directory: Path, files: Sequence[Path]
+) -> WeightSetKey:
+    """The key of this rank's weights as loading leaves them, read from these files of `directory`. Raises
+    `CheckpointError`, `OSError` and `NotServable`."""
     name, revision = checkpoint_name(directory)
     quantization = getattr(model_config, "quantization", None)
     attributes = {
@@ -43,9 +44,7 @@ def weight_set_key(vllm_config: Any, model_config: Any, options: Options, direct
     return WeightSetKey(
         model=name,
         revision=str(getattr(model_config, "revision", None) or revision),
-        checkpoint_digest=checkpoint_digest(
-            directory, full=options.checkpoint_digest == "full", files=files_read(directory)
-        ),
+        checkpoint_digest=checkpoint_digest(directory, full=options.checkpoint_digest == "full", files=files),
         dtype=str(model_config.dtype).removeprefix("torch."),
         quantization=f"{quantization}:{_quantization_digest(model_config)}" if quantization else "",
         role=Role.DRAFT if is_draft(vllm_config, model_config) else Role.TARGET,

@@ -29,7 +29,9 @@ class CudaKind(DeviceKind):
         """The GPU's UUID."""
         return cuda_module.load().device_id(tensors.device_index)
 
-    def digests(self, tensors: DescribedDeviceTensors, deadline: float | None = None) -> ContentDigests:
+    def digests(
+        self, tensors: DescribedDeviceTensors, deadline: float | None = None, *, sampled: bool = False
+    ) -> ContentDigests:
         """torch computes on the device for its own tensors; other tensors are read into host memory."""
         try:
             cuda = cuda_module.load()
@@ -37,7 +39,7 @@ class CudaKind(DeviceKind):
                 tensors.synchronize()
             with cuda.on_device(tensors.device_index):
                 cuda.synchronize()
-                return tensor_digests(tensors, _digester(cuda, tensors), deadline)
+                return tensor_digests(tensors, _digester(cuda, tensors), deadline, sampled=sampled)
         except CudaError as error:
             raise PublishRefused(f"NVIDIA's driver does not read the tensors: {error}") from error
 

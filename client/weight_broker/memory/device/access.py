@@ -46,5 +46,7 @@ class DeviceAccess(Protocol):
     def copied(self, tensors: DescribedDeviceTensors) -> CopiedTensors:
         """The tensors, for staged copies by this process. Raises `PublishRefused`."""
 
-    def digests(self, tensors: DescribedDeviceTensors, deadline: float | None = None) -> ContentDigests:
-        """Full digests of all tensors, after waiting for the device. Raises `DeadlinePassed`, `BrokerError`."""
+    def digests(
+        self, tensors: DescribedDeviceTensors, deadline: float | None = None, *, sampled: bool = False
+    ) -> ContentDigests:
+        """Digests of all tensors, full or sampled. Waits for the device. Raises `DeadlinePassed`, `BrokerError`."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from weight_broker.connection.deadline import seconds_until
 from weight_broker.digest import ContentDigests, DigestAlgorithm
 from weight_broker.errors import (
     AcquireTimeout,
@@ -17,7 +18,7 @@ from weight_broker.errors import (
     TransferFailed,
 )
 from weight_broker.layout import Layout
-from weight_broker.memory.device.access import DeviceAccess
+from weight_broker.memory.device.access import DeviceAccess, Exported
 from weight_broker.memory.device.describe import DescribedDeviceTensors
 from weight_broker.memory.device.offer import Offer
 from weight_broker.memory.device.shared import DeviceShared
@@ -47,7 +48,7 @@ class DeviceDestination:
         """Whether the last granted source comes through staging buffers."""
         self._digests: tuple[ContentDigests, ...] = ()
 
-    def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
+    def fill_request(self, request: pb.AcquireRequest, session: Session, deadline: float) -> None:
         """Add the ways to the memory that the policy allows."""
         from weight_broker.v1 import resources_pb2
         from weight_broker.wire import device_kind_to_wire, placements_to_wire
@@ -65,7 +66,7 @@ class DeviceDestination:
         copied, staged = resources_pb2.TRANSFER_PATH_COPY, resources_pb2.TRANSFER_PATH_STAGED
         request.path = copied if offer.is_exported else staged
         if offer.is_staged:
-            request.stage_id = offer.serve(session)
+            request.stage_id = offer.serve(session, seconds_until(deadline))
 
     def take(self, granted: pb.Granted, claim: ClaimRegion, deadline: float) -> Received | None:
         """The broker brings the bytes."""
@@ -116,6 +117,10 @@ class DeviceDestination:
                 touched=True,
                 quiesced=False,
             ) from error
+
+    def abandon(self) -> Exported | None:
+        """End this process's copies, and leave the export."""
+        return self._offer.abandon()
 
     def _refusal(self, error: PublishRefused) -> TransferFailed:
         direct = self._policy.allows_direct

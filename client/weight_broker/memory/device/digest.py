@@ -14,7 +14,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weight_broker import multilinear
-from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage, combine
+from weight_broker.digest import (
+    FULL_BLOCK_BYTES,
+    GLANCE_BLOCK_BYTES,
+    ContentDigests,
+    DigestAlgorithm,
+    DigestCoverage,
+    combine,
+    sampled_blocks,
+)
 from weight_broker.memory.described import DescribedTensors
 from weight_broker.memory.kind import DeadlinePassed
 
@@ -37,19 +45,32 @@ class BlockDigester(Protocol):
         ...
 
 
-def tensor_digests(described: DescribedTensors, digester: BlockDigester, deadline: float | None) -> ContentDigests:
-    """Full digests of all tensors. Raises `DeadlinePassed` and what the driver raises."""
+def tensor_digests(
+    described: DescribedTensors, digester: BlockDigester, deadline: float | None, *, sampled: bool = False
+) -> ContentDigests:
+    """Full digests of all tensors, or of a few short blocks of each. Raises `DeadlinePassed` and what the driver
+    raises."""
     blocks: list[Block] = []
     counts: list[int] = []
     for tensor in described.tensors:
-        size = tensor.spec.content_bytes
-        counts.append(-(-size // FULL_BLOCK_BYTES))
-        for offset in range(0, size, FULL_BLOCK_BYTES):
-            blocks.append((tensor.address + offset, min(FULL_BLOCK_BYTES, size - offset)))
+        parts = list(_parts(tensor.spec.content_bytes, sampled))
+        counts.append(len(parts))
+        blocks += [(tensor.address + offset, length) for offset, length in parts]
     found = iter(digester.block_digests(blocks, deadline))
     by_tensor = (list(islice(found, count)) for count in counts)
     values = tuple(combine(DigestAlgorithm.MULTILINEAR_64, digests) if digests else 0 for digests in by_tensor)
+    if sampled:
+        return ContentDigests(DigestAlgorithm.MULTILINEAR_64, DigestCoverage.SAMPLED, GLANCE_BLOCK_BYTES, values)
     return ContentDigests(DigestAlgorithm.MULTILINEAR_64, DigestCoverage.FULL, FULL_BLOCK_BYTES, values)
+
+
+def _parts(size: int, sampled: bool) -> Iterator[Block]:
+    """(offset, length) of the blocks of a content."""
+    if sampled:
+        yield from sampled_blocks(size, GLANCE_BLOCK_BYTES)
+        return
+    for offset in range(0, size, FULL_BLOCK_BYTES):
+        yield offset, min(FULL_BLOCK_BYTES, size - offset)
 
 
 class HostDigester:
@@ -141,7 +162,9 @@ def _multipliers(count: int) -> torch.Tensor:
     def shifted_right(values: torch.Tensor, bits: int) -> torch.Tensor:
         return (values >> bits) & ((1 << (64 - bits)) - 1)  # torch's own shift keeps the sign
 
-    mixed = torch.arange(2, count + 2, dtype=torch.int64) * signed(multilinear.GAMMA) + signed(multilinear.SEED)
+    mixed = torch.arange(2, count + 2, dtype=torch.int64, device="cpu") * signed(multilinear.GAMMA) + signed(
+        multilinear.SEED
+    )
     for bits, factor in multilinear.MIX:
         mixed = (mixed ^ shifted_right(mixed, bits)) * signed(factor)
     return (mixed ^ shifted_right(mixed, multilinear.LAST_SHIFT)) | 1

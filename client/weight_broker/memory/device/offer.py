@@ -85,14 +85,15 @@ class Offer:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def serve(self, session: Session) -> str:
-        """The broker may ask for copies in this session. Returns the tensors' name there."""
+    def serve(self, session: Session, timeout: float) -> str:
+        """The broker may ask for copies in this session. Returns the tensors' name there. The broker answers within
+        `timeout` seconds, or this raises `BrokerUnavailable`."""
         if self._copied is None:
             raise AssertionError("these tensors are not staged")
         if self._server is not None and self._server is not session.staging:
             self._server.remove(self._stage_id)
         self._server = session.staging
-        self._server.add(self._stage_id, self._copied)
+        self._server.add(self._stage_id, self._copied, timeout)
         return self._stage_id
 
     def stop_serving(self) -> None:
@@ -109,3 +110,10 @@ class Offer:
         if self._exported is not None:
             self._exported.close()
         self._exported = None
+
+    def abandon(self) -> Exported | None:
+        """Returns when this process copies no more: the export, which keeps no tensor alive. The caller closes it."""
+        self.stop_serving()
+        self._copied = None
+        exported, self._exported = self._exported, None
+        return exported

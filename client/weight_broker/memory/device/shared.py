@@ -47,7 +47,7 @@ class DeviceShared:
         """Whether the broker has the memory mapped or, if it picked staging, can ask this process to copy."""
         return self._offer.is_served or not self._is_staged
 
-    def stage(self, session: Session) -> pb.StagedMemory | None:
+    def stage(self, session: Session, timeout: float) -> pb.StagedMemory | None:
         """The broker may ask for copies in this session. None if this process makes none."""
         from weight_broker.v1 import weight_set_pb2 as pb
         from weight_broker.wire import device_kind_to_wire
@@ -55,7 +55,7 @@ class DeviceShared:
         if not self._offer.is_staged:
             return None
         return pb.StagedMemory(
-            stage_id=self._offer.serve(session),
+            stage_id=self._offer.serve(session, timeout),
             device_kind=device_kind_to_wire(self._kind),
             device_id=self._offer.device_id,
         )
@@ -64,10 +64,10 @@ class DeviceShared:
         """The broker picked one of the ways. Both stay open: it may still have the other in use."""
         self._is_staged = publication.is_staged or not self._offer.is_exported
 
-    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
+    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int, timeout: float) -> None:
         """Nothing to do: the message names the memory."""
 
-    def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
+    def take_back(self, connection: AttachConnection, region: pb.Region, timeout: float) -> None:
         """Nothing to do: the broker unmaps the memory when the publication ends."""
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _MADV_DONTFORK = 10
 _MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
 
@@ -67,6 +68,24 @@ def advise_huge_pages(address: int, size_bytes: int) -> None:
     end = (address + size_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
     if end > begin:
         _madvise(begin, end - begin, _MADV_HUGEPAGE)
+
+
+def populate_for_writing(address: int, size_bytes: int) -> int:
+    """Enter a range's pages into the page tables, to be written; returns the number of the error that a write would
+    meet as a signal, EINVAL if this kernel or this memory cannot say, or 0."""
+    return _populate(address, size_bytes, _MADV_POPULATE_WRITE)
+
+
+def populate_for_reading(address: int, size_bytes: int) -> int:
+    """The same for a range that is read."""
+    return _populate(address, size_bytes, _MADV_POPULATE_READ)
+
+
+def _populate(address: int, size_bytes: int, how: int) -> int:
+    begin = address // PAGE_BYTES * PAGE_BYTES
+    if _madvise(begin, address + size_bytes - begin, how) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
 class Mapping:

@@ -149,18 +149,16 @@ def copy_and_digest(
     pieces: Sequence[Piece],
     algorithm: DigestAlgorithm,
     block_bytes: int,
-    way: DigestingCopy | None = None,
     *,
     own_tasks: Sequence[Task] = (),
     deadline: float | None = None,
 ) -> list[int]:
-    """Copy every piece and return the full digest of each. `way`, if any, copies and digests the pieces that are not
-    small.
+    """Copy every piece and return the full digest of each.
 
     The bytes are digested on the way, while the processor's cache holds them, not in a second pass.
     """
     blocks = [[0] * -(-size // block_bytes) for _, _, size in pieces]
-    run(_copy_tasks(pieces, algorithm, block_bytes, blocks, way), own_tasks=own_tasks, deadline=deadline)
+    run(_copy_tasks(pieces, algorithm, block_bytes, blocks), own_tasks=own_tasks, deadline=deadline)
     return [combine(algorithm, found) if found else 0 for found in blocks]
 
 
@@ -205,14 +203,12 @@ def _copy_tasks(
     algorithm: DigestAlgorithm | None,
     block_bytes: int,
     blocks: Sequence[list[int]],
-    way: DigestingCopy | None = None,
 ) -> Iterator[Task]:
     """Tasks that copy the pieces and, with an algorithm, leave the digest of each block in `blocks[piece][block]`."""
     small = (index for index, piece in enumerate(pieces) if 0 < piece[2] <= SMALL_BYTES)
     while batch := list(islice(small, BATCH_PIECES)):
         yield partial(_copy_batch, pieces, batch, algorithm, block_bytes, blocks)
     copy, copy_and_digest = functions_for(sum(size for _, _, size in pieces), algorithm)
-    copy_and_digest = way or copy_and_digest
     step = max(block_bytes, TASK_BYTES // block_bytes * block_bytes)
     for index, (destination, source, size) in enumerate(pieces):
         if size <= SMALL_BYTES:

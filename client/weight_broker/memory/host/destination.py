@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from weight_broker.digest import ContentDigests, DigestCoverage
-from weight_broker.errors import AcquireTimeout, BrokerError, IntegrityError, TransferFailed
+from weight_broker.errors import AcquireTimeout, BrokerError, IntegrityError, InvalidArgument
 from weight_broker.kinds import MemoryKind
 from weight_broker.layout import Layout
 from weight_broker.memory.described import DescribedTensors
@@ -19,7 +20,7 @@ from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.host import copying
 from weight_broker.memory.host.address_space import Mapping
 from weight_broker.memory.host.export import SharedWeights
-from weight_broker.memory.host.fill import copy_in
+from weight_broker.memory.host.fill import choose_digests, copy_in
 from weight_broker.memory.host.view import Framework, map_tensors
 from weight_broker.memory.kind import ClaimRegion, DeadlinePassed, Received
 
@@ -37,7 +38,7 @@ class HostDestination(ABC):
     grace_seconds = 0.0
     _source: SharedWeights | None = None
 
-    def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
+    def fill_request(self, request: pb.AcquireRequest, session: Session, deadline: float) -> None:
         """Names no memory: the broker writes to none."""
         from weight_broker.v1 import resources_pb2
         from weight_broker.wire import device_kind_to_wire
@@ -83,6 +84,10 @@ class HostDestination(ABC):
         if source is not None:
             source.close()
 
+    def abandon(self) -> None:
+        """Only this process writes to the tensors: nothing is left."""
+        self.close()
+
 
 class TensorFiller(HostDestination):
     """Copies into tensors that the caller owns, and verifies."""
@@ -117,11 +122,13 @@ class TensorMapper(HostDestination):
         self._framework = framework
         self._digest_mode = DigestMode.FULL if digest_mode is DigestMode.FULL else DigestMode.SAMPLED
 
-    def fill_request(self, request: pb.AcquireRequest, session: Session) -> None:
-        """The source's memory becomes this process's tensors."""
+    def fill_request(self, request: pb.AcquireRequest, session: Session, deadline: float) -> None:
+        """The source's memory becomes this process's tensors. Raises `InvalidArgument` without their framework, before
+        the broker is asked for anything."""
         from weight_broker.v1 import resources_pb2
 
-        super().fill_request(request, session)
+        _import(self._framework)
+        super().fill_request(request, session, deadline)
         request.path = resources_pb2.TRANSFER_PATH_ZERO_COPY
 
     def receive(self, source: SharedWeights, deadline: float) -> Received:
@@ -138,9 +145,7 @@ class TensorMapper(HostDestination):
         return Received(source.layout.content_bytes, verified, source.layout, seconds, tensors, touched=False)
 
     def _verify(self, source: SharedWeights, deadline: float) -> DigestCoverage:
-        expected = self._digest_mode.choose(source.digests)
-        if expected is None:
-            raise TransferFailed(f"the source has no digests that digest mode {self._digest_mode} can verify with here")
+        expected = choose_digests(source.digests, self._digest_mode, len(source.layout))
         with ExitStack() as mappings:
             addresses = [
                 mappings.enter_context(Mapping(descriptor, size_bytes)).address
@@ -153,6 +158,15 @@ class TensorMapper(HostDestination):
             found = _digests_of(contents, expected, deadline)
         _compare(source.layout, found, expected)
         return expected.coverage
+
+
+def _import(framework: Framework) -> None:
+    try:
+        importlib.import_module(framework)
+    except ImportError as error:
+        other = "numpy" if framework == "torch" else "torch"
+        expected = f"the name of an installed package ({error})"
+        raise InvalidArgument("framework", framework, expected, hint=f"Install {framework}, or use {other}.") from error
 
 
 def _open(granted: pb.Granted, claim: ClaimRegion, layout: Layout | None) -> SharedWeights:

@@ -31,6 +31,7 @@ from weight_broker.memory.host import copying, strided
 from weight_broker.memory.host.address_space import PAGE_BYTES, Mapping
 from weight_broker.memory.host.fill import CopyResult, copy_in
 from weight_broker.memory.host.memfd import allocate, being_filled, create
+from weight_broker.memory.host.touchable import require_readable
 from weight_broker.memory.host.view import map_tensors
 from weight_broker.memory.kind import DeadlinePassed, Prepared
 
@@ -79,12 +80,14 @@ def export(
     memory that was allocated before, of any size.
 
     `deadline` is a time of `time.monotonic`. Raises `PublishRefused` if there is not enough memory, a limit of this
-    process is reached or the deadline passes; nothing is left behind then.
+    process is reached or the deadline passes, `InvalidArgument` for a tensor that cannot be read; nothing is left
+    behind then.
     """
     described.require_host_memory()
     placements, size_bytes = _place(described.layout)
     fd = prepared.take() if prepared is not None else None
     try:
+        require_readable(described, deadline)
         if fd is None:
             _require_memory(size_bytes)
             fd = create(size_bytes)
@@ -254,20 +257,20 @@ class SharedWeights:
         """The broker holds the memory itself."""
         return True
 
-    def stage(self, session: Session) -> pb.StagedMemory | None:
+    def stage(self, session: Session, timeout: float) -> pb.StagedMemory | None:
         """The broker holds the memory itself."""
         return None
 
     def note(self, publication: resources_pb2.Publication) -> None:
         """The broker has one way to read host memory."""
 
-    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int) -> None:
+    def hand_over(self, connection: AttachConnection, region: pb.Region, index: int, timeout: float) -> None:
         """The memfd goes over the attach socket."""
-        connection.offer_region(region.region_id, *self.memfds[index])
+        connection.offer_region(region.region_id, *self.memfds[index], timeout=timeout)
 
-    def take_back(self, connection: AttachConnection, region: pb.Region) -> None:
+    def take_back(self, connection: AttachConnection, region: pb.Region, timeout: float) -> None:
         """The broker closes it if nothing else needs it."""
-        connection.withdraw_region(region.region_id)
+        connection.withdraw_region(region.region_id, timeout=timeout)
 
     def close(self) -> None:
         """Idempotent."""

@@ -11,14 +11,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from weight_broker.digest import ContentDigests, DigestCoverage
+from weight_broker.digest import ContentDigests, DigestCoverage, is_available
 from weight_broker.errors import AcquireTimeout, BrokerError, IntegrityError, TransferFailed
 from weight_broker.layout import Layout
 from weight_broker.memory.described import DescribedTensor, DescribedTensors
 from weight_broker.memory.digest_mode import DigestMode
 from weight_broker.memory.host import copying, strided
-from weight_broker.memory.host.address_space import Mapping, address_of, equal_bytes
-from weight_broker.memory.host.digest_cost import AffordableDigests
+from weight_broker.memory.host.address_space import PAGE_BYTES, Mapping, address_of, equal_bytes
 from weight_broker.memory.kind import DeadlinePassed
 
 _REQUIRED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE
@@ -59,8 +58,7 @@ def copy_in(
     begin = time.monotonic()
     described.require_writable()
     mode = DigestMode(digest_mode)
-    expected = _choose_digests(digests, mode, len(described.tensors))
-    sample = mode.sample_instead(expected, digests)
+    expected = choose_digests(digests, mode, len(described.tensors))
     described.require_host_memory()
     check_regions(described.layout, fds, placements)
     with ExitStack() as mappings:
@@ -69,10 +67,10 @@ def copy_in(
         mapped = time.monotonic()
         if deadline is not None and mapped >= deadline:
             raise AcquireTimeout("the deadline passed before the first byte was copied")
-        coverage, transferred, verified = _transfer(described, sources, expected, sample, deadline)
+        transferred, verified = _transfer(described, sources, expected, deadline)
     return CopyResult(
         described.layout.content_bytes,
-        coverage,
+        expected.coverage,
         {"map": mapped - begin, "transfer": transferred - mapped, "verify": verified - transferred},
     )
 
@@ -93,23 +91,41 @@ def check_regions(layout: Layout, fds: Sequence[int], placements: Sequence[tuple
 
 
 def _sealed_bytes(index: int, fd: int) -> int:
+    """Size of a memfd all of whose pages are there: touching a page that the kernel cannot supply is a signal."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        size = os.fstat(fd).st_size
+        found = os.fstat(fd)
+        page_bytes = os.fstatvfs(fd).f_bsize
     except OSError as error:
         raise TransferFailed(f"region {index} of the source is not a memfd ({error.strerror})") from error
     if seals & _REQUIRED_SEALS != _REQUIRED_SEALS:
         raise TransferFailed(f"region {index} of the source is not sealed: its content could change or vanish")
-    return size
+    if page_bytes != PAGE_BYTES:
+        raise TransferFailed(
+            f"region {index} of the source is made of reserved huge pages of {page_bytes} bytes (MFD_HUGETLB), of "
+            "which there may be none left"
+        )
+    allocated = found.st_blocks * 512  # the unit of st_blocks on every file system
+    if allocated < found.st_size:
+        raise TransferFailed(
+            f"region {index} of the source has memory for {allocated} of its {found.st_size} bytes: the rest was never "
+            "written"
+        )
+    return found.st_size
 
 
-def _choose_digests(offered: Sequence[ContentDigests], mode: DigestMode, tensor_count: int) -> ContentDigests:
+def choose_digests(offered: Sequence[ContentDigests], mode: DigestMode, tensor_count: int) -> ContentDigests:
+    """The digests to verify against. Raises `TransferFailed` that says on which side something is missing."""
     expected = mode.choose(offered)
     if expected is None:
         kinds = ", ".join(f"{digests.algorithm} ({digests.coverage})" for digests in offered) or "none"
+        if any(not is_available(digests.algorithm) for digests in offered):
+            advice = "install xxhash on this side"
+        else:
+            advice = "install xxhash on the source's side, or publish with digest mode full there"
+        instead = ", or use digest mode auto" if mode is DigestMode.FULL else ""
         raise TransferFailed(
-            f"digest mode {mode} cannot verify with what the source offers ({kinds}): install xxhash on both sides, or "
-            "use digest mode auto"
+            f"digest mode {mode} cannot verify with what the source offers ({kinds}): {advice}{instead}"
         )
     if len(expected.values) != tensor_count:
         raise TransferFailed(f"the source has {len(expected.values)} digests for {tensor_count} tensors")
@@ -127,11 +143,9 @@ def _transfer(
     described: DescribedTensors,
     sources: Sequence[int],
     expected: ContentDigests,
-    sample: ContentDigests | None,
     deadline: float | None,
-) -> tuple[DigestCoverage, float, float]:
-    """Copy and verify, by `sample` if `expected` costs too much here; returns how much was verified and the times at
-    which either was done. After any exception the tensors may be touched."""
+) -> tuple[float, float]:
+    """Copy and verify; returns the times at which either was done. After any exception the tensors may be touched."""
     tensors = described.tensors
     # Where tensors share memory in part, the order of writing decides what is left; where they have gaps, memmove will
     # not do. These are written one after the other, digested where they come from and compared when all is written.
@@ -139,7 +153,7 @@ def _transfer(
     careful += [index for index, tensor in enumerate(tensors) if not tensor.spec.is_dense and not tensor.spec.alias_of]
     careful = sorted(set(careful))
     try:
-        coverage, transferred = _copy_and_verify(described, sources, careful, expected, sample, deadline)
+        transferred = _copy_and_verify(described, sources, careful, expected, deadline)
         _compare(tensors, sources, careful, deadline)
     except DeadlinePassed as error:
         raise AcquireTimeout("the deadline passed while the tensors were being filled", touched=True) from error
@@ -147,7 +161,7 @@ def _transfer(
         raise
     except Exception as error:  # the caller must learn that the tensors are touched
         raise TransferFailed(f"copying failed: {type(error).__name__}: {error}", touched=True) from error
-    return coverage, transferred, time.monotonic()
+    return transferred, time.monotonic()
 
 
 def _copy_and_verify(
@@ -155,10 +169,9 @@ def _copy_and_verify(
     sources: Sequence[int],
     careful: Sequence[int],
     expected: ContentDigests,
-    sample: ContentDigests | None,
     deadline: float | None,
-) -> tuple[DigestCoverage, float]:
-    """Copy everything and compare digests; returns which ones and the time at which the last byte was copied."""
+) -> float:
+    """Copy everything and compare digests; returns the time at which the last byte was copied."""
     tensors, sizes = described.tensors, described.layout.content_sizes
     pieces = [(tensor.address, source, size) for tensor, source, size in zip(tensors, sources, sizes, strict=True)]
     for index in careful:
@@ -167,13 +180,9 @@ def _copy_and_verify(
     found: list[int] = []
     if expected.coverage is DigestCoverage.FULL:
         algorithm, block_bytes = expected.algorithm, expected.block_bytes
-        way = AffordableDigests(sum(sizes), algorithm) if sample is not None else None
-        found = copying.copy_and_digest(pieces, algorithm, block_bytes, way, own_tasks=own_tasks, deadline=deadline)
-        if sample is not None and way is not None and way.are_too_expensive:
-            expected = sample
-        else:
-            for index in careful:
-                found[index] = copying.digest_full(sources[index], sizes[index], algorithm, block_bytes)
+        found = copying.copy_and_digest(pieces, algorithm, block_bytes, own_tasks=own_tasks, deadline=deadline)
+        for index in careful:
+            found[index] = copying.digest_full(sources[index], sizes[index], algorithm, block_bytes)
     else:
         copying.copy(pieces, own_tasks=own_tasks, deadline=deadline)
     transferred = time.monotonic()
@@ -190,7 +199,7 @@ def _copy_and_verify(
             touched=True,
             metadata={"tensors": _list(wrong), "count": str(len(wrong))},
         )
-    return expected.coverage, transferred
+    return transferred
 
 
 def _write(tensor: DescribedTensor, source: int) -> None:

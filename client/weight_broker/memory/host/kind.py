@@ -8,6 +8,7 @@ from functools import partial
 
 from weight_broker.digest import (
     FULL_BLOCK_BYTES,
+    GLANCE_BLOCK_BYTES,
     SAMPLE_BLOCK_BYTES,
     ContentDigests,
     DigestAlgorithm,
@@ -20,6 +21,7 @@ from weight_broker.memory.host import copying, strided
 from weight_broker.memory.host.describe import describe_host
 from weight_broker.memory.host.destination import TensorFiller
 from weight_broker.memory.host.export import SharedWeights, export, region_bytes
+from weight_broker.memory.host.touchable import require_writable
 from weight_broker.memory.kind import Destination, Kind, Prepared, Shared, Terms
 
 
@@ -42,10 +44,13 @@ class HostKind:
         return region_bytes(layout)
 
     def destination(self, tensors: DescribedTensors, terms: Terms) -> Destination:
-        """Filled by this process."""
+        """Filled by this process. Raises `InvalidArgument` for a tensor that cannot be written."""
+        require_writable(tensors)
         return TensorFiller(tensors, terms.digest_mode)
 
-    def digests(self, tensors: DescribedTensors, deadline: float | None = None) -> ContentDigests:
+    def digests(
+        self, tensors: DescribedTensors, deadline: float | None = None, *, sampled: bool = False
+    ) -> ContentDigests:
         """Every byte, or a sample if xxhash is not installed."""
         tensors.require_host_memory()
         packed = _packed(tensors)
@@ -53,10 +58,11 @@ class HostKind:
             (ctypes.addressof(packed[index]) if index in packed else tensor.address, _own_bytes(tensor.spec))
             for index, tensor in enumerate(tensors.tensors)
         ]
-        if not is_available(DigestAlgorithm.XXH3_64):
+        if sampled or not is_available(DigestAlgorithm.XXH3_64):
             algorithm = DigestAlgorithm.CRC32
-            values = copying.digest_samples(contents, algorithm, SAMPLE_BLOCK_BYTES, deadline=deadline)
-            return ContentDigests(algorithm, DigestCoverage.SAMPLED, SAMPLE_BLOCK_BYTES, tuple(values))
+            block_bytes = GLANCE_BLOCK_BYTES if sampled else SAMPLE_BLOCK_BYTES
+            values = copying.digest_samples(contents, algorithm, block_bytes, deadline=deadline)
+            return ContentDigests(algorithm, DigestCoverage.SAMPLED, block_bytes, tuple(values))
         return _digest_full(contents, DigestAlgorithm.XXH3_64, deadline)
 
 

@@ -12,6 +12,7 @@ import os
 import threading
 from functools import partial
 
+from weight_broker.connection import standard_streams
 from weight_broker.drivers.available_memory import available_bytes
 from weight_broker.memory.host import copying
 from weight_broker.memory.host.address_space import HUGE_PAGE_BYTES, PAGE_BYTES, Mapping
@@ -28,6 +29,7 @@ _RESERVE = 3
 def create(size_bytes: int) -> int:
     """A new memfd that can be sealed; forked children close it. Remove it from `being_filled` before closing or
     sealing. Raises `OSError`."""
+    standard_streams.occupy()
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         fd = os.memfd_create("weight-broker", flags | _MFD_NOEXEC_SEAL)

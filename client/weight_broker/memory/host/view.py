@@ -63,16 +63,18 @@ def _stride(spec: TensorSpec) -> tuple[int, ...]:
 def _torch_maker(layout: Layout) -> Callable[[TensorSpec, memoryview], Any]:
     import torch
 
+    host = torch.device("cpu")  # also where another device is the default
     types = {name: getattr(torch, name, None) for name in {spec.dtype for spec in layout}}
     _require_types(types, f"torch {torch.__version__}")
 
     def make(spec: TensorSpec, content: memoryview) -> torch.Tensor:
         dtype: Any = types[spec.dtype]
         if not content:
-            return torch.empty_strided(spec.shape, spec.stride, dtype=dtype)
+            return torch.empty_strided(spec.shape, spec.stride, dtype=dtype, device=host)
         storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
         # Not a view of another tensor: a view could not become a leaf without a trace of its base.
-        return torch.empty(0, dtype=dtype).set_(storage, 0, spec.shape, _stride(spec))
+        with torch.inference_mode(False):  # usable outside of it too
+            return torch.empty(0, dtype=dtype, device=host).set_(storage, 0, spec.shape, _stride(spec))
 
     return make
 

@@ -15,8 +15,9 @@ def digest_tensors(
     acl: Acl | None = None,
     digester: BlockDigester | None = None,
     deadline: float | None = None,
+    sampled: bool = False,
 ) -> ContentDigests:
-    """Full digests of all tensors, after waiting for the device. `deadline` is a time of `time.monotonic`.
+    """Full or sampled digests of all tensors, after waiting for the device. `deadline` is a time of `time.monotonic`.
 
     By torch on the device for torch's tensors; for others the bytes are brought to the processor. Raises `AclError` and
     `DeadlinePassed`.
@@ -28,7 +29,7 @@ def digest_tensors(
         acl.synchronize_device()
         if digester is None:
             digester = on_device(acl, described) if described.synchronize is not None else _on_host(acl)
-        return tensor_digests(described, digester, deadline)
+        return tensor_digests(described, digester, deadline, sampled=sampled)
 
 
 def on_device(acl: Acl, described: DescribedDeviceTensors) -> BlockDigester:

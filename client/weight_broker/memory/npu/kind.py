@@ -54,10 +54,12 @@ class NpuKind(DeviceKind):
         """The physical card."""
         return device_id(acl_module.load(), tensors.device_index)
 
-    def digests(self, tensors: DescribedDeviceTensors, deadline: float | None = None) -> ContentDigests:
+    def digests(
+        self, tensors: DescribedDeviceTensors, deadline: float | None = None, *, sampled: bool = False
+    ) -> ContentDigests:
         """By torch_npu on the device for its own tensors; the bytes of others are brought to the processor."""
         try:
-            return digest_tensors(tensors, deadline=deadline)
+            return digest_tensors(tensors, deadline=deadline, sampled=sampled)
         except AclError as error:
             raise PublishRefused(f"the driver does not read the tensors: {error}") from error
 

@@ -303,7 +303,14 @@ def test_a_receiver_without_xxhash_verifies_the_sample_of_a_publisher_that_has_i
     monkeypatch.setattr(digest, "_xxh3_64", None)
     target = describe({"w": torch.zeros(10)})
     assert fill(target, region).verified is DigestCoverage.SAMPLED
-    with pytest.raises(TransferFailed, match="install xxhash") as caught:
+    with pytest.raises(TransferFailed, match="install xxhash on this side, or use digest mode auto") as caught:
         fill(target, region, DigestMode.FULL)
     assert not caught.value.touched
+    region.close()
+
+
+def test_a_receiver_that_has_xxhash_is_not_advised_to_install_it() -> None:
+    region = export(describe({"w": torch.randn(10)}), digest_mode=DigestMode.SAMPLED)
+    with pytest.raises(TransferFailed, match=r"on the source's side, or publish with digest mode full there"):
+        fill(describe({"w": torch.zeros(10)}), region, DigestMode.FULL)
     region.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -198,15 +199,45 @@ def test_a_wrong_request_is_refused_before_a_byte_is_written(
     assert_unchanged(target, 70)
 
 
-def test_memory_that_could_still_change_is_refused(region: HostRegion) -> None:
-    target = describe(tensors(70))
+def unsealed(size_bytes: int) -> int:
     fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, region.size_bytes)
+    os.ftruncate(fd, size_bytes)
+    return fd
+
+
+def reserved_huge_pages(size_bytes: int) -> int:
+    """Memory of huge pages, of which the machine may have none: the first byte that is read is a signal."""
+    try:
+        fd = os.memfd_create("huge", os.MFD_HUGETLB | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, -(-size_bytes // (2 << 20)) * (2 << 20))
+    except OSError:
+        pytest.skip("this kernel has no huge pages of 2 MiB")
+    host.seal(fd)
+    return fd
+
+
+def sparse(size_bytes: int) -> int:
+    """Every page but the last: reading it would take memory that nothing has paid for."""
+    fd = unsealed(size_bytes)
+    os.posix_fallocate(fd, 0, size_bytes - mmap.PAGESIZE)
+    host.seal(fd)
+    return fd
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(unsealed, "not sealed"), (reserved_huge_pages, "MFD_HUGETLB"), (sparse, "was never written")],
+)
+def test_memory_that_could_still_change_or_cannot_be_read_is_refused(
+    region: HostRegion, make: Callable[[int], int], message: str
+) -> None:
+    target = describe(tensors(70))
+    fd = make(region.size_bytes)
     for use in (
         partial(copy_in, target, [fd], region.placements, region.digests),
         partial(map_tensors, target.layout, [fd], region.placements),
     ):
-        with pytest.raises(TransferFailed, match="not sealed") as caught:
+        with pytest.raises(TransferFailed, match=message) as caught:
             use()
         assert not caught.value.touched
     os.close(fd)

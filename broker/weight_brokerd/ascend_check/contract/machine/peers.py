@@ -38,7 +38,7 @@ def _copied(process: DriverProcess, code: int, source: int) -> tuple[int, str]:
     if code:
         return code, ""
     own = process.malloc(CHUNK)
-    copied = process.code("aclrtMemcpy", pointer(own), size(CHUNK), pointer(source), size(CHUNK), i32(WITHIN_DEVICE))
+    copied = process.copy_in_stream(own, source, CHUNK)
     return copied, process.read(own, 2)[1] if not copied else ""
 
 

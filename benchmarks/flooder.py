@@ -1,0 +1,274 @@
+"""A process that takes what it can get: `python -m benchmarks.flooder RUNTIME_DIRECTORY FLOOD`.
+
+It prints `flooding` once the flood is in force, and goes on until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import resource
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from weight_broker.key import WeightSetKey
+from weight_broker.layout import Layout, TensorSpec
+from weight_broker.v1 import attach_pb2 as attach
+from weight_broker.v1 import inspection_service_pb2 as inspection
+from weight_broker.v1 import resources_pb2, weight_set_pb2
+from weight_broker.v1 import weight_broker_service_pb2 as service
+from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
+from weight_broker.v1.weight_broker_service_pb2_grpc import WeightBrokerServiceStub
+from weight_broker.wire import TOKEN_METADATA_KEY, key_to_wire, layout_to_wire
+
+_LAYOUT = Layout([TensorSpec("weight", "int8", (8,), (1,), 8)])
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_PAUSE_SECONDS = 0.01
+"""After a refusal on the attach socket: a flood that does nothing but compute measures the processor."""
+
+
+class Flooder:
+    """One hostile process."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.kept: list[socket.socket] = []
+        self.refused = 0
+
+    def connect(self) -> socket.socket:
+        """A connection to the attach socket that has said nothing yet."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.connect(str(self.directory / "attach.sock"))
+        return connection
+
+    def attach(self) -> tuple[socket.socket, attach.Welcome] | None:
+        """An instance; None if it was refused."""
+        connection = self.connect()
+        hello = attach.Hello(protocol_version=1, name="flood", client_version="1")
+        answer = ask(connection, attach.AttachRequest(hello=hello))
+        if answer is None or not answer.HasField("welcome"):
+            connection.close()
+            self.refused += 1
+            return None
+        return connection, answer.welcome
+
+    def channel(self) -> grpc.aio.Channel:
+        """A connection to the gRPC socket, shared with nothing."""
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        return grpc.aio.insecure_channel(f"unix:{self.directory / 'broker.sock'}", options=options)
+
+    def metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """Of a new instance."""
+        found = self.attach()
+        assert found is not None, "the first instance of a process is not refused"
+        connection, welcome = found
+        self.kept.append(connection)
+        return ((TOKEN_METADATA_KEY, welcome.session_token),)
+
+
+def ask(connection: socket.socket, request: attach.AttachRequest, *descriptors: int) -> attach.AttachResponse | None:
+    """The answer; None if the broker hung up."""
+    try:
+        socket.send_fds(connection, [request.SerializeToString()], descriptors)
+        answer = connection.recv(1 << 16)
+    except OSError:
+        return None
+    return attach.AttachResponse.FromString(answer) if answer else None
+
+
+async def instances(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """Every slot for an instance, and what becomes free later."""
+    while True:
+        found = flooder.attach()
+        if found is not None:
+            flooder.kept.append(found[0])
+        if found is None or len(flooder.kept) > 4096:
+            ready()
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def regions(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """1,024 regions from each of 64 connections, and what becomes free later."""
+    memory = os.memfd_create("flood", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, 4096)
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+    while True:
+        for _ in range(64):
+            found = flooder.attach()
+            if found is None:
+                break
+            flooder.kept.append(found[0])
+            for number in range(1024):
+                offer = attach.OfferRegion(region_id=str(number), size_bytes=4096)
+                answer = ask(found[0], attach.AttachRequest(offer_region=offer), memory)
+                if answer is None or not answer.HasField("accepted"):
+                    flooder.refused += 1
+                    break
+        ready()
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def packets(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """Requests on the attach socket without end, from 32 connections."""
+    connections = [found[0] for _ in range(32) if (found := flooder.attach()) is not None]
+    request = attach.AttachRequest(withdraw_region=attach.WithdrawRegion(region_id="none"))
+    packet = request.SerializeToString()
+    ready()
+    while True:
+        for connection in connections:
+            connection.send(packet)
+        for connection in connections:
+            connection.recv(1 << 16)
+
+
+async def attachments(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """Instances that come and go without end."""
+    ready()
+    while True:
+        found = flooder.attach()
+        if found is not None:
+            found[0].close()
+
+
+async def strangers(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """Connections that say nothing, without end."""
+    while True:
+        with contextlib.suppress(OSError):
+            flooder.kept.append(flooder.connect())
+        if len(flooder.kept) > 500:
+            ready()
+            flooder.kept.pop(0).close()
+
+
+async def acquires(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """10,000 Acquire calls that wait, opened again as soon as one ends."""
+    metadata = flooder.metadata()
+    stub: Any = WeightBrokerServiceStub(flooder.channel())
+    request = service.AcquireRequest(
+        key=key_to_wire(WeightSetKey("flood")),
+        layout=layout_to_wire(_LAYOUT),
+        if_absent=service.IF_ABSENT_LOAD,
+        path=resources_pb2.TRANSFER_PATH_COPY,
+        device_kind=weight_set_pb2.DEVICE_KIND_CPU,
+        request_id="flood",
+    )
+    loader: Any = stub.Acquire(request, metadata=metadata)
+    await loader.read()  # the lease: all others wait
+
+    async def wait() -> None:
+        async for _ in stub.Acquire(request, metadata=metadata):
+            pass
+
+    await _again_and_again(wait, 10_000, ready)
+
+
+async def watches(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """1,000 Watch calls, opened again as soon as one ends."""
+    metadata = flooder.metadata()
+    stub: Any = InspectionServiceStub(flooder.channel())
+
+    async def watch() -> None:
+        async for _ in stub.Watch(inspection.WatchRequest(), metadata=metadata):
+            pass
+
+    await _again_and_again(watch, 1000, ready)
+
+
+async def calls(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """GetHost without end, 64 calls at a time."""
+    await _get_host(flooder, flooder.metadata(), ready)
+
+
+async def calls_without_a_token(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """The same, by callers that have not attached."""
+    await _get_host(flooder, (), ready)
+
+
+async def connections(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """1,000 gRPC connections, each with a GetHost without end."""
+    metadata = flooder.metadata()
+
+    async def call(channel: grpc.aio.Channel) -> None:
+        stub: Any = InspectionServiceStub(channel)
+        await stub.GetHost(inspection.GetHostRequest(), metadata=metadata)
+
+    channels = [flooder.channel() for _ in range(1000)]
+    workers = [_again_and_again(lambda channel=channel: call(channel), 1, ready) for channel in channels]  # type: ignore[misc]
+    await asyncio.gather(*workers)
+
+
+async def _get_host(flooder: Flooder, metadata: Any, ready: Callable[[], None]) -> None:
+    stub: Any = InspectionServiceStub(flooder.channel())
+
+    async def call() -> None:
+        await stub.GetHost(inspection.GetHostRequest(), metadata=metadata)
+
+    await _again_and_again(call, 64, ready)
+
+
+async def _again_and_again(action: Callable[[], Awaitable[None]], at_once: int, ready: Callable[[], None]) -> None:
+    async def repeat() -> None:
+        while True:
+            try:
+                await action()
+            except grpc.RpcError:
+                await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(repeat()) for _ in range(at_once)]
+    await asyncio.sleep(1)
+    ready()
+    await asyncio.gather(*tasks)
+
+
+FLOODS: dict[str, Callable[[Flooder, Callable[[], None]], Awaitable[None]]] = {
+    flood.__name__: flood
+    for flood in (
+        instances,
+        regions,
+        packets,
+        attachments,
+        strangers,
+        acquires,
+        watches,
+        calls,
+        calls_without_a_token,
+        connections,
+    )
+}
+
+
+def main() -> None:
+    """Floods until standard input ends."""
+    directory, name = Path(sys.argv[1]), sys.argv[2]
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    said: list[None] = []
+
+    def ready() -> None:
+        if not said:
+            said.append(None)
+            print("flooding", flush=True)
+
+    def end() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    import threading
+
+    threading.Thread(target=end, daemon=True).start()
+    asyncio.run(_run(FLOODS[name], Flooder(directory), ready))
+
+
+async def _run(flood: Callable[..., Awaitable[None]], flooder: Flooder, ready: Callable[[], None]) -> None:
+    await flood(flooder, ready)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Requests on their way in: who sends, how much, in which steps."""

@@ -1,0 +1,99 @@
+"""How many of a thing the broker lends, in all, to one process and to one user.
+
+A user may take three quarters of everything, so that a user who takes what there is leaves room for the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weight_broker.errors import BrokerError, Reason, from_reason
+from weight_brokerd.core.model import Limits, Process
+
+RETRY_SECONDS = "retry_seconds"
+"""Metadata of an error: when the caller may ask again."""
+_RETRY_AFTER = "1"
+_SHARE_KEPT_FOR_OTHERS = 4
+"""One part in so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A number and the setting that it comes from."""
+
+    setting: str
+    most: int
+
+
+class Quota:
+    """Counts what is lent, and refuses what goes beyond a bound."""
+
+    def __init__(self, things: str, total: Bound, per_process: Bound) -> None:
+        """`things` for people, in the plural."""
+        self._things = things
+        self._total = total
+        self._per_process = per_process
+        self._per_user = Bound(total.setting, total.most - total.most // _SHARE_KEPT_FOR_OTHERS)
+        self._lent = 0
+        self._by_process: Counter[Process] = Counter()
+        self._by_user: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return self._lent
+
+    def of_process(self, process: Process) -> int:
+        """What the process has now."""
+        return self._by_process[process]
+
+    def take(self, process: Process, count: int = 1) -> None:
+        """Lend to the process; raises LIMIT_EXCEEDED, and then nothing is lent."""
+        has = self._by_process[process]
+        if has + count > self._per_process.most:
+            raise self._refusal(f"process {process.name} has {has} {self._things}", self._per_process)
+        if self._by_user[process.uid] + count > self._per_user.most:
+            what = f"the processes of user {process.uid} have {self._by_user[process.uid]} {self._things}"
+            raise self._refusal(f"{what}, and a part is kept for other users", self._per_user)
+        if self._lent + count > self._total.most:
+            raise self._refusal(f"this broker has {self._lent} {self._things}", self._total)
+        self._add(process, count)
+
+    def give_back(self, process: Process, count: int = 1) -> None:
+        """The process has let go."""
+        self._add(process, -count)
+
+    def _add(self, process: Process, count: int) -> None:
+        self._lent += count
+        self._by_process[process] += count
+        if not self._by_process[process]:
+            del self._by_process[process]
+        self._by_user[process.uid] += count
+        if not self._by_user[process.uid]:
+            del self._by_user[process.uid]
+
+    def _refusal(self, what: str, bound: Bound) -> BrokerError:
+        return from_reason(
+            Reason.LIMIT_EXCEEDED,
+            f"{what}, as many as {bound.setting} allows ({bound.most}); let go of some, or raise it",
+            metadata={"limit": bound.setting, "value": str(bound.most), RETRY_SECONDS: _RETRY_AFTER},
+        )
+
+
+def instance_slots(limits: Limits) -> Quota:
+    """The quota of instances."""
+    total = Bound("limits.instances", limits.instances)
+    return Quota("instances", total, Bound("limits.instances_per_process", limits.instances_per_process))
+
+
+def take_all(quotas: Sequence[Quota], process: Process) -> None:
+    """Take one of every quota; of none if one refuses."""
+    lenders: list[Quota] = []
+    try:
+        for quota in quotas:
+            quota.take(process)
+            lenders.append(quota)
+    except BrokerError:
+        for quota in lenders:
+            quota.give_back(process)
+        raise
