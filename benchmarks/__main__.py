@@ -35,6 +35,7 @@ BENCHMARKS = (
     "stopped_broker",
     "large_registry",
     "floods",
+    "large_requests",
 )
 ON_REQUEST = ("datasystem_overhead", "cuda_copy")
 """Need what not every machine has; see the modules."""
