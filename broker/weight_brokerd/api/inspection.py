@@ -30,7 +30,7 @@ from weight_brokerd.api.large_grant import add_layout
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.control.control import Control
 from weight_brokerd.core.answers import Question
-from weight_brokerd.core.transfers import Transfer
+from weight_brokerd.core.transfers import TransferRecord
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -208,8 +208,8 @@ class InspectionServicer(InspectionServiceServicer):
             return pb.Change(removed_instance_id=instance_id)
         return pb.Change(instance=self._messages.instance(instance))
 
-    def _transfer(self, transfer: Transfer) -> pb.Change:
-        return pb.Change(transfer=self._messages.transfer(transfer))
+    def _transfer(self, record: TransferRecord) -> pb.Change:
+        return pb.Change(transfer=self._messages.transfer(record))
 
 
 async def _built(changes: Iterable[Callable[[], pb.Change]], *, existing_only: bool = False) -> list[pb.Change]:

@@ -29,7 +29,7 @@ from weight_brokerd.core.model import (
 from weight_brokerd.core.publications import Publication, PublicationState
 from weight_brokerd.core.selection import Candidate
 from weight_brokerd.core.sources import Refusal
-from weight_brokerd.core.transfers import Transfer, TransferState
+from weight_brokerd.core.transfers import Transfer, TransferRecord, TransferState
 from weight_brokerd.core.weight_sets import WeightSetRecord
 from weight_brokerd.kinds.kind import WorkerHealth
 
@@ -171,25 +171,24 @@ class Messages:
             unpublishable_reason=record.unpublishable,
         )
 
-    def transfer(self, transfer: Transfer) -> pb.Transfer:
-        source = transfer.publication
-        ended = transfer.state is not TransferState.RUNNING
+    def transfer(self, record: TransferRecord) -> pb.Transfer:
+        ended = record.state is not TransferState.RUNNING
         return pb.Transfer(
-            transfer_id=transfer.transfer_id,
-            acquisition_id=transfer.acquisition_id,
-            weight_set_id=source.weight_set_id,
-            source_publication_id=source.publication_id,
-            source_generation=source.generation,
-            source_instance_id=source.instance_id,
-            receiver_instance_id=transfer.receiver_instance_id,
-            data_plane=DATA_PLANES[transfer.data_plane],
-            path=PATHS[transfer.path],
-            state=_TRANSFER_STATES[transfer.state],
-            size_bytes=source.layout.content_bytes,
-            start_time=self.time(transfer.started_at),
-            end_time=self.time(transfer.ended_at) if ended else None,
-            failure=transfer.failure,
-            elapsed=_duration((transfer.ended_at if ended else self._control.loop.now()) - transfer.started_at),
+            transfer_id=record.transfer_id,
+            acquisition_id=record.acquisition_id,
+            weight_set_id=record.weight_set_id,
+            source_publication_id=record.publication_id,
+            source_generation=record.generation,
+            source_instance_id=record.source_instance_id,
+            receiver_instance_id=record.receiver_instance_id,
+            data_plane=DATA_PLANES[record.data_plane],
+            path=PATHS[record.path],
+            state=_TRANSFER_STATES[record.state],
+            size_bytes=record.size_bytes,
+            start_time=self.time(record.started_at),
+            end_time=self.time(record.ended_at) if ended else None,
+            failure=record.failure,
+            elapsed=_duration((record.ended_at if ended else self._control.loop.now()) - record.started_at),
         )
 
     def moved(self, transfer: Transfer, seconds: Mapping[str, float]) -> service.Moved:

@@ -50,6 +50,10 @@ class LimitSettings:
     """Instances in total."""
     instances_per_process: int = _setting(64, rules.whole_number(1, 65_536))
     """Instances that one process may attach."""
+    layout_tensors: int = _setting(8_000_000, rules.whole_number(1, 1_000_000_000))
+    """Tensors in the layouts of all publications and running acquisitions."""
+    layout_tensors_per_process: int = _setting(2_000_000, rules.whole_number(1, 1_000_000_000))
+    """Tensors in the layouts of the publications and running acquisitions of one process."""
     connections_per_process: int = _setting(128, rules.whole_number(1, 65_536))
     """gRPC connections that one process may keep open."""
     acquires: int = _setting(8192, rules.whole_number(1, 1_000_000))

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sized
 from dataclasses import dataclass, field
 
-from weight_brokerd.core.transfers import Transfer
+from weight_brokerd.core.transfers import Transfer, TransferRecord
 
 MAXIMUM_CHANGES = 10_000
 """The most changes of one sort that are kept for a watcher."""
@@ -22,7 +22,7 @@ class Changes:
 
     weight_sets: dict[str, None] = field(default_factory=dict)
     instances: dict[str, None] = field(default_factory=dict)
-    transfers: dict[str, Transfer] = field(default_factory=dict)
+    transfers: dict[str, TransferRecord] = field(default_factory=dict)
     too_many: bool = False
     """More things changed than are kept: the watcher needs the full state."""
 
@@ -54,8 +54,8 @@ class Watcher:
         self._changes.instances[instance_id] = None
         self._changed(self._changes.instances)
 
-    def mark_transfer(self, transfer: Transfer) -> None:
-        self._changes.transfers[transfer.transfer_id] = transfer
+    def mark_transfer(self, record: TransferRecord) -> None:
+        self._changes.transfers[record.transfer_id] = record
         self._changed(self._changes.transfers)
 
     def _changed(self, kind: Sized) -> None:
@@ -99,4 +99,4 @@ class WatchHub:
 
     def mark_transfer(self, transfer: Transfer) -> None:
         for watcher in self._watchers:
-            watcher.mark_transfer(transfer)
+            watcher.mark_transfer(transfer.record)

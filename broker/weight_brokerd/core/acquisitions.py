@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from weight_broker.errors import BrokerError, Reason
+from weight_brokerd.core.conduct.layouts import LayoutRoom
 from weight_brokerd.core.decisions import (
     Complete,
     Decisions,
@@ -18,7 +19,7 @@ from weight_brokerd.core.decisions import (
     Wait,
     WeightSetChanged,
 )
-from weight_brokerd.core.model import Acquisition, Arrival, ColdLoadLease, WaitReason
+from weight_brokerd.core.model import Acquisition, Arrival, ColdLoadLease, Process, WaitReason
 from weight_brokerd.core.publications import Publication, Publications
 from weight_brokerd.core.transfers import Transfer, TransferLog
 from weight_brokerd.core.weight_sets import WeightSetIndex
@@ -51,7 +52,11 @@ with an error."""
 class Acquisitions:
     """The acquisitions by id, and their course: wait, be granted a source, wait again, end."""
 
-    def __init__(self, publications: Publications, weight_sets: WeightSetIndex, transfers: TransferLog) -> None:
+    def __init__(
+        self, publications: Publications, weight_sets: WeightSetIndex, transfers: TransferLog, room: LayoutRoom
+    ) -> None:
+        """`room` for the layouts of their receivers."""
+        self._room = room
         self._publications = publications
         self._weight_sets = weight_sets
         self._transfers = transfers
@@ -82,8 +87,9 @@ class Acquisitions:
         """Acquisitions without a transfer, oldest first."""
         return [acquisition for acquisition in self._open.values() if not acquisition.transfer_id]
 
-    def begin(self, acquisition: Acquisition) -> None:
-        """Add a new acquisition, which waits."""
+    def begin(self, acquisition: Acquisition, process: Process) -> None:
+        """Add a new acquisition, which waits; raises LIMIT_EXCEEDED where there is no room for its layout."""
+        self._room.take(acquisition.acquisition_id, process, acquisition.layout)
         self._open[acquisition.acquisition_id] = acquisition
         self.wait_again(acquisition)
 
@@ -164,6 +170,7 @@ class Acquisitions:
 
     def _forget(self, acquisition: Acquisition) -> None:
         self._open.pop(acquisition.acquisition_id, None)
+        self._room.give_back(acquisition.acquisition_id)
         record = self._weight_sets.find(acquisition.key.id)
         if record is not None:
             record.waiting.pop(acquisition.acquisition_id, None)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from weight_broker.errors import BrokerUnavailable, InvalidArgument, Reason, TransferFailed, from_reason
+from weight_broker.errors import BrokerUnavailable, InvalidArgument, NotAttached, TransferFailed
 from weight_brokerd.core import answers
 from weight_brokerd.core.acquisitions import Acquisitions
 from weight_brokerd.core.answers import WAITS, Explanation, Question, Situation, Verdict, Wish, judge
+from weight_brokerd.core.conduct.layouts import LayoutRoom
 from weight_brokerd.core.conduct.quota import instance_slots
 from weight_brokerd.core.decisions import (
     ClaimLease,
@@ -59,15 +60,11 @@ class Coordinator:
         self.draining = False
         self.instances: dict[str, Instance] = {}
         self._slots = instance_slots(limits)
-        self.publications = Publications(
-            host_id=host_id,
-            first_generation=first_generation,
-            limit=limits.publications,
-            readers_per_publication=limits.readers_per_publication,
-        )
+        self.layout_room = LayoutRoom(limits)
+        self.publications = Publications(host_id, limits, self.layout_room, first_generation=first_generation)
         self.transfers = TransferLog(host_id, limits.transfers_remembered)
         self.weight_sets = WeightSetIndex(self.publications)
-        self.acquisitions = Acquisitions(self.publications, self.weight_sets, self.transfers)
+        self.acquisitions = Acquisitions(self.publications, self.weight_sets, self.transfers, self.layout_room)
         self.groups = LoadGroups(host_id, self.acquisitions, self.publications, self.weight_sets)
         self._endings = Endings(self.publications, self.transfers, self.acquisitions, self.instances)
         self.damage = self._endings.damage
@@ -114,17 +111,10 @@ class Coordinator:
     def publish(self, offer: Offer, now: float) -> tuple[Publication, Decisions]:
         """An instance offers a weight set; it is readable once `held` says so."""
         self._check_not_draining()
-        earlier = self.publications.of_request(offer.instance_id, offer.request_id)
+        earlier = self.publications.of_request(offer)
         if earlier is not None:
-            if earlier.key != offer.key or earlier.layout != offer.layout:
-                raise from_reason(
-                    Reason.INVALID_ARGUMENT,
-                    f"request_id {offer.request_id!r} was used for another publication; use a new one",
-                    metadata={"field": "request_id"},
-                )
             return earlier, []
-        instance = self.instances[offer.instance_id]
-        publication = self.publications.add(offer, instance_name=instance.name, now=now)
+        publication = self.publications.add(offer, self._instance(offer.instance_id), now=now)
         self.weight_sets.record(offer.key)
         return publication, [Hold(publication)]
 
@@ -190,9 +180,9 @@ class Coordinator:
     def acquire(self, acquisition: Acquisition, now: float) -> Decisions:
         """An instance asks for a weight set."""
         self._check_not_draining()
-        if (instance := self.instances.get(acquisition.instance_id)) is not None:
-            acquisition.failed_sources |= self.damage.apart_from(instance.process)
-        self.acquisitions.begin(acquisition)
+        process = self._instance(acquisition.instance_id).process
+        acquisition.failed_sources |= self.damage.apart_from(process)
+        self.acquisitions.begin(acquisition, process)
         refused = self.groups.join(acquisition, acquisition.rank) if acquisition.rank is not None else None
         if refused is not None:
             return self.acquisitions.fail(acquisition, refused) + self._settle(now)
@@ -444,6 +434,13 @@ class Coordinator:
     def _of_receiver(self, transfer_id: str, instance_id: str) -> tuple[Transfer, Acquisition]:
         transfer = self.transfers.of_receiver(transfer_id, instance_id)
         return transfer, self.acquisitions[transfer.acquisition_id]
+
+    def _instance(self, instance_id: str) -> Instance:
+        """The instance that asks; it may have departed while its request was checked."""
+        instance = self.instances.get(instance_id)
+        if instance is None:
+            raise NotAttached(f"{instance_id} has departed; attach again")
+        return instance
 
     def _check_not_draining(self) -> None:
         if self.draining:

@@ -189,5 +189,7 @@ class Limits:
     publications: int = 20_000
     instances: int = 4096
     instances_per_process: int = 4096
+    layout_tensors: int = 8_000_000
+    layout_tensors_per_process: int = 2_000_000
     cold_load_lease_seconds: float = 1800.0
     transfers_remembered: int = 256

@@ -16,7 +16,8 @@ from typing import TypeVar
 from weight_broker.errors import PublicationNotFound, Reason, from_reason
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, differences
-from weight_brokerd.core.model import RankOfGroup
+from weight_brokerd.core.conduct.layouts import LayoutRoom
+from weight_brokerd.core.model import Instance, Limits, RankOfGroup
 from weight_brokerd.core.sources import Holder, Reader, Refusal, SourceRef
 
 Key = TypeVar("Key")
@@ -145,11 +146,13 @@ class Publication:
 class Publications:
     """All publications of this host that are not gone."""
 
-    def __init__(self, *, host_id: str, first_generation: int, limit: int, readers_per_publication: int) -> None:
+    def __init__(self, host_id: str, limits: Limits, room: LayoutRoom, *, first_generation: int) -> None:
+        """`room` for their layouts."""
         self._host_id = host_id
+        self._room = room
         self._generations = itertools.count(first_generation)
-        self._limit = limit
-        self._readers_per_publication = readers_per_publication
+        self._limit = limits.publications
+        self._readers_per_publication = limits.readers_per_publication
         self._publications: dict[str, Publication] = {}
         self._by_weight_set: dict[str, dict[str, Publication]] = {}
         self._by_holder: dict[Holder, dict[str, Publication]] = {}
@@ -197,13 +200,21 @@ class Publications:
     def count_of_instance(self, instance_id: str) -> int:
         return len(self._by_holder.get(Holder(self._host_id, instance_id), {}))
 
-    def of_request(self, instance_id: str, request_id: str) -> Publication | None:
-        """The publication of this request of this instance; None if there is none or it is gone."""
-        publication_id = self._by_request.get((instance_id, request_id))
-        return self._publications.get(publication_id) if publication_id else None
+    def of_request(self, offer: Offer) -> Publication | None:
+        """The publication of the same request; None if there is none or it is gone. Raises INVALID_ARGUMENT if the
+        request's id was used for another one."""
+        publication_id = self._by_request.get((offer.instance_id, offer.request_id))
+        earlier = self._publications.get(publication_id) if publication_id else None
+        if earlier is not None and (earlier.key, earlier.fingerprint) != (offer.key, offer.layout.fingerprint):
+            raise from_reason(
+                Reason.INVALID_ARGUMENT,
+                f"request_id {offer.request_id!r} was used for another publication; use a new one",
+                metadata={"field": "request_id"},
+            )
+        return earlier
 
-    def add(self, offer: Offer, *, instance_name: str, now: float) -> Publication:
-        """A new publication in state registering; raises at the limit."""
+    def add(self, offer: Offer, instance: Instance, *, now: float) -> Publication:
+        """A new publication in state registering; raises at the limits."""
         if len(self._publications) >= self._limit:
             raise from_reason(
                 Reason.LIMIT_EXCEEDED,
@@ -211,12 +222,14 @@ class Publications:
                 metadata={"limit": "limits.publications", "value": str(self._limit)},
             )
         generation = next(self._generations)
+        publication_id = f"publication-{generation}"
+        self._room.take(publication_id, instance.process, offer.layout)
         publication = Publication(
-            publication_id=f"publication-{generation}",
+            publication_id=publication_id,
             key=offer.key,
             layout=offer.layout,
             generation=generation,
-            holder=Holder(self._host_id, offer.instance_id, instance_name),
+            holder=Holder(self._host_id, offer.instance_id, instance.name),
             device_kind=offer.device_kind,
             device_id=offer.device_id,
             reader_limit=self._readers_per_publication,
@@ -256,6 +269,7 @@ class Publications:
         """Removes a reader. The publication may be gone already: its instance died during the read."""
         publication.readers.discard(reader)
         self.changes += 1
+        self._give_room_back(publication)
 
     def _contradicted_by(self, offer: Offer) -> str:
         for other in self.of_weight_set(offer.key.id):
@@ -271,6 +285,12 @@ class Publications:
         _drop(self._by_weight_set, publication.weight_set_id, publication.publication_id)
         _drop(self._by_holder, publication.holder, publication.publication_id)
         self._by_request.pop((publication.instance_id, publication.request_id), None)
+        self._give_room_back(publication)
+
+    def _give_room_back(self, publication: Publication) -> None:
+        """Transfers that read on after their source is gone still need its layout."""
+        if publication.state is PublicationState.GONE and not publication.readers:
+            self._room.give_back(publication.publication_id)
 
 
 def _drop(index: dict[Key, dict[str, Publication]], key: Key, publication_id: str) -> None:

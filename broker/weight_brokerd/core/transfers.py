@@ -20,6 +20,31 @@ class TransferState(enum.StrEnum):
     FAILED = "failed"
 
 
+@dataclass(frozen=True, slots=True)
+class TransferRecord:
+    """What is listed of a transfer. It keeps neither the publication nor the layout in memory."""
+
+    number: int
+    acquisition_id: str
+    weight_set_id: str
+    publication_id: str
+    generation: int
+    source_instance_id: str
+    receiver_instance_id: str
+    path: TransferPath
+    data_plane: DataPlane
+    state: TransferState
+    fingerprint: str
+    size_bytes: int
+    started_at: float
+    ended_at: float
+    failure: str
+
+    @property
+    def transfer_id(self) -> str:
+        return f"transfer-{self.number}"
+
+
 @dataclass(slots=True)
 class Transfer:
     """The movement of one weight set into one instance of this host."""
@@ -58,14 +83,36 @@ class Transfer:
         """Whether the broker moves the bytes; if not, the receiver does."""
         return TRAITS[self.publication.device_kind].broker_copies
 
+    @property
+    def record(self) -> TransferRecord:
+        """As it is now."""
+        source = self.publication
+        return TransferRecord(
+            number=self.number,
+            acquisition_id=self.acquisition_id,
+            weight_set_id=source.weight_set_id,
+            publication_id=source.publication_id,
+            generation=source.generation,
+            source_instance_id=source.instance_id,
+            receiver_instance_id=self.receiver_instance_id,
+            path=self.path,
+            data_plane=self.data_plane,
+            state=self.state,
+            fingerprint=source.fingerprint,
+            size_bytes=source.layout.content_bytes,
+            started_at=self.started_at,
+            ended_at=self.ended_at,
+            failure=self.failure,
+        )
+
 
 class TransferLog:
-    """Running transfers by id, and the last ended transfers."""
+    """Running transfers by id, and records of the last ended transfers."""
 
     def __init__(self, host_id: str, remembered: int) -> None:
         self._host_id = host_id
         self._numbers = itertools.count(1)
-        self._ended: deque[Transfer] = deque(maxlen=remembered)
+        self._ended: deque[TransferRecord] = deque(maxlen=remembered)
         self.running: dict[str, Transfer] = {}
         self.succeeded: Counter[DataPlane] = Counter()
         """Of this broker's life, by what moved the bytes."""
@@ -98,11 +145,13 @@ class TransferLog:
     def end(self, transfer: Transfer, state: TransferState, failure: str, now: float) -> None:
         del self.running[transfer.transfer_id]
         transfer.state, transfer.failure, transfer.ended_at = state, failure, now
-        self._ended.append(transfer)
+        self._ended.append(transfer.record)
         if state is TransferState.SUCCEEDED:
             self.succeeded[transfer.data_plane] += 1
 
-    def newest_first(self, *, running_only: bool = False) -> list[Transfer]:
+    def newest_first(self, *, running_only: bool = False) -> list[TransferRecord]:
         """All known transfers, the newest first: an order that stays when a transfer ends."""
-        known = [*self.running.values(), *([] if running_only else self._ended)]
-        return sorted(known, key=lambda transfer: transfer.number, reverse=True)
+        known = [transfer.record for transfer in self.running.values()]
+        if not running_only:
+            known += self._ended
+        return sorted(known, key=lambda record: record.number, reverse=True)

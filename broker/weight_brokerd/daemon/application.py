@@ -133,6 +133,8 @@ class Application:
                 publications=limits.publications,
                 instances=limits.instances,
                 instances_per_process=limits.instances_per_process,
+                layout_tensors=limits.layout_tensors,
+                layout_tensors_per_process=limits.layout_tensors_per_process,
                 cold_load_lease_seconds=limits.cold_load_lease_seconds,
             ),
             first_generation=first,

@@ -76,6 +76,14 @@ class Core(CoreMachine):
             }
             assert publication.readers == running
 
+    @invariant()
+    def layouts_have_the_room_of_what_holds_them(self) -> None:
+        core = self.coordinator
+        read = [one.publication for one in core.transfers.running.values() if one.reader in one.publication.readers]
+        sources = {publication.publication_id: publication for publication in [*core.publications, *read]}
+        layouts = [holder.layout for holder in [*sources.values(), *core.acquisitions]]
+        assert len(core.layout_room) == sum(len(layout) for layout in layouts if layout is not None)
+
 
 class DrainingCore(Core):
     """The same, with a drain at any moment."""

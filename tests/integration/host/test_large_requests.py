@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from support.broker_process import BrokerProcess
-from support.raw_client import RawClient, acquire_request, publish_request, raw_method, sealed_memory
+from support.raw_client import LAYOUT, RawClient, acquire_request, publish_request, raw_method, sealed_memory
 from support.rpc_errors import refusal_of
 from support.scene import ATTACHED_ONLY, METHODS, STREAMS
 from support.waiting import eventually
@@ -205,6 +205,33 @@ def test_a_call_without_a_request_is_refused(broker: BrokerProcess) -> None:
             call(iter(()), timeout=60)
         assert refusal_of(refused.value).field == "request"
         assert call(iter([b""]), timeout=60)
+
+
+def test_the_tensors_that_a_process_has_the_broker_remember_are_bounded(
+    start_broker: Callable[..., BrokerProcess],
+) -> None:
+    broker = start_broker(WEIGHT_BROKER_LIMITS_LAYOUT_TENSORS_PER_PROCESS=str(2 * len(LAYOUT)))
+    with RawClient(broker.runtime_directory) as client, RawClient(broker.runtime_directory) as other:
+        first = client.publish("one", region_id="one")
+        client.publish("two", region_id="two")
+        for refused in (lambda: other.publish("three"), lambda: list(other.acquire("one"))):
+            with pytest.raises(grpc.RpcError) as error:
+                refused()
+            refusal = refusal_of(error.value)
+            assert (refusal.reason, refusal.metadata["limit"], refusal.metadata["value"]) == (
+                Reason.LIMIT_EXCEEDED,
+                "limits.layout_tensors_per_process",
+                str(2 * len(LAYOUT)),
+            )
+        assert broker.host().publication_count == 2
+        assert broker.host().waiting_acquisition_count == 0
+        client.weight_broker.Retract(
+            pb.RetractRequest(publication_id=first.publication_id), metadata=client.metadata, timeout=60
+        )
+        acquiring = other.acquire("two")
+        other.report_success(next(acquiring).granted.transfer_id)
+        assert next(acquiring).HasField("done")
+        assert other.publish("three", offer=False).publication_id, "its region was not used up"
 
 
 def test_tensors_that_lie_over_each_other_are_refused(broker: BrokerProcess) -> None:

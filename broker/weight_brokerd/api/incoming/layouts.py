@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 from weight_broker.errors import InvalidArgument
 from weight_broker.layout import MAX_TENSORS, Layout, LayoutBuilder
@@ -24,7 +25,10 @@ _TENSORS = weight_set_pb2.Layout.DESCRIPTOR.fields_by_name["tensors"].number
 
 class LayoutCache:
     """Validated layouts by the digest of their message. Instances of one model send the same bytes, and to decode 400
-    tensors takes longer than all other work of an acquisition."""
+    tensors takes longer than all other work of an acquisition.
+
+    Layouts with the same fingerprint are one object for as long as a publication or an acquisition has it, whether it
+    is among the last used or not."""
 
     def __init__(self, size: int = 64, tensors: int = 200_000) -> None:
         """Keeps the last used layouts: at most `size`, with at most `tensors` tensors together."""
@@ -32,6 +36,8 @@ class LayoutCache:
         self._tensors = tensors
         self._kept_tensors = 0
         self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
+        self._alive: WeakValueDictionary[str, Layout] = WeakValueDictionary()
+        """All layouts that anything in this process has, by fingerprint."""
 
     def layout(self, wire: bytes, parts: Sequence[Part]) -> Steps[Layout]:
         """The layout that is serialized in these parts of a request. Raises `InvalidArgument`; `DecodeError` or
@@ -39,7 +45,8 @@ class LayoutCache:
         digest = yield from _digest(wire, parts)
         layout = self._layouts.get(digest)
         if layout is None:
-            layout = yield from _decoded(wire, parts)
+            decoded = yield from _decoded(wire, parts)
+            layout = self._alive.setdefault(decoded.fingerprint, decoded)
             if len(layout) <= self._tensors:  # a larger layout would only evict all others
                 self._keep(digest, layout)
         else:

@@ -30,9 +30,10 @@ class Bound:
 class Quota:
     """Counts what is lent, and refuses what goes beyond a bound."""
 
-    def __init__(self, things: str, total: Bound, per_process: Bound) -> None:
-        """`things` for people, in the plural."""
+    def __init__(self, things: str, total: Bound, per_process: Bound, *, remedy: str = "let go of some,") -> None:
+        """`things` for people, in the plural; `remedy` too, what one can do who has too many."""
         self._things = things
+        self._remedy = remedy
         self._total = total
         self._per_process = per_process
         self._per_user = Bound(total.setting, total.most - total.most // _SHARE_KEPT_FOR_OTHERS)
@@ -51,12 +52,12 @@ class Quota:
         """Lend to the process; raises LIMIT_EXCEEDED, and then nothing is lent."""
         has = self._by_process[process]
         if has + count > self._per_process.most:
-            raise self._refusal(f"process {process.name} has {has} {self._things}", self._per_process)
+            raise self._refusal(f"process {process.name} has {has} {self._things}", count, self._per_process)
         if self._by_user[process.uid] + count > self._per_user.most:
             what = f"the processes of user {process.uid} have {self._by_user[process.uid]} {self._things}"
-            raise self._refusal(f"{what}, and a part is kept for other users", self._per_user)
+            raise self._refusal(f"{what}, and a part is kept for other users", count, self._per_user)
         if self._lent + count > self._total.most:
-            raise self._refusal(f"this broker has {self._lent} {self._things}", self._total)
+            raise self._refusal(f"this broker has {self._lent} {self._things}", count, self._total)
         self._add(process, count)
 
     def give_back(self, process: Process, count: int = 1) -> None:
@@ -72,10 +73,11 @@ class Quota:
         if not self._by_user[process.uid]:
             del self._by_user[process.uid]
 
-    def _refusal(self, what: str, bound: Bound) -> BrokerError:
+    def _refusal(self, what: str, count: int, bound: Bound) -> BrokerError:
+        excess = "as many as" if count == 1 else f"and {count} more would be above what"
         return from_reason(
             Reason.LIMIT_EXCEEDED,
-            f"{what}, as many as {bound.setting} allows ({bound.most}); let go of some, or raise it",
+            f"{what}, {excess} {bound.setting} allows ({bound.most}); {self._remedy} or raise it",
             metadata={"limit": bound.setting, "value": str(bound.most), RETRY_SECONDS: _RETRY_AFTER},
         )
 

@@ -23,6 +23,15 @@ def test_the_same_message_gives_the_same_layout() -> None:
     assert layout(cache, message("one", 3)) is layout(cache, message("one", 3))
 
 
+def test_equal_layouts_are_one_object_while_anything_has_it() -> None:
+    cache = LayoutCache(size=1)
+    one = layout(cache, message("one", 3))
+    layout(cache, message("other", 3))  # pushes it out
+    assert layout(cache, message("one", 3)) is one
+    specs = [spec._replace(storage_offset=8) for spec in one]
+    assert layout(cache, layout_to_wire(Layout(specs)).SerializeToString()) is one, "what a fingerprint leaves out"
+
+
 def test_at_most_so_many_layouts_are_kept_those_used_last() -> None:
     cache = LayoutCache(size=2, tensors=100)
     messages = {name: message(name, 1) for name in "abc"}
