@@ -81,10 +81,10 @@ def host_message(control: Control, messages: Messages) -> resources_pb2.Host:
 
 
 class InspectionServicer(InspectionServiceServicer):
-    def __init__(self, control: Control, messages: Messages) -> None:
+    def __init__(self, control: Control, messages: Messages, turns: Turns) -> None:
         self._control = control
         self._messages = messages
-        self._turns = Turns()
+        self._turns = turns
 
     async def ListWeightSets(self, request: pb.ListWeightSetsRequest, context: Context) -> pb.ListWeightSetsResponse:
         weight_sets = self._control.coordinator.weight_sets

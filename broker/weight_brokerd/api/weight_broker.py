@@ -47,13 +47,13 @@ _WAIT_REASONS = {
 
 class WeightBrokerServicer(WeightBrokerServiceServicer):
     def __init__(
-        self, control: Control, messages: Messages, *, maximum_wait_seconds: float, lease_seconds: float
+        self, control: Control, messages: Messages, turns: Turns, *, maximum_wait_seconds: float, lease_seconds: float
     ) -> None:
         self._control = control
         self._messages = messages
         self._maximum_wait_seconds = maximum_wait_seconds
         self._lease_seconds = lease_seconds
-        self._turns = Turns()
+        self._turns = turns
         self._numbers = itertools.count(1)
 
     async def Acquire(  # type: ignore[override]  # the layout comes decoded

@@ -17,6 +17,7 @@ from weight_brokerd.api.admission.interceptor import AdmissionInterceptor
 from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.health import Health, add_reflection
 from weight_brokerd.api.incoming.reception import LARGE_BYTES, Reception
+from weight_brokerd.api.incoming.turns import Turns as LongWork
 from weight_brokerd.api.server import SERVICE_NAMES, add_services
 from weight_brokerd.attach.server import AttachServer
 from weight_brokerd.attach.stage import StagingConnections
@@ -156,8 +157,9 @@ class Application:
     # Start
 
     async def _start(self) -> grpc.aio.Server:
+        turns = LongWork()
         interceptors: list[grpc.aio.ServerInterceptor] = [
-            ErrorInterceptor(Reception(self._control)),
+            ErrorInterceptor(Reception(self._control, turns)),
             self._admission(),
         ]
         if self._metrics is not None:
@@ -168,7 +170,7 @@ class Application:
         options = (*_GRPC_OPTIONS, ("grpc.max_concurrent_streams", streams))
         server = grpc.aio.server(interceptors=interceptors, options=options)
         self._health.serve(server)
-        add_services(server, self._control, self._config)
+        add_services(server, self._control, self._config, turns)
         add_reflection(server, SERVICE_NAMES)
         try:
             with self._directory.binding(self._directory.grpc_socket):

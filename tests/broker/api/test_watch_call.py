@@ -11,6 +11,7 @@ from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_broker.v1 import resources_pb2
+from weight_brokerd.api.incoming.turns import Turns
 from weight_brokerd.api.inspection import CHANGES_PER_MESSAGE, CHANGES_PER_STEP, InspectionServicer
 from weight_brokerd.api.messages import Messages
 from weight_brokerd.attach.peer import PeerCredentials
@@ -65,7 +66,7 @@ class Host:
 
     def watch(self) -> AsyncIterator[pb.WatchResponse]:
         context: Any = CallContext()
-        return InspectionServicer(self.control, self.messages).Watch(pb.WatchRequest(), context)
+        return InspectionServicer(self.control, self.messages, Turns()).Watch(pb.WatchRequest(), context)
 
 
 def models(responses: list[pb.WatchResponse]) -> set[str]:

@@ -12,7 +12,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from support import actions
 from support.broker_process import BrokerProcess
+from support.instance_process import InstanceProcess
 from support.raw_client import LAYOUT, RawClient, acquire_request, publish_request, raw_method, sealed_memory
 from support.rpc_errors import refusal_of
 from support.scene import ATTACHED_ONLY, METHODS, STREAMS
@@ -196,6 +198,28 @@ def test_callers_that_never_send_their_request_do_not_keep_others_from_being_rea
                 )
         finally:
             never.set()
+
+
+def test_calls_of_a_process_that_never_send_their_request_do_not_keep_other_processes_from_being_read(
+    broker: BrokerProcess, start_instance: Callable[..., InstanceProcess]
+) -> None:
+    other = start_instance("other")
+    never = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        never.wait()
+        yield b""
+
+    with RawClient(broker.runtime_directory) as client:
+        call: Any = client.channel.stream_unary(PUBLISH)
+        silent = [call.future(nothing(), metadata=client.metadata, timeout=300) for _ in range(20)]
+        try:
+            other.call(actions.publish, "model", 1)
+            assert sum(refused.done() for refused in silent) < 10, "they wait for each other"
+        finally:
+            never.set()
+            for refused in silent:
+                refused.cancel()
 
 
 def test_a_call_without_a_request_is_refused(broker: BrokerProcess) -> None:

@@ -11,6 +11,7 @@ from weight_broker.errors import InvalidArgument
 from weight_broker.layout import MAX_TENSORS, Layout, LayoutBuilder
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.wire import check_fingerprint, specs_from_wire
+from weight_brokerd.api.incoming.untracked import untrack
 from weight_brokerd.api.incoming.wire_parts import fields
 from weight_brokerd.kinds.steps import PER_STEP, Steps
 
@@ -71,7 +72,9 @@ def _decoded(wire: bytes, parts: Sequence[Part]) -> Steps[Layout]:
     for start, end in slices:
         part = weight_set_pb2.Layout.FromString(wire[start:end])
         fingerprint = part.fingerprint or fingerprint
-        builder.add(specs_from_wire(part))
+        specs = specs_from_wire(part)
+        builder.add(specs)
+        untrack(specs)
         yield
     layout = builder.finish()
     check_fingerprint(layout, fingerprint)

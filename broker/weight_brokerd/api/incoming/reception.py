@@ -2,29 +2,29 @@
 
 gRPC hands a request over once it lies in memory as a whole, and knows one limit for all methods. So methods get their
 requests as streams here, and nothing is read of a caller without a token where one is needed. Few requests are read at
-a time: of each user some, of all callers without a token some.
+a time: one of each process, some of each user, and of all callers without a token some.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Hashable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from weight_broker.errors import InvalidArgument, NotAttached, Reason, from_reason
+from weight_broker.errors import InvalidArgument
 from weight_broker.v1 import inspection_service_pb2, weight_broker_service_pb2
-from weight_brokerd.api.caller import identify
+from weight_brokerd.api.caller import identify, process_of
 from weight_brokerd.api.incoming import requests
 from weight_brokerd.api.incoming.layouts import LayoutCache
+from weight_brokerd.api.incoming.senders import Sender, Senders, paced
 from weight_brokerd.api.incoming.slots import Slots
 from weight_brokerd.api.incoming.turns import Turns
 from weight_brokerd.api.incoming.wire_parts import Malformed
 from weight_brokerd.control.control import Control
+from weight_brokerd.core.conduct.turns import UNKNOWN
 from weight_brokerd.kinds.steps import at_once
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -41,8 +41,9 @@ READ_AT_ONCE = 2
 """Requests of one user that are read at the same time: gRPC needs several times the size of each."""
 LARGE_AT_ONCE = 2
 """Large requests that are parsed at the same time, of all users."""
-WAITING_BYTES = 192 << 20
-"""Large requests of one user that are parsed or wait for it, together."""
+KEPT_BYTES = 192 << 20
+"""Large requests of one user that are parsed or wait for it, together: while there are more, no other one of this user
+is read."""
 
 _WITHOUT_TOKEN = "weight_broker.v1.InspectionService"
 _WITH_LAYOUT: dict[str, type[Message]] = {
@@ -55,60 +56,58 @@ _WITH_LAYOUT: dict[str, type[Message]] = {
 class Reception:
     """One for the whole broker. All methods are called on the loop."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, turns: Turns) -> None:
         self._control = control
         self._layouts = LayoutCache()
-        self._turns = Turns()
+        self._turns = turns
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._slots: dict[Hashable, Slots] = {}
-        self._waiting: Counter[Hashable] = Counter()
+        self._senders = Senders()
 
     async def request(self, method: str, parse: Any, incoming: AsyncIterator[bytes], context: Context) -> object:
         """The request of a call of the broker's own services: a message, or `Received` if it may have a layout. Raises
         `NotAttached`, `InvalidArgument`."""
-        service, sender = method.split("/")[1], self._user(context)
-        if sender is None and service != _WITHOUT_TOKEN:
-            identify(self._control, context)  # raises and says what is missing
-        make = _WITH_LAYOUT.get(method)
-        most = SMALL_BYTES if make is None else STRANGERS_BYTES if sender is None else LARGE_BYTES
-        async with self.slots(service if sender is None else sender).slot():
-            wire = await read(incoming, most)
-        return requests.parsed(wire, parse) if make is None else await self._received(wire, make, sender)
+        service, make = method.split("/")[1], _WITH_LAYOUT.get(method)
+        process = process_of(self._control, context.invocation_metadata())
+        if process != UNKNOWN:
+            slots, sender = self.slots(process.uid), self._senders.of(process)
+        else:
+            if service != _WITHOUT_TOKEN:
+                identify(self._control, context)  # raises and says what is missing
+            slots, sender = self.slots(service), Sender()
+        if make is None:
+            return requests.parsed(await _small(incoming, slots, sender), parse)
+        most = LARGE_BYTES if process != UNKNOWN else STRANGERS_BYTES
+        async with sender.layouts:
+            async with slots.slot(sender.reading):
+                wire = await read(incoming)
+            async with paced(len(wire)):
+                require_at_most(most, wire)
+                return await self._received(wire, make, slots)
 
     def slots(self, sender: Hashable) -> Slots:
         """For the requests of a user, or of all callers of a service that need no token."""
-        return self._slots.setdefault(sender, Slots(READ_AT_ONCE))
+        return self._slots.setdefault(sender, Slots(READ_AT_ONCE, KEPT_BYTES))
 
-    async def _received(self, wire: bytes, make: type[Message], sender: Hashable) -> object:
+    async def _received(self, wire: bytes, make: type[Message], slots: Slots) -> object:
         steps = requests.received(wire, make, self._layouts)
         try:
             if len(wire) <= AT_ONCE_BYTES:
                 return at_once(steps)
-            with self._room_for(len(wire), sender):
+            with slots.keeping(len(wire)):
                 async with self._large:
                     return await self._turns.take(steps)
         except (DecodeError, Malformed):
             raise requests.at_fault(wire) from None
 
-    @contextmanager
-    def _room_for(self, size: int, sender: Hashable) -> Iterator[None]:
-        if self._waiting[sender] + size > WAITING_BYTES:
-            raise from_reason(
-                Reason.LIMIT_EXCEEDED,
-                f"the large requests of this user would be more than {WAITING_BYTES} bytes together; repeat this one "
-                "once the others have their answers",
-            )
-        self._waiting[sender] += size
-        try:
-            yield
-        finally:
-            self._waiting[sender] -= size
 
-    def _user(self, context: Context) -> int | None:
-        try:
-            return identify(self._control, context).peer.uid
-        except NotAttached:
-            return None
+async def _small(incoming: AsyncIterator[bytes], slots: Slots, sender: Sender) -> bytes:
+    async with sender.small:
+        async with slots.slot(sender.reading):
+            wire = await read(incoming)
+        async with paced(len(wire)):
+            require_at_most(SMALL_BYTES, wire)
+    return wire
 
 
 def require_at_most(most: int, wire: bytes) -> None:
@@ -117,9 +116,8 @@ def require_at_most(most: int, wire: bytes) -> None:
         raise InvalidArgument("request", f"{len(wire)} bytes", f"at most {most} bytes for this method")
 
 
-async def read(incoming: AsyncIterator[bytes], most: int) -> bytes:
+async def read(incoming: AsyncIterator[bytes]) -> bytes:
     """The bytes of a request. Raises `InvalidArgument`."""
     async for wire in incoming:
-        require_at_most(most, wire)
         return wire
     raise InvalidArgument("request", "none", "one message")

@@ -1,10 +1,10 @@
-"""Who reads a request now. A caller that sends half of one holds a slot, so it has less time while others wait."""
+"""Who reads a request now, and for how long: half a request occupies a slot."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from weight_broker.errors import InvalidArgument
 
@@ -15,32 +15,61 @@ CONTENDED_SECONDS = 2.0
 
 
 class Slots:
-    """For the requests of one sender."""
+    """For the requests of one user, or of all callers of a service that need no token."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, kept_bytes: int) -> None:
+        """No request is read while so many bytes of earlier ones are kept."""
         self._free = asyncio.Semaphore(count)
+        self._most_bytes = kept_bytes
+        self._kept_bytes = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
         self._waiting = 0
         self._readers: dict[asyncio.Timeout, float] = {}
         """When each began."""
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Held while a request is read. Raises `InvalidArgument` if that takes too long."""
+    async def slot(self, turn: asyncio.Lock | None = None) -> AsyncIterator[None]:
+        """Held while a request is read, and so is `turn`, its sender's. Raises `InvalidArgument` if that takes too
+        long."""
+        async with self._held(turn or asyncio.Lock()), self._held(self._free):
+            await self._has_room.wait()
+            try:
+                async with self._patience():
+                    yield
+            except TimeoutError:
+                expected = f"a request that arrives within {CONTENDED_SECONDS:g} to {READ_SECONDS:g} s"
+                raise InvalidArgument("request", "incomplete", expected) from None
+
+    @asynccontextmanager
+    async def _held(self, lock: asyncio.Lock | asyncio.Semaphore) -> AsyncIterator[None]:
         self._waiting += 1
         try:
-            if self._free.locked():
+            if lock.locked():
                 self._hurry()
-            await self._free.acquire()
+            await lock.acquire()
         finally:
             self._waiting -= 1
         try:
-            async with self._patience():
-                yield
-        except TimeoutError:
-            expected = f"a request that arrives within {CONTENDED_SECONDS:g} to {READ_SECONDS:g} s"
-            raise InvalidArgument("request", "incomplete", expected) from None
+            yield
         finally:
-            self._free.release()
+            lock.release()
+
+    @contextmanager
+    def keeping(self, size_bytes: int) -> Iterator[None]:
+        """A request of this size stays in memory for the length of a block."""
+        self._keep(size_bytes)
+        try:
+            yield
+        finally:
+            self._keep(-size_bytes)
+
+    def _keep(self, size_bytes: int) -> None:
+        self._kept_bytes += size_bytes
+        if self._kept_bytes < self._most_bytes:
+            self._has_room.set()
+        else:
+            self._has_room.clear()
 
     @asynccontextmanager
     async def _patience(self) -> AsyncIterator[None]:

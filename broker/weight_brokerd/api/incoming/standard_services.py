@@ -9,7 +9,7 @@ import grpc
 
 from weight_broker.errors import InvalidArgument
 from weight_brokerd.api.incoming import requests
-from weight_brokerd.api.incoming.reception import SMALL_BYTES, Reception, read
+from weight_brokerd.api.incoming.reception import SMALL_BYTES, Reception, read, require_at_most
 
 
 def guarded(handler: Any, service: str, reception: Reception) -> Any:
@@ -48,8 +48,7 @@ def _streams(method: Any, parse: Any, service: str, reception: Reception) -> Any
         """Each request is read as a call's only one is: a caller that asks nothing for a while has finished."""
         while True:
             try:
-                async with reception.slots(service).slot():
-                    wire = await read(incoming, SMALL_BYTES)
+                wire = await _read(incoming, service, reception)
             except InvalidArgument:
                 return
             yield await _checked(wire, context, parse)
@@ -65,11 +64,16 @@ async def _request(
     incoming: AsyncIterator[bytes], context: Any, parse: Any, service: str, reception: Reception
 ) -> object:
     try:
-        async with reception.slots(service).slot():
-            wire = await read(incoming, SMALL_BYTES)
-        return requests.parsed(wire, parse)
+        return requests.parsed(await _read(incoming, service, reception), parse)
     except InvalidArgument as error:
         return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
+
+
+async def _read(incoming: AsyncIterator[bytes], service: str, reception: Reception) -> bytes:
+    async with reception.slots(service).slot():
+        wire = await read(incoming)
+    require_at_most(SMALL_BYTES, wire)
+    return wire
 
 
 async def _checked(wire: bytes, context: Any, parse: Any) -> object:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.wire import layout_to_wire
 from weight_brokerd.api.incoming.layouts import LayoutCache
@@ -30,6 +32,11 @@ def test_equal_layouts_are_one_object_while_anything_has_it() -> None:
     assert layout(cache, message("one", 3)) is one
     specs = [spec._replace(storage_offset=8) for spec in one]
     assert layout(cache, layout_to_wire(Layout(specs)).SerializeToString()) is one, "what a fingerprint leaves out"
+
+
+def test_the_garbage_collector_does_not_look_at_the_tensors_of_a_layout() -> None:
+    tensors = layout(LayoutCache(), message("one", 300)).tensors
+    assert not any(gc.is_tracked(part) for spec in tensors for part in (spec, spec.shape, spec.stride))
 
 
 def test_at_most_so_many_layouts_are_kept_those_used_last() -> None:
