@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -50,6 +51,7 @@ STATUS_SECONDS = 15.0
 """Interval of the status for the service manager, unless its watchdog needs a shorter one."""
 
 _SIGNS_OF_LIFE_PER_WATCHDOG = 2
+_GARBAGE_THRESHOLDS = (10_000, 10, 50)
 _GRPC_OPTIONS = (
     ("grpc.max_receive_message_length", LARGE_BYTES),
     ("grpc.max_send_message_length", LARGE_BYTES),
@@ -112,6 +114,7 @@ class Application:
         self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         server = await self._start()
         log.info("ready", version=__version__, host_id=self._host_id, directory=str(self._directory.path))
+        _look_for_garbage_rarely()
         self._notifier.ready(self._status())
         heartbeat = self._loop.create_task(self._heartbeat()) if self._notifier.active else None
         await self._stop.wait()
@@ -278,6 +281,14 @@ class Application:
         if self._metrics is not None:
             await self._metrics.close()
         self._directory.remove_sockets()
+
+
+def _look_for_garbage_rarely() -> None:
+    """Python's collector stops everything while it looks at all objects there are. What is there now, modules and the
+    broker's parts, stays; of the rest it looks at everything after millions of new objects, not after 70,000."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
 
 
 async def _last_turns() -> None:

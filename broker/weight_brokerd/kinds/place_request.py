@@ -5,12 +5,13 @@ Every check raises `InvalidArgument` naming the field, the value and what was ex
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
 from weight_broker.kinds import TRAITS, kind_of_wire
-from weight_broker.layout import Layout
+from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1.weight_broker_service_pb2 import Granted
 from weight_broker.v1.weight_set_pb2 import Region, TensorPlacement
 from weight_brokerd.attach.peer import PeerCredentials
@@ -150,7 +151,6 @@ def check_placements(kind: str, request: PlaceRequest) -> Steps[CheckedPlacement
     sizes = [region.size_bytes for region in request.regions] or [0]
     is_packed = traits.is_packed or not request.regions
     pairs: list[Placement] = []
-    by_name: dict[str, Placement] = {}
     spans: list[Span] = []
     granted: list[bytes] = []
     for start in range(0, len(layout), PER_STEP):
@@ -160,11 +160,10 @@ def check_placements(kind: str, request: PlaceRequest) -> Steps[CheckedPlacement
             length = spec.content_bytes if is_packed else spec.storage_bytes
             pair = _within(field, placement, length, sizes)
             if spec.alias_of:
-                if pair != by_name[spec.alias_of]:
+                if pair != pairs[bisect_left(layout.tensors, spec.alias_of, key=_name)]:  # it sorts before its alias
                     raise InvalidArgument(field, f"{pair[0]}:{pair[1]}", f"that of {spec.alias_of}, its target")
             elif length:
                 spans.append((*pair, length))
-            by_name[spec.name] = pair
             pairs.append(pair)
         if not traits.broker_copies:
             granted.append(Granted(placements=part).SerializeToString())
@@ -172,6 +171,10 @@ def check_placements(kind: str, request: PlaceRequest) -> Steps[CheckedPlacement
     if is_packed:
         yield from refuse_overlaps(spans)
     return CheckedPlacements(tuple(pairs), b"".join(granted))
+
+
+def _name(spec: TensorSpec) -> str:
+    return spec.name
 
 
 def _within(field: str, placement: TensorPlacement, length: int, sizes: Sequence[int]) -> Placement:

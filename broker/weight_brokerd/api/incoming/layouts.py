@@ -11,7 +11,7 @@ from weight_broker.errors import InvalidArgument
 from weight_broker.layout import MAX_TENSORS, Layout, LayoutBuilder
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.wire import check_fingerprint, specs_from_wire
-from weight_brokerd.api.incoming.untracked import untrack
+from weight_brokerd.api.incoming.untracked import untrack, untrack_layout
 from weight_brokerd.api.incoming.wire_parts import fields
 from weight_brokerd.kinds.steps import PER_STEP, Steps
 
@@ -77,6 +77,7 @@ def _decoded(wire: bytes, parts: Sequence[Part]) -> Steps[Layout]:
         untrack(specs)
         yield
     layout = builder.finish()
+    untrack_layout(layout)
     check_fingerprint(layout, fingerprint)
     return layout
 

@@ -35,8 +35,10 @@ def test_equal_layouts_are_one_object_while_anything_has_it() -> None:
 
 
 def test_the_garbage_collector_does_not_look_at_the_tensors_of_a_layout() -> None:
-    tensors = layout(LayoutCache(), message("one", 300)).tensors
-    assert not any(gc.is_tracked(part) for spec in tensors for part in (spec, spec.shape, spec.stride))
+    found = layout(LayoutCache(), message("one", 300))
+    assert not any(gc.is_tracked(part) for spec in found for part in (spec, spec.shape, spec.stride))
+    assert not gc.is_tracked(found.tensors)
+    assert not gc.is_tracked(found.content_sizes)
 
 
 def test_at_most_so_many_layouts_are_kept_those_used_last() -> None:
