@@ -11,6 +11,7 @@ from weight_broker.errors import InvalidArgument
 from weight_broker.layout import MAX_TENSORS, Layout, LayoutBuilder
 from weight_broker.v1 import weight_set_pb2
 from weight_broker.wire import check_fingerprint, specs_from_wire
+from weight_brokerd.api.incoming.remains import Remains
 from weight_brokerd.api.incoming.untracked import untrack, untrack_layout
 from weight_brokerd.api.incoming.wire_parts import fields
 from weight_brokerd.kinds.steps import PER_STEP, Steps
@@ -31,8 +32,10 @@ class LayoutCache:
     Layouts with the same fingerprint are one object for as long as a publication or an acquisition has it, whether it
     is among the last used or not."""
 
-    def __init__(self, size: int = 64, tensors: int = 200_000) -> None:
-        """Keeps the last used layouts: at most `size`, with at most `tensors` tensors together."""
+    def __init__(self, size: int = 64, tensors: int = 200_000, remains: Remains | None = None) -> None:
+        """Keeps the last used layouts: at most `size`, with at most `tensors` tensors together. `remains` frees what is
+        gone."""
+        self._remains = remains
         self._size = size
         self._tensors = tensors
         self._kept_tensors = 0
@@ -47,6 +50,8 @@ class LayoutCache:
         layout = self._layouts.get(digest)
         if layout is None:
             decoded = yield from _decoded(wire, parts)
+            if self._remains is not None:
+                self._remains.follow(decoded)
             layout = self._alive.setdefault(decoded.fingerprint, decoded)
             if len(layout) <= self._tensors:  # a larger layout would only evict all others
                 self._keep(digest, layout)

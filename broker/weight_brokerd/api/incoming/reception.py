@@ -19,6 +19,7 @@ from weight_broker.v1 import inspection_service_pb2, weight_broker_service_pb2
 from weight_brokerd.api.caller import identify, process_of
 from weight_brokerd.api.incoming import requests
 from weight_brokerd.api.incoming.layouts import LayoutCache
+from weight_brokerd.api.incoming.remains import Remains
 from weight_brokerd.api.incoming.senders import Sender, Senders, paced
 from weight_brokerd.api.incoming.slots import Slots
 from weight_brokerd.api.incoming.turns import Turns
@@ -58,7 +59,7 @@ class Reception:
 
     def __init__(self, control: Control, turns: Turns) -> None:
         self._control = control
-        self._layouts = LayoutCache()
+        self._layouts = LayoutCache(remains=Remains(turns, control.loop.spawn))
         self._turns = turns
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._slots: dict[Hashable, Slots] = {}
