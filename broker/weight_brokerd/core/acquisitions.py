@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 from weight_broker.errors import BrokerError, Reason
-from weight_brokerd.core.conduct.layouts import LayoutRoom
 from weight_brokerd.core.decisions import (
     Complete,
     Decisions,
@@ -20,7 +19,7 @@ from weight_brokerd.core.decisions import (
     WeightSetChanged,
 )
 from weight_brokerd.core.model import Acquisition, Arrival, ColdLoadLease, Process, WaitReason
-from weight_brokerd.core.publications import Publication, Publications
+from weight_brokerd.core.publications import Publication, Publications, Room
 from weight_brokerd.core.transfers import Transfer, TransferLog
 from weight_brokerd.core.weight_sets import WeightSetIndex
 
@@ -53,7 +52,7 @@ class Acquisitions:
     """The acquisitions by id, and their course: wait, be granted a source, wait again, end."""
 
     def __init__(
-        self, publications: Publications, weight_sets: WeightSetIndex, transfers: TransferLog, room: LayoutRoom
+        self, publications: Publications, weight_sets: WeightSetIndex, transfers: TransferLog, room: Room
     ) -> None:
         """`room` for the layouts of their receivers."""
         self._room = room

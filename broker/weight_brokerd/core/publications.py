@@ -11,13 +11,12 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from weight_broker.errors import PublicationNotFound, Reason, from_reason
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, differences
-from weight_brokerd.core.conduct.layouts import LayoutRoom
-from weight_brokerd.core.model import Instance, Limits, RankOfGroup
+from weight_brokerd.core.model import Instance, Limits, Process, RankOfGroup
 from weight_brokerd.core.sources import Holder, Reader, Refusal, SourceRef
 
 Key = TypeVar("Key")
@@ -143,10 +142,20 @@ class Publication:
         return "; ".join(differences(self.layout, layout))
 
 
+class Room(Protocol):
+    """For layouts; see `weight_brokerd.core.conduct.layouts.LayoutRoom`."""
+
+    def take(self, holder: str, process: Process, layout: Layout | None) -> None:
+        """The publication or acquisition holds this layout from now on. Raises LIMIT_EXCEEDED, and then it does not."""
+
+    def give_back(self, holder: str) -> None:
+        """The holder is gone. Idempotent."""
+
+
 class Publications:
     """All publications of this host that are not gone."""
 
-    def __init__(self, host_id: str, limits: Limits, room: LayoutRoom, *, first_generation: int) -> None:
+    def __init__(self, host_id: str, limits: Limits, room: Room, *, first_generation: int) -> None:
         """`room` for their layouts."""
         self._host_id = host_id
         self._room = room

@@ -85,7 +85,7 @@ class Transfer:
 
     @property
     def record(self) -> TransferRecord:
-        """As it is now."""
+        """The transfer at this moment."""
         source = self.publication
         return TransferRecord(
             number=self.number,

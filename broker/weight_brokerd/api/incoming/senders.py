@@ -44,8 +44,8 @@ class Senders:
 
 @asynccontextmanager
 async def paced(size_bytes: int) -> AsyncIterator[None]:
-    """Whatever the block does with a request of this size, and however it ends, it takes as long as the request may
-    take: a process whose large requests are refused at once sends no more of them than one whose are right."""
+    """The block, which handles a request of this size, takes as long as the request may take, also if it fails: a
+    process whose large requests are refused at once sends no more of them than one whose are right."""
     clock = asyncio.get_running_loop().time
     end = clock() + size_bytes / BYTES_PER_SECOND
     try:

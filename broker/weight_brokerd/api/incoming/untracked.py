@@ -1,7 +1,8 @@
 """Layouts that Python's garbage collector leaves out.
 
-It looks at whatever might be part of a cycle, again and again: 0.3 s for each million tensors, in which no call is
-answered. A tensor refers to texts and numbers only, so nothing is lost; plain tuples of such are left out by Python.
+It looks at all objects that might be part of a cycle, again and again: 0.3 s for each million tensors, in which no
+call is answered. A tensor refers to texts and numbers only, so nothing is lost; plain tuples of such are left out by
+Python.
 """
 
 from __future__ import annotations

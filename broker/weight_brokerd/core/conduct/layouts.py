@@ -12,7 +12,7 @@ from weight_brokerd.core.model import Limits, Process
 
 
 class LayoutRoom:
-    """One for a broker."""
+    """One for a broker. It is the `weight_brokerd.core.publications.Room`."""
 
     def __init__(self, limits: Limits) -> None:
         self._quota = Quota(
@@ -28,13 +28,11 @@ class LayoutRoom:
         return len(self._quota)
 
     def take(self, holder: str, process: Process, layout: Layout | None) -> None:
-        """The publication or acquisition holds this layout from now on. Raises LIMIT_EXCEEDED, and then it does not."""
         count = len(layout) if layout is not None else 0
         if count:
             self._quota.take(process, count)
             self._held[holder] = process, count
 
     def give_back(self, holder: str) -> None:
-        """The holder is gone. Idempotent."""
         if holder in self._held:
             self._quota.give_back(*self._held.pop(holder))
