@@ -21,6 +21,9 @@ MAX_DIMENSIONS = 64
 MAX_NAME_CHARACTERS = 1024
 MAX_TENSOR_BYTES = 1 << 46
 MAX_LAYOUT_BYTES = 1 << 50
+_MOST_COUNTED = 1000
+"""Differences between two layouts."""
+_COMPARED_AT_ONCE = 256
 _FORM_START, _FORM_END = b'["layout/1",[', b"]]"
 
 # Bytes per element of every PyTorch type whose elements are plain memory. Types of less than a byte are refused, and so
@@ -193,35 +196,66 @@ class LayoutBuilder:
 
 
 def differences(resident: Layout, wanted: Layout, limit: int = 8) -> list[str]:
-    """What differs between the resident layout and the wanted one, a sentence each, at most `limit` and a count."""
-    found: list[str] = []
-    more = 0
-    for words in _differences(resident, wanted):
-        if len(found) < limit:
-            found.append(words())
-        else:
-            more += 1
-    return found + ([f"and {more} more"] if more else [])
+    """What differs between the resident layout and the wanted one, a sentence each, at most `limit` and a count: first
+    tensors that one of them lacks. Beyond a thousand they are not counted."""
+    found = _Differences(limit)
+    for have, want in _pairs(resident.tensors, wanted.tensors):
+        found.add(have, want)
+        if found.count > limit + _MOST_COUNTED:
+            return [*found.shown(), f"and more than {_MOST_COUNTED} more"]
+    shown = found.shown()
+    return shown + ([f"and {found.count - len(shown)} more"] if found.count > len(shown) else [])
 
 
-def _differences(resident: Layout, wanted: Layout) -> Iterator[Callable[[], str]]:
-    """Each difference, to be put into words: there may be 200,000, and few are shown."""
-    have = {spec.name: spec for spec in resident}
-    want = {spec.name: spec for spec in wanted}
-    for name in have:
-        if name not in want:
-            yield partial("{}: missing from the receiver's tensors".format, name)
-    for name in want:
-        if name not in have:
-            yield partial("{}: not in the resident weight set".format, name)
-    for name, spec in want.items():
-        other = have.get(name)
-        if other is None or other == spec:
+class _Differences:
+    """Each difference, to be put into words if it is shown: there may be many, and few are."""
+
+    def __init__(self, limit: int) -> None:
+        self.count = 0
+        self._limit = limit
+        self._missing: list[Callable[[], str]] = []
+        self._surplus: list[Callable[[], str]] = []
+        self._changed: list[Callable[[], str]] = []
+
+    def add(self, have: TensorSpec | None, want: TensorSpec | None) -> None:
+        """A resident tensor, and the wanted one of the same name."""
+        if want is None and have is not None:
+            self._note(self._missing, "{}: missing from the receiver's tensors".format, have.name)
+        elif have is None and want is not None:
+            self._note(self._surplus, "{}: not in the resident weight set".format, want.name)
+        elif have is not None and want is not None:
+            for field in ("dtype", "shape", "stride", "storage_bytes", "memory_format", "alias_of"):
+                own, wished = getattr(have, field), getattr(want, field)
+                if own != wished:
+                    self._note(self._changed, _difference, want.name, field, own, wished)
+
+    def shown(self) -> list[str]:
+        """The first ones."""
+        return [words() for words in [*self._missing, *self._surplus, *self._changed][: self._limit]]
+
+    def _note(self, group: list[Callable[[], str]], words: Callable[..., str], *facts: object) -> None:
+        self.count += 1
+        if len(group) < self._limit:
+            group.append(partial(words, *facts))
+
+
+def _pairs(
+    resident: Sequence[TensorSpec], wanted: Sequence[TensorSpec]
+) -> Iterator[tuple[TensorSpec | None, TensorSpec | None]]:
+    """Tensors of the same name, and those that have no counterpart; parts that are equal are left out."""
+    at, to = 0, 0
+    while at < len(resident) or to < len(wanted):
+        if resident[at : at + _COMPARED_AT_ONCE] == wanted[to : to + _COMPARED_AT_ONCE]:
+            at, to = at + _COMPARED_AT_ONCE, to + _COMPARED_AT_ONCE
             continue
-        for field in ("dtype", "shape", "stride", "storage_bytes", "memory_format", "alias_of"):
-            own, wished = getattr(other, field), getattr(spec, field)
-            if own != wished:
-                yield partial(_difference, name, field, own, wished)
+        for _ in range(_COMPARED_AT_ONCE):
+            have = resident[at] if at < len(resident) else None
+            want = wanted[to] if to < len(wanted) else None
+            if have is not None and want is not None and have.name != want.name:
+                have, want = (have, None) if have.name < want.name else (None, want)
+            at, to = at + (have is not None), to + (want is not None)
+            if have != want:
+                yield have, want
 
 
 def _difference(name: str, field: str, own: object, wished: object) -> str:

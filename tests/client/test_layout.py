@@ -100,6 +100,29 @@ def test_many_differences_are_cut_short_and_counted() -> None:
     assert found[-1] == "and 13 more"
 
 
+def test_of_very_many_differences_so_many_are_counted() -> None:
+    resident = Layout([MATRIX._replace(name=f"r{index}") for index in range(1009)])
+    assert differences(resident, Layout([MATRIX]))[-1] == "and more than 1000 more"
+    assert differences(Layout(resident[:1007]), Layout([MATRIX]))[-1] == "and 1000 more"
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 1000])
+def test_a_difference_anywhere_in_a_large_layout_is_named_and_nothing_else(count: int) -> None:
+    specs = [MATRIX._replace(name=f"{index:04}") for index in range(count)]
+    whole = Layout(specs)
+    for index in {0, count // 2, count - 1}:
+        other = [*specs[:index], specs[index]._replace(dtype="int32"), *specs[index + 1 :]]
+        assert differences(whole, Layout(other)) == [f"{index:04}.dtype: resident float32, wanted int32"]
+        surplus = Layout([*specs, MATRIX._replace(name=f"{index:04}.more")])
+        assert differences(whole, surplus) == [f"{index:04}.more: not in the resident weight set"]
+        assert differences(surplus, whole) == [f"{index:04}.more: missing from the receiver's tensors"]
+
+
+def test_where_an_instance_keeps_its_tensors_is_no_difference() -> None:
+    specs = [MATRIX._replace(name=f"{index:04}") for index in range(300)]
+    assert differences(Layout(specs), Layout([spec._replace(storage_offset=7) for spec in specs])) == []
+
+
 @pytest.mark.parametrize(
     ("spec", "dense", "content"),
     [

@@ -146,12 +146,13 @@ def late(acquisition: Acquisition, now: float) -> AcquireTimeout:
 
 def _layout_mismatch(key: WeightSetKey, selection: Selection[Publication]) -> LayoutMismatch:
     newest = [candidate for candidate in selection.candidates if candidate.refusal is Refusal.LAYOUT_DIFFERS][-1]
+    differences = newest.detail
     return LayoutMismatch(
-        f"weight set {key.id} is resident with another layout: {newest.detail}",
+        f"weight set {key.id} is resident with another layout: {differences}",
         metadata={
             "weight_set_id": key.id,
             "publication_id": newest.source.publication_id,
-            "differences": newest.detail,
+            "differences": differences,
         },
     )
 

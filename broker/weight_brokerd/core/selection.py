@@ -19,9 +19,16 @@ class Candidate(Generic[S]):
 
     source: S
     refusal: Refusal | None = None
-    detail: str = ""
+    why: str = ""
     is_coming: bool = False
     """Whether the source fits, but is not readable yet."""
+    other_layout: Layout | None = None
+    """The receiver's, if that is why the source is refused."""
+
+    @property
+    def detail(self) -> str:
+        """For people. What differs between large layouts takes long to find, so it is found when it is shown."""
+        return self.why if self.other_layout is None else self.source.differences(self.other_layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ def _judge(source: S, receiver: Receiver) -> Candidate[S]:
         detail = f"it is in {source.device_kind} memory, the receiver's is {receiver.device_kind}"
         return Candidate(source, Refusal.DEVICE_KIND, detail)
     if receiver.layout is not None and not _fits(source, receiver):
-        return Candidate(source, Refusal.LAYOUT_DIFFERS, source.differences(receiver.layout))
+        return Candidate(source, Refusal.LAYOUT_DIFFERS, other_layout=receiver.layout)
     if source.busy:
         return Candidate(source, Refusal.BUSY, source.busy)
     return Candidate(source)

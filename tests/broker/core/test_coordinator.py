@@ -20,7 +20,7 @@ from weight_broker.errors import (
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core import selection
+from weight_brokerd.core import publications, selection
 from weight_brokerd.core.answers import Outcome, Question
 from weight_brokerd.core.model import (
     Acquisition,
@@ -184,6 +184,22 @@ def test_another_layout_is_refused_naming_the_difference(coordinator: Coordinato
     error = failure(coordinator.acquire(acquisition("one"), 1.0))
     assert isinstance(error, LayoutMismatch)
     assert error.metadata["differences"] == "weight.dtype: resident float16, wanted bfloat16"
+
+
+def test_what_differs_is_looked_for_once_whatever_the_number_of_sources(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "c"):
+        publish(coordinator, name, layout=OTHER_LAYOUT)
+    compared: list[Layout] = []
+
+    def count(_resident: Layout, wanted: Layout) -> list[str]:
+        compared.append(wanted)
+        return ["something"]
+
+    monkeypatch.setattr(publications, "differences", count)
+    error = failure(coordinator.acquire(acquisition("one"), 1.0))
+    assert (error.metadata["differences"], len(compared)) == ("something", 1)
 
 
 def test_after_wrong_bytes_the_next_source_is_tried(coordinator: Coordinator) -> None:
