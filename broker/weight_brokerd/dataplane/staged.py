@@ -96,8 +96,8 @@ class StagedPlane:
         half = staging_plan.half_bytes(layout.content_bytes, self._staging_bytes)
         chunks = staging_plan.chunks(layout.content_bytes, half)
         try:
-            source_content = _direct(layout, source)
-            destination_content = _direct(layout, destination)
+            source_content = await asyncio.to_thread(_direct, layout, source)
+            destination_content = await asyncio.to_thread(_direct, layout, destination)
         except TooScattered as error:
             raise MoveFailed(str(error), cause=FailureCause.RECEIVER, touched=False) from error
         making: asyncio.Task[ImportRegion] | None = None
