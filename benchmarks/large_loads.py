@@ -6,6 +6,7 @@ It prints `loading` once the first request has its answer, and goes on until it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import sys
@@ -20,6 +21,7 @@ from weight_broker.digest import ContentDigests, DigestAlgorithm, DigestCoverage
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import MAX_TENSORS, Layout, TensorSpec
 from weight_broker.v1 import attach_pb2 as attach
+from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as service
 from weight_broker.wire import digests_to_wire, key_to_wire, layout_to_wire
@@ -29,6 +31,9 @@ AT_ONCE = 4
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _TENSOR_BYTES = 16
 _PUBLISH = "/weight_broker.v1.WeightBrokerService/Publish"
+_GET_HOST = "/weight_broker.v1.InspectionService/GetHost"
+_UNKNOWN_FIELD = b"\x92\x3f\x80\x8e\xce\x1c" + bytes(60_000_000)
+"""Number 1010, 60,000,000 bytes."""
 _ACQUIRE = "/weight_broker.v1.WeightBrokerService/Acquire"
 
 
@@ -80,6 +85,29 @@ async def messages(flooder: Flooder, ready: Callable[[], None]) -> None:
             ready()
 
     await asyncio.gather(*(send(number) for number in range(AT_ONCE)))
+
+
+async def oversized(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """GetHost with 60 MB without end, which is refused."""
+    await _oversized(flooder, flooder.metadata(), ready)
+
+
+async def oversized_without_a_token(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """The same, by callers that have not attached."""
+    await _oversized(flooder, (), ready)
+
+
+async def _oversized(flooder: Flooder, metadata: Any, ready: Callable[[], None]) -> None:
+    wire = inspection.GetHostRequest().SerializeToString() + _UNKNOWN_FIELD
+    get_host = _raw(_channel(flooder).unary_unary, _GET_HOST)
+
+    async def send() -> None:
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await get_host(wire, metadata=metadata)
+            ready()
+
+    await asyncio.gather(*(send() for _ in range(AT_ONCE)))
 
 
 async def tensors(flooder: Flooder, ready: Callable[[], None]) -> None:
@@ -136,6 +164,8 @@ def _raw(kind: Any, method: str) -> Any:
 
 LOADS: dict[str, Callable[[Flooder, Callable[[], None]], Awaitable[None]]] = {
     "messages of 60 MB": messages,
+    "60 MB to GetHost": oversized,
+    "60 MB to GetHost without a token": oversized_without_a_token,
     "200,000 tensors": tensors,
 }
 
