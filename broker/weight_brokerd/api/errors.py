@@ -93,9 +93,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrap_unary(method: Any, read: Any) -> Any:
-    async def call(incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> object:
+    async def call(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:
         try:
-            return await method(await read(incoming, context), context)
+            return await method(await read(context), context)
         except BrokerError as error:
             await context.abort_with_status(to_status(error))
         except grpc.aio.AbortError:
@@ -107,11 +107,9 @@ def _wrap_unary(method: Any, read: Any) -> Any:
 
 
 def _wrap_stream(method: Any, read: Any) -> Any:
-    async def call(
-        incoming: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[object]:
+    async def call(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[object]:
         try:
-            async for response in method(await read(incoming, context), context):
+            async for response in method(await read(context), context):
                 yield response
         except BrokerError as error:
             await context.abort_with_status(to_status(error))

@@ -112,9 +112,9 @@ class Application:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_stop_signal)
         self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        _look_for_garbage_rarely()
         server = await self._start()
         log.info("ready", version=__version__, host_id=self._host_id, directory=str(self._directory.path))
-        _look_for_garbage_rarely()
         self._notifier.ready(self._status())
         heartbeat = self._loop.create_task(self._heartbeat()) if self._notifier.active else None
         await self._stop.wait()

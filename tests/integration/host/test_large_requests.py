@@ -74,6 +74,10 @@ def peak_bytes(broker: BrokerProcess) -> int:
     return int(line.split()[1]) << 10
 
 
+def resident_bytes(broker: BrokerProcess) -> int:
+    return int(Path(f"/proc/{broker.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def flood(broker: BrokerProcess, method: str, wire: bytes, metadata: Any, calls: int = 3) -> list[grpc.RpcError]:
     """The same call on several connections at once; their errors."""
     errors: list[grpc.RpcError] = []
@@ -165,6 +169,20 @@ def test_an_attached_caller_cannot_make_much_memory_of_little(broker: BrokerProc
         ] * 3
         assert peak_bytes(broker) - before < 600 * MIB
         assert client.publish().publication_id, "the caller is as welcome as before"
+
+
+def test_a_call_that_waits_keeps_nothing_of_its_request(broker: BrokerProcess) -> None:
+    wire = acquire_request(if_absent=pb.IF_ABSENT_LOAD).SerializeToString()
+    ballast = (b"\x92\x3f" + varint(4_000_000) + bytes(4_000_000)) * 10
+    with RawClient(broker.runtime_directory) as client:
+        acquire = raw_method(client.channel, METHODS["Acquire"], streaming=True)
+        before = resident_bytes(broker)
+        calls = [acquire(wire + ballast, metadata=client.metadata, timeout=300) for _ in range(4)]
+        for call in calls:
+            next(call)  # the lease, or that it waits
+        eventually(lambda: resident_bytes(broker) - before < 2 * len(ballast))
+        for call in calls:
+            call.cancel()
 
 
 def test_a_compressed_request_is_refused_unseen(broker: BrokerProcess) -> None:

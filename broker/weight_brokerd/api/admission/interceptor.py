@@ -59,7 +59,9 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
                 self._gate.charge_refusal(process)
                 await context.abort_with_status(to_status(error))
             on_end(context, lambda: quota.give_back(process))
-            async for response in method(request, context):
+            responses = method(request, context)
+            del request  # a call may wait for an hour, and this may be large
+            async for response in responses:
                 yield response
 
         return call

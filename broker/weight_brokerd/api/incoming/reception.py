@@ -8,7 +8,7 @@ a time: one of each process, some of each user, and of all callers without a tok
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import grpc
@@ -64,29 +64,33 @@ class Reception:
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._slots: dict[Hashable, Slots] = {}
         self._senders = Senders()
+        self._refused_strangers = asyncio.Lock()
 
-    async def request(self, method: str, parse: Any, incoming: AsyncIterator[bytes], context: Context) -> object:
+    async def request(self, method: str, parse: Any, context: Context) -> object:
         """The request of a call of the broker's own services: a message, or `Received` if it may have a layout. Raises
         `NotAttached`, `InvalidArgument`."""
         service, make = method.split("/")[1], _WITH_LAYOUT.get(method)
         process = process_of(self._control, context.invocation_metadata())
         if process != UNKNOWN:
-            slots, sender = self.slots(process.uid), self._senders.of(process)
+            slots, sender = self._slots_of(process.uid), self._senders.of(process)
         else:
             if service != _WITHOUT_TOKEN:
                 identify(self._control, context)  # raises and says what is missing
-            slots, sender = self.slots(service), Sender()
+            slots, sender = self._slots_of(service), Sender(self._refused_strangers)
         if make is None:
-            return requests.parsed(await _small(incoming, slots, sender), parse)
-        most = LARGE_BYTES if process != UNKNOWN else STRANGERS_BYTES
+            async with sender.small:
+                wire = await _read(context, slots, sender, SMALL_BYTES)
+            return requests.parsed(wire, parse)
         async with sender.layouts:
-            async with slots.slot(sender.reading):
-                wire = await read(incoming)
+            wire = await _read(context, slots, sender, LARGE_BYTES if process != UNKNOWN else STRANGERS_BYTES)
             async with paced(len(wire)):
-                require_at_most(most, wire)
                 return await self._received(wire, make, slots)
 
-    def slots(self, sender: Hashable) -> Slots:
+    async def small(self, service: str, context: Context) -> bytes:
+        """A request of a service that is not the broker's. Raises `InvalidArgument`."""
+        return await _read(context, self._slots_of(service), Sender(self._refused_strangers), SMALL_BYTES)
+
+    def _slots_of(self, sender: Hashable) -> Slots:
         """For the requests of a user, or of all callers of a service that need no token."""
         return self._slots.setdefault(sender, Slots(READ_AT_ONCE, KEPT_BYTES))
 
@@ -102,23 +106,17 @@ class Reception:
             raise requests.at_fault(wire) from None
 
 
-async def _small(incoming: AsyncIterator[bytes], slots: Slots, sender: Sender) -> bytes:
-    async with sender.small:
-        async with slots.slot(sender.reading):
-            wire = await read(incoming)
-        async with paced(len(wire)):
-            require_at_most(SMALL_BYTES, wire)
-    return wire
-
-
-def require_at_most(most: int, wire: bytes) -> None:
-    """Raises `InvalidArgument` for a larger request."""
-    if len(wire) > most:
-        raise InvalidArgument("request", f"{len(wire)} bytes", f"at most {most} bytes for this method")
-
-
-async def read(incoming: AsyncIterator[bytes]) -> bytes:
-    """The bytes of a request. Raises `InvalidArgument`."""
-    async for wire in incoming:
-        return wire
-    raise InvalidArgument("request", "none", "one message")
+async def _read(context: Context, slots: Slots, sender: Sender, most: int) -> bytes:
+    """The bytes of a request. Raises `InvalidArgument`; for one that is too large later, one after the other, when the
+    bytes are forgotten: who waits for the answer sends no other meanwhile."""
+    async with slots.slot(sender.reading):
+        # Not from the iterator that the handler gets: it keeps the bytes until the call ends, maybe for an hour.
+        read = await context.read()
+    if not isinstance(read, bytes):  # the end
+        raise InvalidArgument("request", "none", "one message")
+    size = len(read)
+    if size <= most:
+        return read
+    del read
+    async with sender.refused, paced(size):
+        raise InvalidArgument("request", f"{size} bytes", f"at most {most} bytes for this method")

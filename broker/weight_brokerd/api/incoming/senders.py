@@ -19,7 +19,10 @@ layout takes longer than this anyway."""
 class Sender:
     """One process."""
 
-    def __init__(self) -> None:
+    def __init__(self, refused: asyncio.Lock | None = None) -> None:
+        """`refused` is shared by senders that the broker cannot tell apart."""
+        self.refused = refused or asyncio.Lock()
+        """The queue of its requests that are refused because they are too large."""
         self.reading = asyncio.Lock()
         """Held while a request is read."""
         self.small = asyncio.Lock()

@@ -9,7 +9,7 @@ import grpc
 
 from weight_broker.errors import InvalidArgument
 from weight_brokerd.api.incoming import requests
-from weight_brokerd.api.incoming.reception import SMALL_BYTES, Reception, read, require_at_most
+from weight_brokerd.api.incoming.reception import Reception
 
 
 def guarded(handler: Any, service: str, reception: Reception) -> Any:
@@ -29,51 +29,42 @@ def guarded(handler: Any, service: str, reception: Reception) -> Any:
 
 
 def _unary(method: Any, parse: Any, service: str, reception: Reception) -> Any:
-    async def call(incoming: AsyncIterator[bytes], context: Any) -> object:
-        return await method(await _request(incoming, context, parse, service, reception), context)
+    async def call(_: object, context: Any) -> object:
+        return await method(await _request(context, parse, service, reception), context)
 
     return call
 
 
 def _stream(method: Any, parse: Any, service: str, reception: Reception) -> Any:
-    async def call(incoming: AsyncIterator[bytes], context: Any) -> AsyncIterator[object]:
-        async for response in method(await _request(incoming, context, parse, service, reception), context):
+    async def call(_: object, context: Any) -> AsyncIterator[object]:
+        async for response in method(await _request(context, parse, service, reception), context):
             yield response
 
     return call
 
 
 def _streams(method: Any, parse: Any, service: str, reception: Reception) -> Any:
-    async def messages(incoming: AsyncIterator[bytes], context: Any) -> AsyncIterator[object]:
+    async def messages(context: Any) -> AsyncIterator[object]:
         """Each request is read as a call's only one is: a caller that asks nothing for a while has finished."""
         while True:
             try:
-                wire = await _read(incoming, service, reception)
+                wire = await reception.small(service, context)
             except InvalidArgument:
                 return
             yield await _checked(wire, context, parse)
 
-    async def call(incoming: AsyncIterator[bytes], context: Any) -> AsyncIterator[object]:
-        async for response in method(messages(incoming, context), context):
+    async def call(_: object, context: Any) -> AsyncIterator[object]:
+        async for response in method(messages(context), context):
             yield response
 
     return call
 
 
-async def _request(
-    incoming: AsyncIterator[bytes], context: Any, parse: Any, service: str, reception: Reception
-) -> object:
+async def _request(context: Any, parse: Any, service: str, reception: Reception) -> object:
     try:
-        return requests.parsed(await _read(incoming, service, reception), parse)
+        return requests.parsed(await reception.small(service, context), parse)
     except InvalidArgument as error:
         return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.message)
-
-
-async def _read(incoming: AsyncIterator[bytes], service: str, reception: Reception) -> bytes:
-    async with reception.slots(service).slot():
-        wire = await read(incoming)
-    require_at_most(SMALL_BYTES, wire)
-    return wire
 
 
 async def _checked(wire: bytes, context: Any, parse: Any) -> object:
