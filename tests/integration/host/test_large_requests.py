@@ -177,10 +177,11 @@ def test_a_call_that_waits_keeps_nothing_of_its_request(broker: BrokerProcess) -
     with RawClient(broker.runtime_directory) as client:
         acquire = raw_method(client.channel, METHODS["Acquire"], streaming=True)
         before = resident_bytes(broker)
-        calls = [acquire(wire + ballast, metadata=client.metadata, timeout=300) for _ in range(4)]
+        calls = [acquire(wire + ballast, metadata=client.metadata, timeout=300) for _ in range(8)]
         for call in calls:
             next(call)  # the lease, or that it waits
-        eventually(lambda: resident_bytes(broker) - before < 2 * len(ballast))
+        # Some of what was freed stays with the allocator.
+        eventually(lambda: resident_bytes(broker) - before < 5 * len(ballast))
         for call in calls:
             call.cancel()
 
