@@ -15,6 +15,7 @@ from support.broker_process import BrokerProcess
 from support.raw_client import RawClient
 from support.rpc_errors import assert_no_defect
 from support.scene import SERVICES
+from support.waiting import eventually
 
 NAMES = ["", *(f"weight_broker.v1.{name}" for name in SERVICES)]
 SERVING, NOT_SERVING = pb.HealthCheckResponse.SERVING, pb.HealthCheckResponse.NOT_SERVING
@@ -28,6 +29,7 @@ def test_everything_serves_once_the_sockets_accept(broker: BrokerProcess) -> Non
 
 def test_the_host_says_since_when_it_is_ready(broker: BrokerProcess) -> None:
     """Which is not when its process began: between the last socket and what the log says of it."""
+    eventually(lambda: '"event": "ready"' in broker.log)  # it is written after the sockets accept
     [logged] = [json.loads(line)["timestamp"] for line in broker.log.splitlines() if '"event": "ready"' in line]
     bound = (broker.runtime_directory / "attach.sock").stat().st_ctime_ns * 1e-9  # of a clock with coarse ticks
     assert bound <= broker.host().start_time.ToNanoseconds() * 1e-9 <= datetime.fromisoformat(logged).timestamp()
