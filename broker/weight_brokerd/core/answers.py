@@ -257,6 +257,8 @@ class Question:
     device_kind: str = ""
     """Empty: the kind of memory in which the weight set is published."""
     device_id: str = ""
+    other_kinds: frozenset[str] = frozenset()
+    """As `Acquisition.other_kinds`."""
     apart_from: Mapping[SourceRef, str] = field(default_factory=dict)
     """Sources that the asking process does not read again, each with the reason."""
 
@@ -268,7 +270,10 @@ def explain(
     record = weight_sets.find(question.weight_set_id)
     sources = publications.of_weight_set(question.weight_set_id)
     kind = question.device_kind or (sources[-1].device_kind if sources else EMPTY_KIND)
-    selection = select(sources, Receiver(host_id, kind, question.device_id, question.layout, dict(question.apart_from)))
+    receiver = Receiver(
+        host_id, kind, question.device_id, question.layout, dict(question.apart_from), question.other_kinds
+    )  # fmt: skip
+    selection = select(sources, receiver)
     situation = Situation.of(selection, record, is_draining=is_draining)
     outcome, summary = _outcome(selection, situation)
     key = question.key or (record.key if record is not None else None)

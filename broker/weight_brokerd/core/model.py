@@ -134,6 +134,8 @@ class Acquisition:
     """Reason and fencing token of the last Wait that was sent; equal ones are not repeated."""
     rank: RankOfGroup | None = None
     """None unless the instance's engine has several ranks."""
+    other_kinds: frozenset[str] = frozenset()
+    """Kinds of memory besides `device_kind` from which the receiver fills its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class TransferLog:
             acquisition_id=acquisition.acquisition_id,
             publication=publication,
             receiver=receiver,
-            path=TransferPath.STAGED if publication.is_staged else acquisition.path,
+            path=_path(publication, acquisition),
             data_plane=DataPlane.UNKNOWN,
             started_at=now,
         )
@@ -106,3 +106,9 @@ class TransferLog:
         """All known transfers, the newest first: an order that stays when a transfer ends."""
         known = [*self.running.values(), *([] if running_only else self._ended)]
         return sorted(known, key=lambda transfer: transfer.number, reverse=True)
+
+
+def _path(publication: Publication, acquisition: Acquisition) -> TransferPath:
+    if publication.device_kind != acquisition.device_kind:  # the receiver copies into its own memory
+        return TransferPath.COPY
+    return TransferPath.STAGED if publication.is_staged else acquisition.path

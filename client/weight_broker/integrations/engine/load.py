@@ -228,6 +228,8 @@ class Load:
     def _fill_or_map(self, load: loading.Load, tensors: dict[str, torch.Tensor]) -> bool:
         if not self._options.zero_copy or self._is_runtime:  # kernels may have stored addresses of weights
             return load.fill(tensors)
+        if not is_copied_to_publish(tensors):  # a device maps no host memory
+            return load.fill(tensors)
         if viewed := viewed_elsewhere(tensors):
             self._logger.info("copying the weights instead of mapping them: something has a view of %s", viewed)
             return load.fill(tensors)
@@ -273,12 +275,21 @@ class Load:
         if not self._publishing:
             return
         tensors = weight_tensors(model)
-        if self._is_runtime or not is_copied_to_publish(tensors):
+        is_copied = is_copied_to_publish(tensors)
+        if self._is_runtime or not (is_copied or self._copies_to_host):
             with self._timed("check"):
                 self._comparison.note_before(tensors, contents=not self._is_runtime)
             return
         with self._harmless():
-            self._offer(tensors, self._comparison.refused or self._stage_refusal())
+            refusal = self._comparison.refused or self._stage_refusal()
+            self._offer(tensors, refusal, in_host_memory=not is_copied)
+
+    @property
+    def _copies_to_host(self) -> bool:
+        """Whether weights on a device are published as a copy in host memory."""
+        if self._options.host_copy == "auto":
+            return self._engine.rewrites_weights or (self._load is not None and self._load.holds_copy)
+        return self._options.host_copy == "always"
 
     def _publish(self, model: nn.Module) -> None:
         """After post-processing."""
@@ -289,7 +300,7 @@ class Load:
         else:
             self._offer(self._comparison.noted(tensors), "")
 
-    def _offer(self, tensors: dict[str, torch.Tensor], refusal: str) -> None:
+    def _offer(self, tensors: dict[str, torch.Tensor], refusal: str, *, in_host_memory: bool = False) -> None:
         self._is_offered = True
         if refusal:
             self.report.not_published = refusal
@@ -299,7 +310,7 @@ class Load:
             return
         with self._timed("publish"):
             load = self._begun()
-            publication = load.publish(tensors, self._check)
+            publication = load.publish(tensors, self._check, in_host_memory=in_host_memory)
         if publication is None:
             self.report.not_published = load.report.publish_error or self.report.acquire_error
             return

@@ -14,6 +14,7 @@ from weight_broker.errors import InvalidArgument
 _FIELD = "model_loader_extra_config"
 _CHOICES = {
     "stage": ("auto", "loaded", "runtime"),
+    "host_copy": ("auto", "always", "never"),
     "digest_mode": ("auto", "full", "sampled"),
     "checkpoint_digest": ("sampled", "full"),
     "engine_version": ("compatible", "minor", "exact"),
@@ -45,6 +46,9 @@ class Options:
     """Whether a load that the broker neither served nor ordered from disk fails instead of falling back."""
     stage: str = "auto"
     """Which weights are shared: `loaded` (before post-processing), `runtime` (after it), `auto`: whichever is safe."""
+    host_copy: str = "auto"
+    """Whether weights in device memory are published as a copy in host memory, made before post-processing: `auto` for
+    those that post-processing rewrites, quantized ones and experts."""
     digest_mode: str = "auto"
     """How much of the content is verified on arrival."""
     checkpoint_digest: str = "sampled"
