@@ -78,7 +78,6 @@ def client() -> BrokerClient:
                 name=os.environ.get("INSTANCE_NAME", ""),
                 connect_timeout=20.0,
                 digest_mode=os.environ.get("DIGEST_MODE", "auto"),
-                device_path=os.environ.get("DEVICE_PATH", "auto"),
             )
         )
     return _clients[0]

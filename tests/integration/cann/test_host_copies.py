@@ -30,7 +30,7 @@ def test_a_card_is_filled_from_the_host_copy_of_weights_that_their_owner_has_cha
 ) -> None:
     broker = device_host.start_broker()
     first, second, third = (
-        device_host.start_instance(name, DIGEST_MODE=digest_mode, DEVICE_PATH=device_path)
+        device_host.start_instance(name, DIGEST_MODE=digest_mode, WEIGHT_BROKER_DEVICE_PATH=device_path)
         for name in ("first", "second", "third")
     )
     for card, process in enumerate((first, second, third)):
