@@ -112,6 +112,8 @@ class Load:
             return outcome
 
         outcome = self._attempt(mapped)
+        if self._lease is not None and like is not None:
+            self._prepare_for(like)
         if outcome is None:
             return None
         self._acquired, self._shared = outcome.tensors.report, outcome.shared

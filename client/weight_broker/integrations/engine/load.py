@@ -165,7 +165,7 @@ class Load:
     def _check_state(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         if torch.equal(tensors[stage.STATE], stage.state_digest(model)):
             return
-        self.report.source, self.report.source_publication_id = "disk", ""
+        self.report.source, self.report.path, self.report.source_publication_id = "disk", "", ""
         why = TransferFailed("post-processing left other numbers or flags here than where the weights are from")
         self.report.acquire_error = f"{type(why).__name__}: {why}"
         self._logger.warning("loading %s from disk: %s", self._engine.model, why)
@@ -226,9 +226,8 @@ class Load:
             self._comparison.refused = f"the load did not write {len(names)} parameters ({shown})"
 
     def _fill_or_map(self, load: loading.Load, tensors: dict[str, torch.Tensor]) -> bool:
-        if not self._options.zero_copy or self._is_runtime:  # kernels may have stored addresses of weights
-            return load.fill(tensors)
-        if not is_copied_to_publish(tensors):  # a device maps no host memory
+        # After post-processing kernels may have stored addresses of weights; a device maps no host memory.
+        if not self._options.zero_copy or self._is_runtime or not is_copied_to_publish(tensors):
             return load.fill(tensors)
         if viewed := viewed_elsewhere(tensors):
             self._logger.info("copying the weights instead of mapping them: something has a view of %s", viewed)
@@ -243,7 +242,7 @@ class Load:
     def _note_source(self, acquired: AcquireReport | None) -> None:
         assert acquired is not None
         report = self.report
-        report.source = "peer"
+        report.source, report.path = "peer", acquired.path
         report.source_publication_id = acquired.source_publication_id
         report.source_generation = acquired.source_generation
         report.size_bytes, report.tensor_count = acquired.size_bytes, acquired.tensor_count

@@ -13,6 +13,8 @@ class EngineLoad:
     model: str
     source: str = "disk"
     """Where the weights came from: "peer" or "disk"."""
+    path: str = ""
+    """How weights of a peer arrived: "copy", "zero_copy" (mapped copy-on-write) or "staged"."""
     weight_set_id: str = ""
     """Empty if no key could be made."""
     source_publication_id: str = ""
@@ -39,8 +41,9 @@ class EngineLoad:
         verified = f" (verified: {self.verified})" if self.verified else ""
         times = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.seconds.items())
         offered = f"offered as {self.publication_id}" if self.publication_id else f"not offered: {self.not_published}"
+        how = f" by {self.path}" if self.path else ""
         return (
-            f"loaded {self.model} from {self.source}: weight set {self.weight_set_id or 'unknown'}, "
+            f"loaded {self.model} from {self.source}{how}: weight set {self.weight_set_id or 'unknown'}, "
             f"{self.tensor_count} tensors, {self.size_bytes} bytes{verified}; {times}; {offered}"
         )
 
