@@ -22,6 +22,10 @@ Start = Callable[..., EngineProcess]
 FORCED = "from support.vllm_forced import install; install({role!r})"
 
 
+COPYING: dict[str, Any] = {"model_loader_extra_config": {"zero_copy": False}}
+"""A transfer that takes time and writes to the model's own memory."""
+
+
 def only(result: dict[str, Any]) -> dict[str, Any]:
     """The report of an engine of one rank."""
     ((report,),) = result["reports"]
@@ -86,7 +90,7 @@ def test_a_broker_that_is_killed_while_an_engine_waits_sends_it_to_the_disk(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
     slow = "import time\nfrom weight_broker.integrations.engine.load import Load\n"
-    slow += "Load._offer = lambda self, tensors, refusal: time.sleep(1e6)\n"
+    slow += "Load._offer = lambda *_, **__: time.sleep(1e6)\n"
     start_engine(models["untied"], before=slow)  # it holds the lease and does not get on
     eventually(lambda: broker.host().cold_load_lease_count == 1, within=900, every=0.5)
     waiting = start_engine(models["untied"])
@@ -103,7 +107,7 @@ def test_a_broker_that_is_killed_while_bytes_move_costs_the_publication_alone(
     """In host memory a transfer is between the instances: what is mapped stays, and is verified here."""
     first = start_engine(models["untied"], hold=True).result()
     holding = f"from support.vllm_forced import hold_transfers; hold_transfers({str(tmp_path)!r})"
-    engine = start_engine(models["untied"], before=holding)
+    engine = start_engine(models["untied"], before=holding, **COPYING)
     eventually((tmp_path / "moving").exists, within=900, every=0.1)
     broker.kill()
     (tmp_path / "go").touch()
@@ -119,7 +123,7 @@ def test_a_broker_that_is_killed_while_bytes_move_to_several_ranks_sends_all_to_
     """Whether the other ranks have every byte is the broker's to say."""
     first = start_engine(models["untied"], tensor_parallel_size=2, hold=True).result()
     holding = f"from support.vllm_forced import hold_transfers; hold_transfers({str(tmp_path)!r})"
-    engine = start_engine(models["untied"], tensor_parallel_size=2, in_every_process=holding)
+    engine = start_engine(models["untied"], tensor_parallel_size=2, in_every_process=holding, **COPYING)
     eventually((tmp_path / "moving").exists, within=900, every=0.1)
     broker.kill()
     (tmp_path / "go").touch()
@@ -134,7 +138,7 @@ def test_after_a_transfer_that_broke_off_the_model_is_made_anew(
 ) -> None:
     first = start_engine(models[model], hold=True).result()
     breaking = "from support.vllm_forced import break_transfers; break_transfers()"
-    engine = start_engine(models[model], before=breaking, hold=True)
+    engine = start_engine(models[model], before=breaking, hold=True, **COPYING)
     second = engine.result()
     assert only(second)["source"] == "disk"
     assert "broken off by a test" in only(second)["acquire_error"]
