@@ -26,6 +26,16 @@ COPYING: dict[str, Any] = {"model_loader_extra_config": {"zero_copy": False}}
 """A transfer that takes time and writes to the model's own memory."""
 
 
+PICKY = """
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
+process = Method.process_weights_after_loading
+def picky(self, layer):
+    assert layer.w13_weight.abs().max() > 0.01, "out of range"
+    process(self, layer)
+Method.process_weights_after_loading = picky
+"""
+
+
 def only(result: dict[str, Any]) -> dict[str, Any]:
     """The report of an engine of one rank."""
     ((report,),) = result["reports"]
@@ -145,6 +155,17 @@ def test_after_a_transfer_that_broke_off_the_model_is_made_anew(
     assert only(second)["publication_id"], "what it read from disk is a source"
     assert second["digest"] == first["digest"]
     assert "the model is created again" in engine.log or model == "moe"
+
+
+def test_post_processing_that_fails_on_dummy_weights_does_not_end_the_engine(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    plain = start_engine(models["moe"], through_broker=False).result()
+    engine = start_engine(models["moe"], before=PICKY, model_loader_extra_config={"stage": "runtime"})
+    result = engine.result()
+    assert result["digest"] == plain["digest"]
+    assert only(result)["source"] == "disk"
+    assert "does not work on dummy weights (AssertionError: out of range)" in only(result)["not_published"]
 
 
 def test_half_the_ranks_unservable_sends_all_to_the_disk(

@@ -57,7 +57,9 @@ class Load:
         self._group: LoadGroup | None = None
         self._load: loading.Load | None = None
         self._comparison = Comparison()
-        self._disk_only = ""
+        self._loaded_key: WeightSetKey | None = None
+        """The key before it was made one of processed weights."""
+        self._disk_only = self._not_runtime = ""
         self._is_runtime = self._keeps_client = False
         self._is_offered = False
         """Whether it is settled what is published, or why nothing is."""
@@ -106,7 +108,7 @@ class Load:
             if missing:
                 self.without_broker(f"{missing[0]} has no memory yet: it is quantized while it is read")
             elif self._is_shared_as_processed(model):
-                self._is_runtime = True
+                self._is_runtime, self._loaded_key = True, self._key
                 self._key = self._engine.runtime_key(self._key)
                 self.report.weight_set_id = self._key.id
                 self._engine.load_dummy_weights(model)
@@ -131,6 +133,15 @@ class Load:
     def is_to_fill(self) -> bool:
         """Whether the model was created without its weights and awaits processed ones."""
         return self._is_runtime and not self._disk_only
+
+    def dummies_failed(self, error: Exception) -> None:
+        """Post-processing does not work on dummy weights. The model is created again and shared as loading leaves
+        it."""
+        assert self._loaded_key is not None
+        self._is_runtime, self._key = False, self._loaded_key
+        self.report.weight_set_id = self._key.id
+        self._not_runtime = f"post-processing does not work on dummy weights ({type(error).__name__}: {error})"
+        self._logger.warning("the model is created again: %s", self._not_runtime)
 
     def fill(self, model: nn.Module) -> bool:
         """Put processed weights into a processed model. False: create the model again and read from disk."""
@@ -264,7 +275,11 @@ class Load:
         return self._options.publish and self._client is not None and self._key is not None
 
     def _is_shared_as_processed(self, model: nn.Module) -> bool:
-        if self._options.stage == "loaded" or not stage.is_shared_as_processed(model, self._engine.shared_as_processed):
+        if (
+            self._options.stage == "loaded"
+            or self._not_runtime
+            or not stage.is_shared_as_processed(model, self._engine.shared_as_processed)
+        ):
             return False
         return self._options.stage == "runtime" or not is_copied_to_publish(weight_tensors(model))
 
@@ -344,7 +359,9 @@ class Load:
 
     def _stage_refusal(self) -> str:
         if self._options.stage == "runtime" and not self._is_runtime:
-            return "no quantization method of this model is on the list of those shared in the stage runtime"
+            return self._not_runtime or (
+                "no quantization method of this model is on the list of those shared in the stage runtime"
+            )
         return ""
 
     def _refusal(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> str:
