@@ -168,14 +168,6 @@ class Load:
         self._logger.warning(text, self._key.model, error, exc_info=not isinstance(error, _EXPECTED))
         self.give_up(f"publishing failed: {self._publish_error}", unpublishable=isinstance(error, WeightsDamaged))
 
-    def discard(self) -> None:
-        """The caller does not use the weights that arrived, and says why itself."""
-        if self._acquired is not None:
-            self._acquired, self._acquire_error = None, "the weights that arrived were not used"
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            shared.close()
-
     def give_up(self, reason: str, *, unpublishable: bool = False) -> None:
         """End the lease, if there is one: the next waiter gets it; if the weights are `unpublishable`, all waiters load
         from disk. Never raises."""

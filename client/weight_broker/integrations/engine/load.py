@@ -13,7 +13,7 @@ from torch import nn
 
 import weight_broker.transfers.imports  # noqa: F401
 from weight_broker.client import BrokerClient
-from weight_broker.errors import BrokerError, BrokerUnavailable, TransferFailed
+from weight_broker.errors import BrokerError, BrokerUnavailable
 from weight_broker.integrations.checkpoint import CheckpointError, DamageCheck
 from weight_broker.integrations.engine import completeness, published, stage
 from weight_broker.integrations.engine.completeness import Comparison, is_copied_to_publish
@@ -148,7 +148,6 @@ class Load:
         try:
             tensors = stage.processed_tensors(model)
             if self._filled(tensors):
-                self._check_state(model, tensors)
                 self._comparison.note_before(tensors, contents=False)
                 return True
             self._disk_only = "the broker has no processed weights"
@@ -172,16 +171,6 @@ class Load:
         self._close(f"the engine raised {type(error).__name__}")
 
     # Filling
-
-    def _check_state(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-        if torch.equal(tensors[stage.STATE], stage.state_digest(model)):
-            return
-        self.report.source, self.report.path, self.report.source_publication_id = "disk", "", ""
-        why = TransferFailed("post-processing left other numbers or flags here than where the weights are from")
-        self.report.acquire_error = f"{type(why).__name__}: {why}"
-        self._logger.warning("loading %s from disk: %s", self._engine.model, why)
-        self._begun().discard()
-        self._reinitialise("its objects are in another state than those of the source")
 
     def _filled(self, tensors: dict[str, torch.Tensor]) -> bool:
         """True if the tensors are filled from a peer; False if the model must be read from disk."""
