@@ -19,7 +19,7 @@ from weight_broker.integrations.engine import completeness, published, stage
 from weight_broker.integrations.engine.completeness import Comparison, is_copied_to_publish
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
-from weight_broker.integrations.engine.report import EngineLoad
+from weight_broker.integrations.engine.report import EngineLoad, process_seconds
 from weight_broker.integrations.engine.tensors import other_state, weight_tensors, without_memory
 from weight_broker.integrations.modules.replacing import viewed_elsewhere
 from weight_broker.load_group import LoadGroup
@@ -61,6 +61,10 @@ class Load:
         """The key before it was made one of processed weights."""
         self._disk_only = self._not_runtime = ""
         self._is_runtime = self._keeps_client = False
+        self._mark = time.monotonic()
+        """End of the loader's last step."""
+        self._engines_step = "load"
+        """What the engine does until the loader's next step; without the broker it loads in its own way."""
         self._is_offered = False
         """Whether it is settled what is published, or why nothing is."""
         self._published: tuple[Publication, tuple[str, ...]] | None = None
@@ -76,6 +80,15 @@ class Load:
 
     def prepare(self) -> None:
         """Make the key. Called before the model is created, which changes the engine's configuration."""
+        if not published.reports():
+            with suppress(OSError):
+                self.report.seconds["process"] = process_seconds()
+        try:
+            self._prepare()
+        finally:
+            self._mark = time.monotonic()
+
+    def _prepare(self) -> None:
         with self._timed("key"):
             try:
                 self._key = self._engine.make_key(self._options)
@@ -103,6 +116,12 @@ class Load:
 
     def weights(self, model: nn.Module) -> None:
         """Fill `model`. Raises `Reinitialise` once, if the model must be created again."""
+        self._engines_step = "make"
+        with self._own_step():
+            self._weights(model)
+        self._engines_step = "post_process"
+
+    def _weights(self, model: nn.Module) -> None:
         if not self._disk_only and self._key is not None:
             missing = without_memory(model)
             if missing:
@@ -145,6 +164,10 @@ class Load:
 
     def fill(self, model: nn.Module) -> bool:
         """Put processed weights into a processed model. False: create the model again and read from disk."""
+        with self._own_step():
+            return self._fill(model)
+
+    def _fill(self, model: nn.Module) -> bool:
         try:
             tensors = stage.processed_tensors(model)
             if self._filled(tensors):
@@ -157,6 +180,10 @@ class Load:
 
     def finish(self, model: nn.Module) -> None:
         """Publish after post-processing, or say in the report why not. Never raises."""
+        with self._own_step():
+            self._finish(model)
+
+    def _finish(self, model: nn.Module) -> None:
         published.note(self.report)
         with self._harmless():
             if self._publishing and not self._is_offered:
@@ -360,6 +387,16 @@ class Load:
             if self.report.source == "peer":  # the model was post-processed before it was filled
                 return self._comparison.missing()
             return self._comparison.processed_refusal(model, self._engine, weight_tensors(model))
+
+    @contextmanager
+    def _own_step(self) -> Iterator[None]:
+        """For a step of this loader's: the time since the last one was the engine's."""
+        step = self._engines_step
+        self.report.seconds[step] = self.report.seconds.get(step, 0.0) + time.monotonic() - self._mark
+        try:
+            yield
+        finally:
+            self._mark = time.monotonic()
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+_START_TIME_AFTER_NAME = 19
+"""Place of the field `starttime` among those behind the name. [proc_pid_stat(5)]"""
 
 
 @dataclass(slots=True)
@@ -34,7 +40,8 @@ class EngineLoad:
     not_published: str = ""
     """Why this process has no publication."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By step: key, acquire, load, check, publish."""
+    """By step. The loader's: key, acquire, load, check, publish. The engine's, as far as the loader sees them: `process`
+    (from the start of the process to the first load), `make` (the model, without weights), `post_process`."""
 
     def summary(self) -> str:
         """One line for the log."""
@@ -50,3 +57,9 @@ class EngineLoad:
     def as_dict(self) -> dict[str, Any]:
         """For logs and other processes."""
         return asdict(self)
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, in clock ticks of the kernel (10 ms). Raises `OSError`."""
+    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[_START_TIME_AFTER_NAME]) / os.sysconf("SC_CLK_TCK")
