@@ -40,7 +40,7 @@ class EngineLoad:
     not_published: str = ""
     """Why this process has no publication."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By step. The loader's: key, acquire, load, check, publish. The engine's, as far as the loader sees them: `process`
+    """By step. The loader: key, acquire, load, check, publish. The engine, as far as the loader sees them: `process`
     (from the start of the process to the first load), `make` (the model, without weights), `post_process`."""
 
     def summary(self) -> str:
