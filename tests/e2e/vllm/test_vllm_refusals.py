@@ -29,7 +29,7 @@ COPYING: dict[str, Any] = {"model_loader_extra_config": {"zero_copy": False}}
 PICKY = """
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
 process = Method.process_weights_after_loading
-def picky(self, layer):
+def picky(self, layer, process=process):
     assert layer.w13_weight.abs().max() > 0.01, "out of range"
     process(self, layer)
 Method.process_weights_after_loading = picky
