@@ -66,6 +66,14 @@ class ServingConnections(StagingConnections):
                 await self.gate.wait()
             finally:
                 self.moving -= 1
+            if instance_id not in self.instances:
+                raise StagingGone("its stage connection has ended")
+
+    def cut_off(self) -> None:
+        """All connections end, also under those who copy."""
+        self.instances.clear()
+        if self.gate is not None:
+            self.gate.set()
 
 
 class QuietWorker:

@@ -97,7 +97,7 @@ class Acquiring:
                 self._loop.now(),
                 touched=failure.touched,
                 quiesced=failure.quiesced,
-                needs_staging=failure.needs_staging,
+                remedy=failure.remedy,
             )
         )
 

@@ -15,6 +15,7 @@ from weight_broker.errors import (
     BrokerUnavailable,
     IntegrityError,
     LayoutMismatch,
+    NotAttached,
     Reason,
     TransferFailed,
     WeightsNotFound,
@@ -22,11 +23,14 @@ from weight_broker.errors import (
 from weight_broker.key import WeightSetKey
 from weight_broker.kinds import EMPTY_KIND
 from weight_broker.layout import Layout
-from weight_brokerd.core.model import Acquisition, ColdLoadLease, IfAbsent, WaitReason
+from weight_brokerd.core.model import Acquisition, ColdLoadLease, IfAbsent, Remedy, WaitReason
 from weight_brokerd.core.publications import Publication, Publications
 from weight_brokerd.core.selection import Receiver, Selection, select
 from weight_brokerd.core.sources import Refusal, SourceRef
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
+
+STAGE_INSTEAD = {"path": "staged"}
+"""Metadata of an error after which a client that offered no staging may ask again with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,20 @@ def draining() -> BrokerUnavailable:
 def late(acquisition: Acquisition, now: float) -> AcquireTimeout:
     waited = now - acquisition.begun_at
     return AcquireTimeout(f"weight set {acquisition.key.id} did not arrive in {waited:.1f} s")
+
+
+def receiver_failed(detail: str, remedy: Remedy, *, touched: bool, quiesced: bool) -> BrokerError:
+    """For a transfer that failed on the receiver's side."""
+    if not quiesced:
+        text = f"the transfer failed, and the memory may still be written: {detail}"
+        return TransferFailed(text, quiesced=False, metadata=STAGE_INSTEAD if remedy is Remedy.STAGING else None)
+    match remedy:
+        case Remedy.STAGING:
+            return TransferFailed(f"the receiver cannot take it: {detail}", metadata=STAGE_INSTEAD)
+        case Remedy.STAGE_CONNECTION if not touched:
+            return NotAttached.without_stage(detail)
+        case _:
+            return TransferFailed(f"the receiver gave up: {detail}")
 
 
 def _layout_mismatch(key: WeightSetKey, selection: Selection[Publication]) -> LayoutMismatch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from weight_broker.errors import BrokerUnavailable, InvalidArgument, Reason, TransferFailed, from_reason
+from weight_broker.errors import BrokerUnavailable, InvalidArgument, NotAttached, Reason, from_reason
 from weight_brokerd.core import answers
 from weight_brokerd.core.acquisitions import Acquisitions
 from weight_brokerd.core.answers import WAITS, Explanation, Question, Situation, Verdict, Wish, judge
@@ -38,6 +38,7 @@ from weight_brokerd.core.model import (
     InstanceState,
     LeaseClaim,
     Limits,
+    Remedy,
     TransferPath,
 )
 from weight_brokerd.core.publications import Offer, Publication, Publications, PublicationState
@@ -45,9 +46,6 @@ from weight_brokerd.core.selection import Receiver, Selection, select
 from weight_brokerd.core.sources import Holder
 from weight_brokerd.core.transfers import Transfer, TransferLog, TransferState
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
-
-STAGE_INSTEAD = {"path": "staged"}
-"""Metadata of an error after which a client that offered no staging may ask again with it."""
 
 
 class Coordinator:
@@ -123,8 +121,7 @@ class Coordinator:
                     metadata={"field": "request_id"},
                 )
             return earlier, []
-        instance = self.instances[offer.instance_id]
-        publication = self.publications.add(offer, instance_name=instance.name, now=now)
+        publication = self.publications.add(offer, instance_name=self._attached(offer.instance_id).name, now=now)
         self.weight_sets.record(offer.key)
         return publication, [Hold(publication)]
 
@@ -190,8 +187,7 @@ class Coordinator:
     def acquire(self, acquisition: Acquisition, now: float) -> Decisions:
         """An instance asks for a weight set."""
         self._check_not_draining()
-        if (instance := self.instances.get(acquisition.instance_id)) is not None:
-            acquisition.failed_sources |= self.damage.apart_from(instance.process)
+        acquisition.failed_sources |= self.damage.apart_from(self._attached(acquisition.instance_id).process)
         self.acquisitions.begin(acquisition)
         refused = self.groups.join(acquisition, acquisition.rank) if acquisition.rank is not None else None
         if refused is not None:
@@ -266,19 +262,16 @@ class Coordinator:
         *,
         touched: bool = False,
         quiesced: bool = True,
-        needs_staging: bool = False,
+        remedy: Remedy = Remedy.NONE,
     ) -> Decisions:
         """The transfer failed: the acquisition tries the next source, unless the receiver gave up, its deadline is over
-        or its memory may still be written. `needs_staging`: the acquisition fails and may be repeated with staging."""
+        or its memory may still be written."""
         transfer, acquisition = self._of_receiver(transfer_id, instance_id)
         acquisition.touched = acquisition.touched or touched
         if cause is not FailureCause.RECEIVER and quiesced:
             return self._endings.try_next(transfer, cause, detail, now) + self._settle(now)
         decisions = self._endings.fail_transfer(transfer, cause, detail, now)
-        what = "the receiver cannot take it" if needs_staging else "the receiver gave up"
-        what = what if quiesced else "the transfer failed, and the memory may still be written"
-        metadata = STAGE_INSTEAD if needs_staging else None
-        error = TransferFailed(f"{what}: {detail}", quiesced=quiesced, metadata=metadata)
+        error = answers.receiver_failed(detail, remedy, touched=acquisition.touched, quiesced=quiesced)
         return decisions + self.acquisitions.fail(acquisition, error) + self._settle(now, acquisition.key.id)
 
     def abandon(self, acquisition_id: str, now: float) -> Decisions:
@@ -444,6 +437,13 @@ class Coordinator:
     def _of_receiver(self, transfer_id: str, instance_id: str) -> tuple[Transfer, Acquisition]:
         transfer = self.transfers.of_receiver(transfer_id, instance_id)
         return transfer, self.acquisitions[transfer.acquisition_id]
+
+    def _attached(self, instance_id: str) -> Instance:
+        """The instance of a call. It may have departed since the call was identified: then raises `NotAttached`."""
+        instance = self.instances.get(instance_id)
+        if instance is None:
+            raise NotAttached(f"{instance_id} has departed; attach to attach.sock first")
+        return instance
 
     def _check_not_draining(self) -> None:
         if self.draining:

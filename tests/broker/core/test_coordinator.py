@@ -14,6 +14,7 @@ from weight_broker.errors import (
     IntegrityError,
     LayoutMismatch,
     LeaseLost,
+    NotAttached,
     Reason,
     WeightsNotFound,
 )
@@ -377,3 +378,14 @@ def test_an_instance_of_another_host_keeps_its_lease_when_one_of_the_same_name_d
     elsewhere = LeaseTable().claim(claim.weight_set_id, Holder("another host", "b"), now=1.0, seconds=60.0)
     coordinator.lease_claimed(claim.weight_set_id, replace(elsewhere, granted=False), 1.0)
     assert not [one for one in coordinator.depart("b", 2.0) if isinstance(one, decide.ReleaseLease)]
+
+
+def test_an_instance_that_departs_during_its_call_is_not_attached_any_more(coordinator: Coordinator) -> None:
+    """Its call was identified before that: a request may be checked for seconds."""
+    coordinator.depart("b", 1.0)
+    with pytest.raises(NotAttached, match="b has departed"):
+        publish(coordinator, "b")
+    with pytest.raises(NotAttached, match="b has departed"):
+        coordinator.acquire(acquisition("one", "b"), 1.0)
+    assert not len(coordinator.acquisitions)
+    assert not list(coordinator.weight_sets)
