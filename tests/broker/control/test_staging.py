@@ -192,8 +192,7 @@ async def test_a_receiver_whose_stage_connection_ends_while_it_copies_is_told_th
     host.staging.gate = asyncio.Event()
     mailbox = host.acquire("receiver", "npu:1", both=False, staged=True)
     async with asyncio.timeout(10):
-        while not host.staging.moving:
-            await asyncio.sleep(0)
+        await host.staging.is_asked_to_copy.wait()
     host.staging.cut_off()
     *_, failed = await events(mailbox, decide.Fail)
     assert isinstance(failed, decide.Fail)

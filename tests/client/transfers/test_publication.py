@@ -19,6 +19,7 @@ from weight_broker import (
     BrokerClient,
     BrokerUnavailable,
     InvalidArgument,
+    NotAttached,
     PublicationNotFound,
     PublishRefused,
     Reason,
@@ -127,6 +128,16 @@ def test_a_publication_whose_end_cannot_be_learned_ends_with_the_session(
         """The next session may begin before the broker has read the last word of this one."""
     eventually(lambda: {kept.id, another.id} == {"publication-2", "publication-3"})
     assert set(broker.retractions.queue) <= {"publication-1"}, "a former session's, in case its broker still lives"
+
+
+def test_a_repetition_that_is_refused_does_not_say_what_became_of_the_request_before(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    """Its stage connection had ended meanwhile, for example: the first request may have been carried out."""
+    broker.refusals["Publish"] = [Reason.BROKER_UNAVAILABLE, NotAttached.without_stage()]
+    client.publish(KEY, tensors())
+    while requests(broker, 1) != ["goodbye"]:
+        """Its region is offered before that."""
 
 
 def test_a_publication_that_an_interruption_meets_is_taken_back(
