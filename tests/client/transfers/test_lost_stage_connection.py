@@ -79,7 +79,7 @@ def attach_requests(broker: ScriptedBroker) -> list[str]:
 
 @CALLS
 def test_the_call_is_repeated_on_another_stage_connection_of_the_same_session(
-    broker: ScriptedBroker, client: BrokerClient, method: str, call: Call
+    broker: ScriptedBroker, client: BrokerClient, monkeypatch: pytest.MonkeyPatch, method: str, call: Call
 ) -> None:
     """The session has publications and leases, which are not at stake."""
     refuse = broker._check
@@ -89,7 +89,7 @@ def test_the_call_is_repeated_on_another_stage_connection_of_the_same_session(
             broker.drop_stage_connections()
         refuse(called, context)
 
-    broker._check = lose_the_connection_first  # type: ignore[method-assign]
+    monkeypatch.setattr(broker, "_check", lose_the_connection_first)
     broker.refusals[method] = [NotAttached.without_stage()]
     outcome = call(client, Memory(5))
     assert outcome is not None
