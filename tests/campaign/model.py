@@ -150,6 +150,11 @@ def the_broker_met_no_defect(history: History) -> Iterator[str]:
         yield f"the broker's log has a defect: {defect}"
 
 
+def the_driver_is_used_by_its_rules(history: History) -> Iterator[str]:
+    for misuse in history.misuses:
+        yield f"a process used the driver against its rules: {misuse}"
+
+
 def _overlap(call: Call, strike: Strike) -> bool:
     return strike.at <= (call.ended or call.began) and call.began <= strike.until
 
@@ -171,4 +176,5 @@ RULES: tuple[Rule, ...] = (
     sources_are_of_the_model_and_not_retracted,
     nothing_is_left,
     the_broker_met_no_defect,
+    the_driver_is_used_by_its_rules,
 )

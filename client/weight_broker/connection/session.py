@@ -169,11 +169,11 @@ class Attachment:
         try:
             return _attempt(action, session)
         except NotAttached as error:
-            if self._is_too_late(deadline):
+            if _is_over(deadline):
                 raise _unkept("there was no time left to attach again", error) from error
             is_kept = error.lacks_stage and not session.is_over
         except BrokerUnavailable as error:
-            if error.reason is Reason.DRAINING or not session.is_over or self._is_too_late(deadline):
+            if error.reason is Reason.DRAINING or not session.is_over or self._closed or _is_over(deadline):
                 raise
             is_kept = False
         if not is_kept:  # else `action` opens another stage connection by itself
@@ -213,9 +213,6 @@ class Attachment:
         if session is not None:
             session.connection.leave()
 
-    def _is_too_late(self, deadline: float | None) -> bool:
-        return self._closed or (deadline is not None and time.monotonic() >= deadline)
-
     def _discard(self, session: Session) -> None:
         with self._lock:
             if self._session is session:
@@ -232,6 +229,10 @@ def _attempt(action: Callable[[Session], Result], session: Session) -> Result:
             # Whether or not this process has seen its attachment end by now.
             raise _interrupted(error) from error
         raise
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
 
 
 def _unkept(why: str, error: NotAttached) -> BrokerError:

@@ -262,7 +262,8 @@ class StagingServer:
 
 
 def _serve_stage(path: Path, token: bytes, timeout: float) -> socket.socket:
-    """A connection on which the broker sends requests."""
+    """A connection on which the broker sends requests. Raises `BrokerUnavailable`, `NotAttached`: whether the session
+    is over too, only its own connection says."""
     deadline = time.monotonic() + timeout
     connected = connect_to(path, timeout)
     from weight_broker.v1 import attach_pb2 as pb
@@ -273,7 +274,7 @@ def _serve_stage(path: Path, token: bytes, timeout: float) -> socket.socket:
         connected.send(request.SerializeToString())
         answer = connected.recv(MAX_PACKET_BYTES)
         if not answer:
-            raise NotAttached("the broker closed the staging connection")
+            raise NotAttached.without_stage("the broker closed it")
         response = pb.AttachResponse.FromString(answer)
         if response.WhichOneof("response") == "refused":
             raise decode_refusal(response.refused)
@@ -283,7 +284,10 @@ def _serve_stage(path: Path, token: bytes, timeout: float) -> socket.socket:
         raise BrokerUnavailable(f"the broker does not answer on {path}") from None
     except OSError as error:
         connected.close()
-        raise NotAttached(f"the broker closed the staging connection ({error.strerror or error})") from None
+        raise NotAttached.without_stage(f"the broker closed it ({error.strerror or error})") from None
+    except NotAttached as error:
+        connected.close()
+        raise NotAttached.without_stage(error.message) from error
     except BaseException:
         connected.close()
         raise

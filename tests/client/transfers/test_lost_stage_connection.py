@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.device_driver import PAGE_BYTES, Acl, Memory
-from support.scripted_broker import Context, ScriptedBroker, done
+from support.scripted_broker import Context, ScriptedBroker, done, refused
 from support.waiting import eventually
 from weight_broker import BrokerClient, BrokerUnavailable, Reason, WeightSetKey
 from weight_broker.drivers import acl as acl_module
@@ -18,7 +18,7 @@ from weight_broker.memory import describe
 from weight_broker.memory.kind import kind_of
 from weight_broker.memory.npu import export as npu_export
 from weight_broker.memory.npu.registry import Exports
-from weight_broker.v1 import resources_pb2
+from weight_broker.v1 import attach_pb2, resources_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 from weight_broker.wire import digests_to_wire
 
@@ -93,6 +93,21 @@ def test_the_call_is_repeated_on_another_stage_connection_of_the_same_session(
     broker.refusals[method] = [NotAttached.without_stage()]
     outcome = call(client, Memory(5))
     assert outcome is not None
+    assert attach_requests(broker) == ["hello", "serve_stage", "serve_stage"]
+
+
+@CALLS
+def test_a_stage_connection_that_the_broker_refuses_for_once_does_not_cost_the_session(
+    broker: ScriptedBroker, client: BrokerClient, method: str, call: Call
+) -> None:
+    """The broker has no descriptor left at that moment, for example."""
+    refusals = [refused(Reason.NOT_ATTACHED, "this process cannot be watched")]
+
+    def refuse_once(request: attach_pb2.AttachRequest) -> attach_pb2.AttachResponse | None:
+        return refusals.pop() if request.HasField("serve_stage") and refusals else None
+
+    broker.on_attach = refuse_once
+    assert call(client, Memory(5)) is not None
     assert attach_requests(broker) == ["hello", "serve_stage", "serve_stage"]
 
 
