@@ -39,7 +39,6 @@ FAILURES = frozenset(
 of the client are none of them."""
 
 EXCUSED = {
-    str(Reason.NOT_ATTACHED): frozenset({"broker descriptor shortage"}),
     str(Reason.REGION_REFUSED): frozenset({"broker descriptor shortage"}),
 }
 """Failures that only calls meet during which the broker ends or has no descriptors left."""
