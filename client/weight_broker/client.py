@@ -162,7 +162,8 @@ class BrokerClient:
 
     def close(self) -> None:
         """Retract all publications of this client and detach from the broker. Idempotent; in a forked child it ends
-        nothing of the parent's. `RetractTimeout`: device memory is still read and must not be freed; call again."""
+        nothing of the parent's. `RetractTimeout`, `BrokerUnavailable`: device memory may still be read and must not be
+        freed; call again."""
         publications = publications_of(self._attachment)
         for publication in publications:
             if publication.needs_retraction:

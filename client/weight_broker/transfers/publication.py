@@ -128,7 +128,8 @@ class Publication:
 
     def retract(self, timeout: float = 60.0) -> None:
         """Returns when no reader is left. Idempotent. `RetractTimeout`: readers still run after `timeout` seconds; new
-        readers are refused; call again."""
+        readers are refused; call again. `BrokerUnavailable`: the broker lives, but its answer was lost twice; call
+        again."""
         if self._process != os.getpid():
             raise PublicationNotFound(
                 f"publication {self.id} belongs to process {self._process}; only that process can retract it",
@@ -232,6 +233,13 @@ class Publication:
                 calls.retract(former, self.id, timeout=_UNDO_TIMEOUT_SECONDS)
 
     def _retract(self, session: Session, deadline: float) -> None:
+        try:
+            self._ask_to_retract(session, deadline)
+        except BrokerUnavailable:  # only the connection of the call was cut, perhaps
+            self._ask_to_retract(session, deadline)
+        self._take_back(session, self._regions, last_word(deadline))
+
+    def _ask_to_retract(self, session: Session, deadline: float) -> None:
         from weight_broker.transfers import calls
 
         try:
@@ -241,7 +249,6 @@ class Publication:
         except BrokerUnavailable:
             if not session.is_over:
                 raise
-        self._take_back(session, self._regions, last_word(deadline))
 
     def _take_back(self, session: Session, regions: list[weight_set_pb2.Region], timeout: float) -> None:
         """A session that is over has no regions."""

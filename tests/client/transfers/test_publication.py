@@ -234,6 +234,26 @@ def test_while_readers_run_it_is_not_retracted_but_can_be_later(broker: Scripted
     assert publication.is_retracted
 
 
+def test_an_answer_to_a_retraction_that_was_lost_is_asked_for_again(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    publication = client.publish(KEY, tensors())
+    broker.refusals["Retract"] = [Reason.BROKER_UNAVAILABLE]
+    publication.retract()
+    assert publication.is_retracted
+    assert broker.retractions.get(timeout=60) == publication.id
+
+
+def test_a_retraction_without_an_answer_is_none(broker: ScriptedBroker, client: BrokerClient) -> None:
+    publication = client.publish(KEY, tensors())
+    broker.refusals["Retract"] = [Reason.BROKER_UNAVAILABLE] * 2
+    with pytest.raises(BrokerUnavailable):
+        publication.retract()
+    assert not publication.is_retracted
+    publication.retract()
+    assert publication.is_retracted
+
+
 def test_what_the_broker_has_dropped_counts_as_retracted(broker: ScriptedBroker, client: BrokerClient) -> None:
     publication = client.publish(KEY, tensors())
     broker.refusals["Retract"] = [Reason.PUBLICATION_NOT_FOUND]
