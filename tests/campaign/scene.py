@@ -59,7 +59,11 @@ def card_scene(directory: Path) -> Iterator[Scene]:
         broker = host.start_broker(settings={**SETTINGS, **logs})
         operations = {name: weight for name, weight in OPERATIONS.items() if name != "attach"}
         environment = {**cann.environment(), **_environment(broker)}
-        yield Scene(broker, "npu", environment, operations, cann.violations)
+
+        def misuses() -> list[str]:
+            return [f"pid {pid}: {text}" for pid in cann.processes() for text in cann.violations(pid)]
+
+        yield Scene(broker, "npu", environment, operations, misuses)
 
 
 def remains(broker: BrokerProcess) -> dict[str, int]:
