@@ -200,20 +200,6 @@ async def test_a_receiver_whose_stage_connection_ends_while_it_copies_is_told_th
     host.control.close()
 
 
-@on_a_loop
-async def test_a_source_whose_stage_connection_ends_is_no_fault_of_the_receivers() -> None:
-    host = await scene()
-    host.cards.refused = {"source"}
-    _, owner = await host.publish("source", "npu:0")
-    await host.publish("other", "npu:2")
-    mailbox = host.acquire("receiver", "npu:1")
-    host.staging.instances.discard(owner)
-    *_, moved = await events(mailbox, Moved)
-    assert isinstance(moved, Moved)
-    assert moved.transfer.publication.instance_id != owner
-    host.control.close()
-
-
 @pytest.mark.parametrize("card", ["npu:0", "npu:1"], ids=["same card", "another card"])
 @on_a_loop
 async def test_a_receiver_that_the_card_refuses_is_granted_again_with_the_staged_path(card: str) -> None:
