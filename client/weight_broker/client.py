@@ -147,18 +147,23 @@ class BrokerClient:
         lease: ColdLoadLease | None = None,
         group: LoadGroup | None = None,
         timeout: float = PUBLISH_TIMEOUT_SECONDS,
+        in_host_memory: bool = False,
     ) -> Publication:
         """Offers `tensors` as a source for others. Host memory is copied once: it may be changed and freed afterwards.
-        Device memory is shared where it is: it must not change, move or be freed before `Publication.retract`.
+        Device memory is shared where it is: it must not change, move or be freed before `Publication.retract`. With
+        `in_host_memory` it is copied to host memory instead, and devices are filled from there.
 
         `lease` is the cold-load lease that this fulfils; `group` the engine that this process is a rank of: what its
         ranks publish is read together. `PublishRefused`: the message says why and what to do.
         """
-        return self._exchange.publish(key, tensors, lease=lease, group=group, timeout=timeout)
+        return self._exchange.publish(
+            key, tensors, lease=lease, group=group, timeout=timeout, in_host_memory=in_host_memory
+        )
 
     def close(self) -> None:
         """Retract all publications of this client and detach from the broker. Idempotent; in a forked child it ends
-        nothing of the parent's. `RetractTimeout`: device memory is still read and must not be freed; call again."""
+        nothing of the parent's. `RetractTimeout`, `BrokerUnavailable`: device memory may still be read and must not be
+        freed; call again."""
         publications = publications_of(self._attachment)
         for publication in publications:
             if publication.needs_retraction:

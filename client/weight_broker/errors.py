@@ -16,6 +16,8 @@ TOUCHED_METADATA = "touched"
 """In ErrorInfo: "true" if the broker may have written to the receiver's memory."""
 QUIESCED_METADATA = "quiesced"
 """In ErrorInfo: "false" if a transfer may still write to that memory."""
+_WITHOUT_STAGE = {"connection": "stage"}
+"""In ErrorInfo of NOT_ATTACHED: only the stage connection is missing."""
 
 
 class Reason(enum.StrEnum):
@@ -89,9 +91,20 @@ class BrokerUnavailable(BrokerError):
 
 
 class NotAttached(BrokerError):
-    """The broker does not know this process (any more)."""
+    """The broker does not know this process (any more), or has no stage connection of it."""
 
     default_reason = Reason.NOT_ATTACHED
+
+    @classmethod
+    def without_stage(cls, detail: str = "") -> NotAttached:
+        """For a process whose tensors are staged and whose stage connection has ended, which no argument can cure."""
+        text = "this process has no stage connection; open one (ServeStage in attach.proto) and repeat the call"
+        return cls(f"{text}: {detail}" if detail else text, metadata=_WITHOUT_STAGE)
+
+    @property
+    def lacks_stage(self) -> bool:
+        """Whether the session goes on, and only its stage connection is missing."""
+        return _WITHOUT_STAGE.items() <= self.metadata.items()
 
 
 class NotAdministrator(BrokerError):
@@ -183,7 +196,7 @@ TABLE: Mapping[Reason, TableRow] = {
         "INVALID_ARGUMENT", InvalidArgument, "Correct the named field. Nothing changed in the broker."
     ),
     Reason.NOT_ATTACHED: TableRow(
-        "UNAUTHENTICATED", NotAttached, "Attach first. The Python client does so and retries once by itself."
+        "UNAUTHENTICATED", NotAttached, "Attach first. The Python client does so and repeats the call once by itself."
     ),
     Reason.NOT_ADMINISTRATOR: TableRow(
         "PERMISSION_DENIED",

@@ -83,6 +83,8 @@ class History:
     """What is left after everything ended, by name: all 0."""
     defects: tuple[str, ...] = ()
     """What the broker's log shows of defects."""
+    misuses: tuple[str, ...] = ()
+    """What the emulated driver saw of processes that used it against its rules."""
 
     def of_process(self, process: str) -> list[Call]:
         """The calls of a process, in order."""
@@ -102,7 +104,7 @@ class Recorder:
 def read(directory: Path) -> History:
     """The history that the processes of a campaign wrote into `directory`."""
     calls: dict[tuple[str, int], dict[str, Any]] = {}
-    others: dict[str, list[dict[str, Any]]] = {"strike": [], "ending": [], "remains": [], "defect": []}
+    others: dict[str, list[dict[str, Any]]] = {"strike": [], "ending": [], "remains": [], "defect": [], "misuse": []}
     for values in _lines(directory):
         event = values.pop("event")
         if event == "call":
@@ -115,6 +117,7 @@ def read(directory: Path) -> History:
         endings=tuple(Ending(**ending) for ending in others["ending"]),
         remains={name: count for remains in others["remains"] for name, count in remains.items()},
         defects=tuple(defect["text"] for defect in others["defect"]),
+        misuses=tuple(misuse["text"] for misuse in others["misuse"]),
     )
 
 

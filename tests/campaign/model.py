@@ -39,7 +39,6 @@ FAILURES = frozenset(
 of the client are none of them."""
 
 EXCUSED = {
-    str(Reason.NOT_ATTACHED): frozenset({"broker descriptor shortage"}),
     str(Reason.REGION_REFUSED): frozenset({"broker descriptor shortage"}),
 }
 """Failures that only calls meet during which the broker ends or has no descriptors left."""
@@ -150,6 +149,11 @@ def the_broker_met_no_defect(history: History) -> Iterator[str]:
         yield f"the broker's log has a defect: {defect}"
 
 
+def the_driver_is_used_by_its_rules(history: History) -> Iterator[str]:
+    for misuse in history.misuses:
+        yield f"a process used the driver against its rules: {misuse}"
+
+
 def _overlap(call: Call, strike: Strike) -> bool:
     return strike.at <= (call.ended or call.began) and call.began <= strike.until
 
@@ -171,4 +175,5 @@ RULES: tuple[Rule, ...] = (
     sources_are_of_the_model_and_not_retracted,
     nothing_is_left,
     the_broker_met_no_defect,
+    the_driver_is_used_by_its_rules,
 )

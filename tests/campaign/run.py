@@ -112,6 +112,8 @@ def _leave(scene: Scene, recorder: Recorder) -> None:
     recorder.write("remains", **left)
     for text in defects_in(broker.log):
         recorder.write("defect", text=text)
+    for text in scene.misuses():
+        recorder.write("misuse", text=text)
 
 
 def main() -> int:

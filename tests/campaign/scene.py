@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ class Scene:
     environment: Mapping[str, str]
     operations: Mapping[str, int]
     """How often an instance does what."""
+    misuses: Callable[[], Sequence[str]] = tuple
+    """What the driver of an emulated card saw that its rules forbid."""
 
 
 @contextmanager
@@ -56,7 +58,12 @@ def card_scene(directory: Path) -> Iterator[Scene]:
         logs = {"WEIGHT_BROKER_CARDS_LOG_DIRECTORY": str(directory / "clients")}
         broker = host.start_broker(settings={**SETTINGS, **logs})
         operations = {name: weight for name, weight in OPERATIONS.items() if name != "attach"}
-        yield Scene(broker, "npu", {**cann.environment(), **_environment(broker)}, operations)
+        environment = {**cann.environment(), **_environment(broker)}
+
+        def misuses() -> list[str]:
+            return [f"pid {pid}: {text}" for pid in cann.processes() for text in cann.violations(pid)]
+
+        yield Scene(broker, "npu", environment, operations, misuses)
 
 
 def remains(broker: BrokerProcess) -> dict[str, int]:

@@ -122,6 +122,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a publication that stays": (lambda history: replace(history, remains={"publications": 1}), "1 publications"),
     "no look at what is left": (lambda history: replace(history, remains={}), "not looked for"),
     "memory that stays in a process": (with_call("1.1", 2, left=1), "1 pieces of memory"),
+    "a rule of the driver that is broken": (lambda history: replace(history, misuses=("freed twice",)), "freed twice"),
     "a traceback in the log": (lambda history: replace(history, defects=("Traceback",)), "Traceback"),
 }  # fmt: skip
 

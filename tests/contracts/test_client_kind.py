@@ -6,10 +6,11 @@ The drivers are objects; tests/integration and tests/gpu use real ones or double
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,17 +24,22 @@ from weight_broker.drivers import acl as acl_module
 from weight_broker.drivers import cuda as cuda_module
 from weight_broker.drivers.acl import AclUnavailable
 from weight_broker.drivers.cuda import Cuda, CudaError
+from weight_broker.drivers.error import DriverError
 from weight_broker.errors import BrokerError, InvalidArgument, PublishRefused
 from weight_broker.kinds import TRAITS, MemoryKind
 from weight_broker.memory import describe
 from weight_broker.memory import kind as kinds
 from weight_broker.memory.device.describe import DescribedDeviceTensors
 from weight_broker.memory.device.digest import HostDigester, tensor_digests
+from weight_broker.memory.device.host_copies import DriverCopies
 from weight_broker.memory.device.kind import DeviceKind
+from weight_broker.memory.from_host import destination as destination_of
+from weight_broker.memory.host.export import SharedWeights
 from weight_broker.memory.kind import DeadlinePassed, Kind, Terms, kind_of
 from weight_broker.memory.policy import StagingPolicy
+from weight_broker.memory.to_host import share_copy
 from weight_broker.v1 import weight_broker_service_pb2 as pb
-from weight_broker.wire import device_kind_to_wire
+from weight_broker.wire import device_kind_to_wire, digests_to_wire, placements_to_wire
 
 TEST_KIND = "abacus"
 MODULE = "tests_abacus"
@@ -69,6 +75,9 @@ class Gpu(Cuda):
     def read(self, host: int, address: int, size: int) -> None:
         ctypes.memmove(host, address, size)
 
+    def write(self, address: int, host: int, size: int) -> None:
+        ctypes.memmove(address, host, size)
+
 
 class Abacus(DeviceKind):
     """A kind that no version knows: a folder of its own would hold this class."""
@@ -85,6 +94,13 @@ class Abacus(DeviceKind):
 
     def identity(self, tensors: DescribedDeviceTensors) -> str:
         return f"{TEST_KIND}:{tensors.device_index}"
+
+    def host_copies(self, tensors: DescribedDeviceTensors) -> DriverCopies:
+        return DriverCopies(nullcontext, self._check, ctypes.memmove, ctypes.memmove)
+
+    def _check(self) -> None:
+        if self.is_broken:
+            raise DriverError("move", 1, "a bead is stuck")
 
     def digests(
         self, tensors: DescribedDeviceTensors, deadline: float | None = None, *, sampled: bool = False
@@ -205,6 +221,42 @@ def test_shared_memory_says_what_is_in_it_and_can_be_closed_twice(scene: Scene) 
     assert [region.device_kind for region in shared.regions("batch")] in ([], [device_kind_to_wire(scene.name)])
     shared.close()
     shared.close()
+
+
+def test_a_copy_in_host_memory_stays_as_it_was_and_fills_the_tensors_again(scene: Scene) -> None:
+    described = describe(scene.tensors)
+    shared = share_copy(described, Terms(), time.monotonic() + 10)
+    assert not shared.needs_retraction
+    assert isinstance(shared, SharedWeights)
+    was = scene.kind.digests(described)
+    scene.write(2)
+    destination = destination_of(described, Terms())
+    granted = pb.Granted(
+        regions=shared.regions("batch"),
+        digests=[digests_to_wire(digests) for digests in shared.digests],
+        placements=placements_to_wire(shared.placements),
+    )
+    received = destination.take(granted, lambda index: os.dup(shared.descriptors[index]), time.monotonic() + 10)
+    assert received is not None
+    assert scene.kind.digests(described) == was
+    kept = destination.keep()
+    assert isinstance(kept, SharedWeights)
+    for one in (destination, kept, shared):
+        one.close()
+
+
+def test_a_driver_that_fails_makes_no_copy_in_host_memory(scene: Scene) -> None:
+    if scene.break_driver is None:
+        pytest.skip("this memory has no driver")
+    described = describe(scene.tensors)
+    scene.break_driver()
+    with pytest.raises(PublishRefused):
+        share_copy(described, Terms(), time.monotonic() + 10)
+
+
+def test_a_copy_in_host_memory_ends_at_the_deadline(scene: Scene) -> None:
+    with pytest.raises(PublishRefused, match="deadline"):
+        share_copy(describe(scene.tensors), Terms(), time.monotonic() - 1)
 
 
 def test_sharing_ends_at_the_deadline(scene: Scene) -> None:

@@ -41,6 +41,8 @@ LAYOUTS = [
 ]
 DEVICES = [("cpu", ""), ("npu", "npu:0"), ("npu", "npu:1")]
 """Kinds of memory and cards: host memory is copied by its receiver, device memory by the broker."""
+OTHER_KINDS = [frozenset[str](), frozenset({"cpu"})]
+"""Memory besides its own from which a receiver fills itself."""
 data_planes = st.sampled_from([plane for plane in DataPlane if plane.is_known])
 LEASE_SECONDS = 60.0
 WAIT_SECONDS = 300.0
@@ -164,6 +166,7 @@ class CoreMachine(RuleBasedStateMachine):
         layout=st.sampled_from([*LAYOUTS, None]),
         if_absent=st.sampled_from(list(IfAbsent)),
         device=st.sampled_from(DEVICES),
+        other_kinds=st.sampled_from(OTHER_KINDS),
     )
     def acquire(
         self,
@@ -172,8 +175,9 @@ class CoreMachine(RuleBasedStateMachine):
         layout: Layout | None,
         if_absent: IfAbsent,
         device: tuple[str, str],
+        other_kinds: frozenset[str],
     ) -> None:
-        self.ask(instance_id, key, layout, if_absent, device)
+        self.ask(instance_id, key, layout, if_absent, device, other_kinds)
 
     def ask(
         self,
@@ -182,6 +186,7 @@ class CoreMachine(RuleBasedStateMachine):
         layout: Layout | None,
         if_absent: IfAbsent,
         device: tuple[str, str] = DEVICES[0],
+        other_kinds: frozenset[str] = frozenset(),
     ) -> None:
         self.number += 1
         acquisition = Acquisition(
@@ -195,6 +200,7 @@ class CoreMachine(RuleBasedStateMachine):
             path=TransferPath.COPY,
             begun_at=self.now,
             deadline=self.now + WAIT_SECONDS,
+            other_kinds=other_kinds,
         )
         try:
             decisions = self.coordinator.acquire(acquisition, self.now)
@@ -210,15 +216,21 @@ class CoreMachine(RuleBasedStateMachine):
         key=st.sampled_from(KEYS),
         layout=st.sampled_from([*LAYOUTS, None]),
         device=st.sampled_from(DEVICES),
+        other_kinds=st.sampled_from(OTHER_KINDS),
     )
     def explain_and_acquire(
-        self, instance_id: str, key: WeightSetKey, layout: Layout | None, device: tuple[str, str]
+        self,
+        instance_id: str,
+        key: WeightSetKey,
+        layout: Layout | None,
+        device: tuple[str, str],
+        other_kinds: frozenset[str],
     ) -> None:
         """Explain says what acquire does."""
         apart_from = self.coordinator.damage.apart_from(self.coordinator.instances[instance_id].process)
-        said = self.coordinator.explain(Question(key.id, key, layout, *device, apart_from)).outcome
+        said = self.coordinator.explain(Question(key.id, key, layout, *device, other_kinds, apart_from)).outcome
         before = len(self.seen)
-        self.ask(instance_id, key, layout, IfAbsent.LOAD, device)
+        self.ask(instance_id, key, layout, IfAbsent.LOAD, device, other_kinds)
         name = f"acquisition-{self.number}"
         followed = [decision for decision in self.seen[before:] if concerns(decision, name, key.id)]
         assert said is outcome_of(followed, is_draining=self.coordinator.draining)

@@ -73,7 +73,13 @@ _clients: list[BrokerClient] = []
 def client() -> BrokerClient:
     """This process's."""
     if not _clients:
-        _clients.append(BrokerClient(name=os.environ.get("INSTANCE_NAME", ""), connect_timeout=20.0))
+        _clients.append(
+            BrokerClient(
+                name=os.environ.get("INSTANCE_NAME", ""),
+                connect_timeout=20.0,
+                digest_mode=os.environ.get("DIGEST_MODE", "auto"),
+            )
+        )
     return _clients[0]
 
 
@@ -155,12 +161,14 @@ def digest(model: str) -> str:
     return hashlib.blake2b(acl.read(mine.base, mine.size), digest_size=16).hexdigest()
 
 
-def publish(model: str, *, timeout: float = 60.0) -> Outcome:
+def publish(model: str, *, timeout: float = 60.0, in_host_memory: bool = False) -> Outcome:
     """Offers the model, with its lease if it has one."""
     mine = _models[model]
     lease = mine.leases.pop() if mine.leases else None
     try:
-        mine.publication = client().publish(key_of(model), mine.tensors, lease=lease, timeout=timeout)
+        mine.publication = client().publish(
+            key_of(model), mine.tensors, lease=lease, timeout=timeout, in_host_memory=in_host_memory
+        )
     except BrokerError as error:
         return _failed(error)
     return Outcome()

@@ -100,17 +100,34 @@ def make(gpu: int) -> None:
     _models.append(model)
 
 
-def load() -> Loaded:
-    """Loads the weights as an engine does."""
+def load(*, rewrites: bool = False, host_copy: str = "auto", is_quantized: bool = True) -> Loaded:
+    """Loads the weights as an engine does, whose post-processing `rewrites` them; whether the engine's configuration
+    tells, `is_quantized` says."""
     [model] = _models
     directory = os.environ["WEIGHT_BROKER_RUNTIME_DIRECTORY"]
-    load = Load(Options(runtime_directory=directory, timeout=60), Small())
+    engine = Small()
+    engine.rewrites_weights = rewrites and is_quantized
+    load = Load(Options(runtime_directory=directory, timeout=60, host_copy=host_copy), engine)
     _loads.append(load)
     load.prepare()
     load.weights(model)
+    if rewrites:
+        _rewrite(model)
     load.finish(model)
     report = load.report
     return Loaded(report.source, bool(report.publication_id), report.acquire_error, report.not_published)
+
+
+def _rewrite(model: nn.Module) -> None:
+    """Post-processing that packs the weights where they are: every bit of them follows from what was loaded."""
+    driver = cuda.load()
+    with driver.in_context(_contexts[-1]):
+        for tensor in model.buffers():
+            size = tensor.numel() * tensor.element_size()
+            host = ctypes.create_string_buffer(size)
+            driver.read(ctypes.addressof(host), tensor.data_ptr(), size)
+            packed = ctypes.create_string_buffer(bytes(255 - byte for byte in host.raw), size)
+            driver.write(tensor.data_ptr(), ctypes.addressof(packed), size)
 
 
 def sleep(*, scribble: bool = False) -> tuple[int, int]:
@@ -135,6 +152,13 @@ def digest() -> str:
             driver.read(ctypes.addressof(host), tensor.data_ptr(), len(host))
             found.update(host)
     return found.hexdigest()
+
+
+def digest_rewritten() -> str:
+    """Of what post-processing would make of the model's bytes."""
+    [model] = _models
+    _rewrite(model)
+    return digest()
 
 
 def _on_processor(driver: cuda.Cuda, device: str, copy: object, synchronize: Callable[[], object]) -> TorchDigester:

@@ -46,6 +46,7 @@ class ServingConnections(StagingConnections):
         self.gate: asyncio.Event | None = None
         """No instance copies before it is set."""
         self.moving = 0
+        self.is_asked_to_copy = asyncio.Event()
 
     def has(self, instance_id: str) -> bool:
         return instance_id in self.instances
@@ -61,11 +62,20 @@ class ServingConnections(StagingConnections):
         what = request.WhichOneof("request") or ""
         self.asked.append((instance_id, what))
         if what == "copy_chunk" and self.gate is not None:
+            self.is_asked_to_copy.set()
             self.moving += 1
             try:
                 await self.gate.wait()
             finally:
                 self.moving -= 1
+            if instance_id not in self.instances:
+                raise StagingGone("its stage connection has ended")
+
+    def cut_off(self) -> None:
+        """All connections end, also under those who copy."""
+        self.instances.clear()
+        if self.gate is not None:
+            self.gate.set()
 
 
 class QuietWorker:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from weight_broker.errors import ERROR_DOMAIN, TABLE, Reason
+from weight_broker.errors import ERROR_DOMAIN, TABLE, BrokerError, Reason
 from weight_broker.memory import DescribedTensors, HostRegion
 from weight_broker.v1 import attach_pb2, resources_pb2, weight_set_pb2
 from weight_broker.v1 import weight_broker_service_pb2 as pb
@@ -38,8 +38,8 @@ class ScriptedBroker(WeightBrokerServiceServicer):
         self.directory = directory
         self.on_acquire: AcquireScript | None = None
         self.on_attach: AttachScript | None = None
-        self.refusals: dict[str, list[Reason]] = {}
-        """Reasons with which the next calls of a method fail."""
+        self.refusals: dict[str, list[Reason | BrokerError]] = {}
+        """Reasons or errors with which the next calls of a method fail."""
         self.regions: dict[tuple[str, int], int] = {}
         """Descriptors to be claimed, by transfer id and index."""
         self.attach_requests: queue.Queue[str] = queue.Queue()
@@ -50,6 +50,7 @@ class ScriptedBroker(WeightBrokerServiceServicer):
         self.acquire_ended = threading.Event()
         self.tokens: set[object] = set()
         self._connections: list[socket.socket] = []
+        self._stage_connections: list[socket.socket] = []
         self._publication_number = 0
         self._server = grpc.server(ThreadPoolExecutor(4))
         add_WeightBrokerServiceServicer_to_server(self, self._server)
@@ -76,10 +77,16 @@ class ScriptedBroker(WeightBrokerServiceServicer):
             connection.close()
         self._connections.clear()
 
+    def drop_stage_connections(self) -> None:
+        """Ends the stage connections only, as a broker does with an instance that is silent."""
+        dropped, self._stage_connections = self._stage_connections, []
+        for connection in dropped:
+            connection.shutdown(socket.SHUT_WR)
+
     def drop_attachments(self) -> None:
-        """Closes the attach connections only."""
-        while self._connections:
-            connection = self._connections.pop()
+        """Closes the connections to the attach socket."""
+        dropped, self._connections = self._connections, []  # not those that follow them
+        for connection in dropped:
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
@@ -121,8 +128,12 @@ class ScriptedBroker(WeightBrokerServiceServicer):
     def _check(self, method: str, context: Context) -> None:
         self.tokens.add(dict(context.invocation_metadata()).get("weight-broker-session-bin"))
         refusals = self.refusals.get(method)
-        if refusals:
-            fail(context, refusals.pop(0))
+        if not refusals:
+            return
+        refusal = refusals.pop(0)
+        if isinstance(refusal, BrokerError):
+            fail(context, refusal.reason, refusal.message, **refusal.metadata)
+        fail(context, refusal)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -151,6 +162,8 @@ class ScriptedBroker(WeightBrokerServiceServicer):
             sent: list[int] = []
             if response is None:
                 response, sent = self._attach_answer(request)
+            if request.HasField("serve_stage"):
+                self._stage_connections.append(connection)
             with contextlib.suppress(OSError):  # nobody reads it; there may be a goodbye to read all the same
                 socket.send_fds(connection, [response.SerializeToString()], sent)
 

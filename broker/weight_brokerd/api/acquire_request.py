@@ -80,6 +80,7 @@ def acquisition(received: Received[Request], call: Call, kind: Kind) -> Steps[tu
         begun_at=call.begun_at,
         deadline=call.begun_at + wait,
         rank=rank,
+        other_kinds=fields.other_kinds(request.takes_host_memory, kind.name),
     )
     return begun, destination
 

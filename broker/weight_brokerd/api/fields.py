@@ -11,6 +11,7 @@ import re
 from google.protobuf.duration_pb2 import Duration
 
 from weight_broker.errors import InvalidArgument
+from weight_broker.kinds import TRAITS
 from weight_broker.v1 import resources_pb2, weight_broker_service_pb2, weight_set_pb2
 from weight_broker.wire import coverage_from_wire
 from weight_brokerd.api.messages import PHASE_NAMES
@@ -53,6 +54,13 @@ def seconds(field: str, value: Duration, *, limit: float) -> float:
     if not 0 < total <= limit:
         raise InvalidArgument(field, f"{total} s", f"more than 0 and at most {limit} s")
     return total
+
+
+def other_kinds(takes_host_memory: bool, device_kind: str) -> frozenset[str]:
+    """Kinds besides `device_kind` from which an instance fills its memory itself."""
+    if not takes_host_memory:
+        return frozenset()
+    return frozenset(name for name, traits in TRAITS.items() if not traits.broker_copies) - {device_kind}
 
 
 def if_absent(value: weight_broker_service_pb2.IfAbsent.ValueType) -> IfAbsent:

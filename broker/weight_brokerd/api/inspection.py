@@ -148,7 +148,15 @@ class InspectionServicer(InspectionServiceServicer):
                 raise InvalidArgument("weight_set", None, "key or weight_set_id")
         kind = self._kind(request.device_kind)
         return self._messages.explanation(
-            self._control.coordinator.explain(Question(weight_set_id, key, received.layout, kind))
+            self._control.coordinator.explain(
+                Question(
+                    weight_set_id,
+                    key,
+                    received.layout,
+                    kind,
+                    other_kinds=validation.other_kinds(request.takes_host_memory, kind),
+                )
+            )
         )
 
     def _kind(self, number: weight_set_pb2.DeviceKind.ValueType) -> str:

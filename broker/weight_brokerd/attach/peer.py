@@ -10,12 +10,15 @@ import struct
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from weight_broker.errors import BrokerError, NotAttached
+from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached
 from weight_brokerd.processes.start_time import start_time
 
 # Missing from the socket module of Python 3.11; the numbers are those of asm-generic/socket.h.
 SO_PEERGROUPS = 59
 SO_PEERPIDFD = 77
+
+OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""What the kernel says to a broker that may open no more files."""
 
 _CREDENTIALS = struct.Struct("iII")
 _INTEGER = struct.Struct("i")
@@ -49,7 +52,8 @@ def process_of(connection: socket.socket) -> Hashable:
 
 
 def open_pidfd(connection: socket.socket, peer: PeerCredentials) -> int:
-    """A pidfd of the peer; the caller closes it. Raises `NotAttached` if there is none or the peer has ended."""
+    """A pidfd of the peer; the caller closes it. Raises `NotAttached` if there is none or the peer has ended,
+    `BrokerUnavailable` if the broker has no descriptor left for it."""
     try:
         raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, _INTEGER.size)
     except OSError as error:
@@ -101,6 +105,8 @@ def _hung_up(connection: socket.socket) -> bool:
 def _unseen(peer: PeerCredentials, error: Exception) -> BrokerError:
     number = error.errno if isinstance(error, OSError) else None
     why = os.strerror(number) if number else str(error)
+    if number in OUT_OF_FILES:
+        return BrokerUnavailable(f"the broker can open no file ({why}): raise its limit (LimitNOFILE)")
     return NotAttached(
         f"the broker cannot watch process {peer.pid} ({why}). If it runs in a container, the broker needs the host's "
         "pid namespace (hostPID: true) or Linux 6.5"

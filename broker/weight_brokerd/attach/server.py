@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import socket
 from collections.abc import Callable, Hashable
@@ -20,7 +19,7 @@ import structlog
 
 from weight_broker.errors import BrokerError, Reason, from_reason
 from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Session, refusal
-from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd, process_of
+from weight_brokerd.attach.peer import OUT_OF_FILES, PeerCredentials, credentials, open_pidfd, process_of
 from weight_brokerd.attach.strangers import Strangers
 from weight_brokerd.core.conduct.pace import Pace, Paces
 from weight_brokerd.processes import packets
@@ -39,7 +38,6 @@ _ACCEPTED_AT_ONCE = 256
 _ADMITTED_AT_ONCE = 16
 _PAUSE_WITHOUT_FILES_SECONDS = 1.0
 _PAUSE_IN_A_FLOOD_SECONDS = 0.006
-_OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _SHORTEST_WAIT_SECONDS = 0.01
 _PACES_KEPT = 1024
@@ -117,7 +115,7 @@ class AttachServer:
             except (BlockingIOError, ConnectionError, InterruptedError):
                 break
             except OSError as error:
-                if error.errno not in _OUT_OF_FILES:
+                if error.errno not in OUT_OF_FILES:
                     raise
                 # The listener stays readable: without a pause the loop would do nothing but fail to accept.
                 log.error("out_of_files", error=os.strerror(error.errno), hint="raise LimitNOFILE")

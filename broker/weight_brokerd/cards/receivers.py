@@ -32,6 +32,8 @@ Reserve = Callable[[], Coroutine[Any, Any, object]]
 
 PING_SECONDS = 2.0
 """For an idle receiver to answer a Ping."""
+FRESH_SECONDS = 1.0
+"""A receiver that has answered so lately is not asked again."""
 _HELD = "the driver does not let go of the memory"
 
 
@@ -141,6 +143,8 @@ class ReceiverSide:
 
     async def _is_well(self, child: CardProcess) -> bool:
         """Whether an idle receiver still serves; kills it if not."""
+        if asyncio.get_running_loop().time() - child.answered_at < FRESH_SECONDS:
+            return True
         try:
             await child.ask(messages.Ping(), PING_SECONDS)
         except BaseException as error:

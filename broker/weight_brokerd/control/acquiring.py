@@ -97,7 +97,7 @@ class Acquiring:
                 self._loop.now(),
                 touched=failure.touched,
                 quiesced=failure.quiesced,
-                needs_staging=failure.needs_staging,
+                remedy=failure.remedy,
             )
         )
 
@@ -117,8 +117,8 @@ class Acquiring:
 
     def answer(self, answer: decide.Answer) -> None:
         match answer:
-            case decide.Grant(acquisition_id, transfer):
-                self._mailboxes.post(acquisition_id, Granted(transfer, self._reserved[transfer.transfer_id]))
+            case decide.Grant(_, transfer):
+                self._mailboxes.post_grant(Granted(transfer, self._reserved[transfer.transfer_id]))
             case decide.LoadFromDisk() | decide.Fail():
                 self._mailboxes.post_end(answer)
             case decide.Wait(acquisition_id) | decide.Complete(acquisition_id):

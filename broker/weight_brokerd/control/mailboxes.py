@@ -1,7 +1,7 @@
 """The answers to each acquisition, in order.
 
-An answer that lets a receiver use its memory for something else - an error, a cold load - is posted once nothing writes
-to that memory any more.
+An answer that lets a receiver use its memory - an error, a cold load, a source that it copies from itself - is posted
+once nothing writes to that memory any more.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class Moved:
 
 AcquisitionEvent = Granted | Moved | decide.Wait | decide.LoadFromDisk | decide.Complete | decide.Fail
 Mailbox = asyncio.Queue[AcquisitionEvent]
+
+
+_STILL_WRITTEN = "a failed transfer may still write to the memory"
 
 
 class Mailboxes:
@@ -78,20 +81,39 @@ class Mailboxes:
         if mailbox is not None:
             mailbox.put_nowait(event)
 
+    def post_grant(self, grant: Granted) -> None:
+        """Post a source. One that the receiver copies from comes once nothing else writes to its memory."""
+        acquisition_id = grant.transfer.acquisition_id
+        if grant.transfer.broker_copies:
+            self.post(acquisition_id, grant)
+        else:
+            self._when_settled(acquisition_id, lambda: self._post_source(acquisition_id, grant))
+
     def post_end(self, decision: decide.LoadFromDisk | decide.Fail) -> None:
         """Post the last answer once nothing writes to the receiver's memory any more."""
         if isinstance(decision, decide.LoadFromDisk):
             self._unconfirmed[decision.acquisition_id] = decision.lease
+        self._when_settled(decision.acquisition_id, lambda: self._post_outcome(decision))
+
+    def _when_settled(self, acquisition_id: str, post: Callable[[], None]) -> None:
         movements = self._movements
-        if not movements.is_moving(decision.acquisition_id):
-            self._post_outcome(decision)
+        if not movements.is_moving(acquisition_id):
+            post()
             return
 
-        async def post() -> None:
-            await movements.settled(decision.acquisition_id)
-            self._post_outcome(decision)
+        async def wait() -> None:
+            await movements.settled(acquisition_id)
+            post()
 
-        self._spawn(post())
+        self._spawn(wait())
+
+    def _post_source(self, acquisition_id: str, grant: Granted) -> None:
+        touched, quiesced = self._movements.outcome(acquisition_id)
+        if quiesced:
+            self.post(acquisition_id, grant)
+        else:
+            error = TransferFailed(_STILL_WRITTEN, touched=touched, quiesced=False)
+            self.post(acquisition_id, decide.Fail(acquisition_id, error))
 
     def _post_outcome(self, decision: decide.LoadFromDisk | decide.Fail) -> None:
         acquisition_id = decision.acquisition_id
@@ -102,6 +124,6 @@ class Mailboxes:
         elif not quiesced:  # the instance must not load into memory that may still be written
             self._unconfirmed.pop(acquisition_id, None)
             self._release_lease(decision.lease)
-            error = TransferFailed("a failed transfer may still write to the memory", touched=True, quiesced=False)
+            error = TransferFailed(_STILL_WRITTEN, touched=True, quiesced=False)
             decision = decide.Fail(acquisition_id, error)
         self.post(acquisition_id, decision)

@@ -39,6 +39,7 @@ OUTCOMES = (
             Reason.TRANSFER_FAILED,
             Reason.INTEGRITY_ERROR,
             Reason.LOAD_GROUP_FAILED,
+            Reason.NOT_ATTACHED,
             Reason.BROKER_UNAVAILABLE,
             Reason.DRAINING,
         )

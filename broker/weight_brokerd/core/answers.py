@@ -15,6 +15,7 @@ from weight_broker.errors import (
     BrokerUnavailable,
     IntegrityError,
     LayoutMismatch,
+    NotAttached,
     Reason,
     TransferFailed,
     WeightsNotFound,
@@ -22,11 +23,14 @@ from weight_broker.errors import (
 from weight_broker.key import WeightSetKey
 from weight_broker.kinds import EMPTY_KIND
 from weight_broker.layout import Layout
-from weight_brokerd.core.model import Acquisition, ColdLoadLease, IfAbsent, WaitReason
+from weight_brokerd.core.model import Acquisition, ColdLoadLease, IfAbsent, Remedy, WaitReason
 from weight_brokerd.core.publications import Publication, Publications
 from weight_brokerd.core.selection import Receiver, Selection, select
 from weight_brokerd.core.sources import Refusal, SourceRef
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
+
+STAGE_INSTEAD = {"path": "staged"}
+"""Metadata of an error after which a client that offered no staging may ask again with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,20 @@ def late(acquisition: Acquisition, now: float) -> AcquireTimeout:
     return AcquireTimeout(f"weight set {acquisition.key.id} did not arrive in {waited:.1f} s")
 
 
+def receiver_failed(detail: str, remedy: Remedy, *, touched: bool, quiesced: bool) -> BrokerError:
+    """For a transfer that failed on the receiver's side."""
+    if not quiesced:
+        text = f"the transfer failed, and the memory may still be written: {detail}"
+        return TransferFailed(text, quiesced=False, metadata=STAGE_INSTEAD if remedy is Remedy.STAGING else None)
+    match remedy:
+        case Remedy.STAGING:
+            return TransferFailed(f"the receiver cannot take it: {detail}", metadata=STAGE_INSTEAD)
+        case Remedy.STAGE_CONNECTION if not touched:
+            return NotAttached.without_stage(detail)
+        case _:
+            return TransferFailed(f"the receiver gave up: {detail}")
+
+
 def _layout_mismatch(key: WeightSetKey, selection: Selection[Publication]) -> LayoutMismatch:
     newest = [candidate for candidate in selection.candidates if candidate.refusal is Refusal.LAYOUT_DIFFERS][-1]
     differences = newest.detail
@@ -258,6 +276,8 @@ class Question:
     device_kind: str = ""
     """Empty: the kind of memory in which the weight set is published."""
     device_id: str = ""
+    other_kinds: frozenset[str] = frozenset()
+    """As `Acquisition.other_kinds`."""
     apart_from: Mapping[SourceRef, str] = field(default_factory=dict)
     """Sources that the asking process does not read again, each with the reason."""
 
@@ -269,7 +289,10 @@ def explain(
     record = weight_sets.find(question.weight_set_id)
     sources = publications.of_weight_set(question.weight_set_id)
     kind = question.device_kind or (sources[-1].device_kind if sources else EMPTY_KIND)
-    selection = select(sources, Receiver(host_id, kind, question.device_id, question.layout, dict(question.apart_from)))
+    receiver = Receiver(
+        host_id, kind, question.device_id, question.layout, dict(question.apart_from), question.other_kinds
+    )  # fmt: skip
+    selection = select(sources, receiver)
     situation = Situation.of(selection, record, is_draining=is_draining)
     outcome, summary = _outcome(selection, situation)
     key = question.key or (record.key if record is not None else None)

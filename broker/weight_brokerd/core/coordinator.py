@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from weight_broker.errors import BrokerUnavailable, InvalidArgument, NotAttached, TransferFailed
+from weight_broker.errors import BrokerUnavailable, InvalidArgument, NotAttached
 from weight_brokerd.core import answers
 from weight_brokerd.core.acquisitions import Acquisitions
 from weight_brokerd.core.answers import WAITS, Explanation, Question, Situation, Verdict, Wish, judge
@@ -39,6 +39,7 @@ from weight_brokerd.core.model import (
     InstanceState,
     LeaseClaim,
     Limits,
+    Remedy,
     TransferPath,
 )
 from weight_brokerd.core.publications import Offer, Publication, Publications, PublicationState
@@ -46,9 +47,6 @@ from weight_brokerd.core.selection import Receiver, Selection, select
 from weight_brokerd.core.sources import Holder
 from weight_brokerd.core.transfers import Transfer, TransferLog, TransferState
 from weight_brokerd.core.weight_sets import WeightSetIndex, WeightSetRecord
-
-STAGE_INSTEAD = {"path": "staged"}
-"""Metadata of an error after which a client that offered no staging may ask again with it."""
 
 
 class Coordinator:
@@ -114,7 +112,7 @@ class Coordinator:
         earlier = self.publications.of_request(offer)
         if earlier is not None:
             return earlier, []
-        publication = self.publications.add(offer, self._instance(offer.instance_id), now=now)
+        publication = self.publications.add(offer, self._attached(offer.instance_id), now=now)
         self.weight_sets.record(offer.key)
         return publication, [Hold(publication)]
 
@@ -180,7 +178,7 @@ class Coordinator:
     def acquire(self, acquisition: Acquisition, now: float) -> Decisions:
         """An instance asks for a weight set."""
         self._check_not_draining()
-        process = self._instance(acquisition.instance_id).process
+        process = self._attached(acquisition.instance_id).process
         acquisition.failed_sources |= self.damage.apart_from(process)
         self.acquisitions.begin(acquisition, process)
         refused = self.groups.join(acquisition, acquisition.rank) if acquisition.rank is not None else None
@@ -256,19 +254,16 @@ class Coordinator:
         *,
         touched: bool = False,
         quiesced: bool = True,
-        needs_staging: bool = False,
+        remedy: Remedy = Remedy.NONE,
     ) -> Decisions:
         """The transfer failed: the acquisition tries the next source, unless the receiver gave up, its deadline is over
-        or its memory may still be written. `needs_staging`: the acquisition fails and may be repeated with staging."""
+        or its memory may still be written."""
         transfer, acquisition = self._of_receiver(transfer_id, instance_id)
         acquisition.touched = acquisition.touched or touched
         if cause is not FailureCause.RECEIVER and quiesced:
             return self._endings.try_next(transfer, cause, detail, now) + self._settle(now)
         decisions = self._endings.fail_transfer(transfer, cause, detail, now)
-        what = "the receiver cannot take it" if needs_staging else "the receiver gave up"
-        what = what if quiesced else "the transfer failed, and the memory may still be written"
-        metadata = STAGE_INSTEAD if needs_staging else None
-        error = TransferFailed(f"{what}: {detail}", quiesced=quiesced, metadata=metadata)
+        error = answers.receiver_failed(detail, remedy, touched=acquisition.touched, quiesced=quiesced)
         return decisions + self.acquisitions.fail(acquisition, error) + self._settle(now, acquisition.key.id)
 
     def abandon(self, acquisition_id: str, now: float) -> Decisions:
@@ -435,11 +430,11 @@ class Coordinator:
         transfer = self.transfers.of_receiver(transfer_id, instance_id)
         return transfer, self.acquisitions[transfer.acquisition_id]
 
-    def _instance(self, instance_id: str) -> Instance:
-        """The instance that asks; it may have departed while its request was checked."""
+    def _attached(self, instance_id: str) -> Instance:
+        """The instance of a call. It may have departed since the call was identified: then raises `NotAttached`."""
         instance = self.instances.get(instance_id)
         if instance is None:
-            raise NotAttached(f"{instance_id} has departed; attach again")
+            raise NotAttached(f"{instance_id} has departed; attach to attach.sock first")
         return instance
 
     def _check_not_draining(self) -> None:

@@ -55,6 +55,16 @@ class FailureCause(enum.StrEnum):
     RECEIVER = "receiver"
 
 
+class Remedy(enum.Enum):
+    """What a receiver on whose side a transfer failed may do, to succeed with the same call."""
+
+    NONE = enum.auto()
+    STAGING = enum.auto()
+    """Offer to copy its memory, which the driver does not map."""
+    STAGE_CONNECTION = enum.auto()
+    """Open a stage connection, as the one before has ended."""
+
+
 class Finding(enum.StrEnum):
     """What the check of a publication's content against its digests has found."""
 
@@ -134,6 +144,8 @@ class Acquisition:
     """Reason and fencing token of the last Wait that was sent; equal ones are not repeated."""
     rank: RankOfGroup | None = None
     """None unless the instance's engine has several ranks."""
+    other_kinds: frozenset[str] = frozenset()
+    """Kinds of memory besides `device_kind` from which the receiver fills its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ class Receiver:
     layout: Layout | None
     """None accepts any layout."""
     failed_sources: dict[SourceRef, str]
+    other_kinds: frozenset[str] = frozenset()
+    """Kinds of memory besides its own from which it fills itself."""
 
     @classmethod
     def of(cls, acquisition: Acquisition, host_id: str) -> Receiver:
@@ -51,13 +53,19 @@ class Receiver:
             acquisition.device_id,
             acquisition.layout,
             acquisition.failed_sources,
+            acquisition.other_kinds,
         )
 
     @property
     def likeness(self) -> Hashable:
         """Equal for receivers that every source serves, or refuses, alike."""
         fingerprint = self.layout.fingerprint if self.layout is not None else None
-        return self.host_id, self.device_kind, self.device_id, fingerprint, frozenset(self.failed_sources)
+        kinds = self.device_kind, self.other_kinds
+        return self.host_id, kinds, self.device_id, fingerprint, frozenset(self.failed_sources)
+
+    def takes(self, device_kind: str) -> bool:
+        """Whether memory of this kind can fill the receiver's."""
+        return device_kind == self.device_kind or device_kind in self.other_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +91,18 @@ class Selection(Generic[S]):
 
 
 def select(sources: Iterable[S], receiver: Receiver) -> Selection[S]:
-    """Judges every source and chooses: one that contradicts no older one, then same device, then same host, then the
-    source's own `preference`."""
+    """Judges every source and chooses: one that contradicts no older one, then the same kind of memory, then same
+    device, then same host, then the source's own `preference`."""
     candidates = tuple(_judge(source, receiver) for source in sources)
     free = [candidate.source for candidate in candidates if candidate.refusal is None]
     return Selection(candidates, min(free, key=lambda source: _rank(source, receiver), default=None))
 
 
-def _rank(source: Source, receiver: Receiver) -> tuple[bool, bool, bool, tuple[int, int]]:
+def _rank(source: Source, receiver: Receiver) -> tuple[bool, bool, bool, bool, tuple[int, int]]:
+    other_kind = source.device_kind != receiver.device_kind
     same_host = source.ref.host_id == receiver.host_id
     same_device = same_host and source.device_id == receiver.device_id
-    return (bool(source.contradicts), not same_device, not same_host, source.preference)
+    return (bool(source.contradicts), other_kind, not same_device, not same_host, source.preference)
 
 
 def _judge(source: S, receiver: Receiver) -> Candidate[S]:
@@ -101,7 +110,7 @@ def _judge(source: S, receiver: Receiver) -> Candidate[S]:
         return Candidate(source, *source.unreadable, is_coming=source.is_coming and _fits(source, receiver))
     if source.ref in receiver.failed_sources:
         return Candidate(source, Refusal.ALREADY_FAILED, receiver.failed_sources[source.ref])
-    if source.device_kind != receiver.device_kind:
+    if not receiver.takes(source.device_kind):
         detail = f"it is in {source.device_kind} memory, the receiver's is {receiver.device_kind}"
         return Candidate(source, Refusal.DEVICE_KIND, detail)
     if receiver.layout is not None and not _fits(source, receiver):
@@ -113,4 +122,4 @@ def _judge(source: S, receiver: Receiver) -> Candidate[S]:
 
 def _fits(source: Source, receiver: Receiver) -> bool:
     is_same_layout = receiver.layout is None or source.fingerprint == receiver.layout.fingerprint
-    return is_same_layout and source.device_kind == receiver.device_kind
+    return is_same_layout and receiver.takes(source.device_kind)

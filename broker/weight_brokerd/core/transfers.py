@@ -124,7 +124,7 @@ class TransferLog:
             acquisition_id=acquisition.acquisition_id,
             publication=publication,
             receiver=receiver,
-            path=TransferPath.STAGED if publication.is_staged else acquisition.path,
+            path=_path(publication, acquisition),
             data_plane=DataPlane.UNKNOWN,
             started_at=now,
         )
@@ -155,3 +155,9 @@ class TransferLog:
         if not running_only:
             known += self._ended
         return sorted(known, key=lambda record: record.number, reverse=True)
+
+
+def _path(publication: Publication, acquisition: Acquisition) -> TransferPath:
+    if publication.device_kind != acquisition.device_kind:  # the receiver copies into its own memory
+        return TransferPath.COPY
+    return TransferPath.STAGED if publication.is_staged else acquisition.path

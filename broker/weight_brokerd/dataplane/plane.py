@@ -16,7 +16,7 @@ from weight_brokerd.cards.plan.blobs import BlobList
 from weight_brokerd.cards.plan.pieces import Placement
 from weight_brokerd.cards.receivers import Reserve
 from weight_brokerd.core import model
-from weight_brokerd.core.model import FailureCause
+from weight_brokerd.core.model import FailureCause, Remedy
 
 T = TypeVar("T")
 PhaseSeconds = Mapping[str, float]
@@ -94,16 +94,26 @@ class MoveFailed(Exception):
         touched: bool,
         quiesced: bool = True,
         needs_staging: bool = False,
+        lacks_stage: bool = False,
         instead: DataPlane | None = None,
     ) -> None:
-        """`needs_staging`: the driver refuses to map the receiver's memory; its owner may copy it instead. `instead`:
-        nothing was touched, and this plane may move the bytes."""
+        """`needs_staging`: the driver refuses to map the receiver's memory; its owner may copy it instead.
+        `lacks_stage`: the receiver's stage connection has ended. `instead`: nothing was touched, and this plane may
+        move the bytes."""
         super().__init__(message)
         self.instead = instead
         self.needs_staging = needs_staging
+        self.lacks_stage = lacks_stage
         self.cause = cause
         self.touched = touched
         self.quiesced = quiesced
+
+    @property
+    def remedy(self) -> Remedy:
+        """What lets the receiver succeed if it repeats its call."""
+        if self.needs_staging:
+            return Remedy.STAGING
+        return Remedy.STAGE_CONNECTION if self.lacks_stage else Remedy.NONE
 
 
 class DataPlane(Protocol):

@@ -397,8 +397,13 @@ class _Job:
             raise self._gone(side, error) from error
 
     def _gone(self, side: _StagedSide, error: StagingRefused | StagingGone) -> MoveFailed:
-        name = "receiver" if side.cause is FailureCause.RECEIVER else "source"
-        return MoveFailed(f"the {name}, {side.by.instance_id}: {error}", cause=side.cause, touched=self.is_touched)
+        is_receivers = side.cause is FailureCause.RECEIVER
+        return MoveFailed(
+            f"the {'receiver' if is_receivers else 'source'}, {side.by.instance_id}: {error}",
+            cause=side.cause,
+            touched=self.is_touched,
+            lacks_stage=is_receivers and isinstance(error, StagingGone),
+        )
 
     async def _close(
         self, source: _StagedSide | None, destination: _StagedSide | None, receiver: BorrowedReceiver

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import itertools
+import math
 import os
 import signal
 import socket
@@ -85,6 +86,8 @@ class ChildProcess(Generic[M]):
         """Whether SIGKILL was sent: the process serves no more, but may not have ended yet."""
         self.on_end: Callable[[], None] = lambda: None
         """Called once, when the process has ended for any reason."""
+        self.answered_at = -math.inf
+        """When the last answer came, on the loop's clock."""
         self._process = process
         self._connection = connection
         self._codec = codec
@@ -208,6 +211,7 @@ class ChildProcess(Generic[M]):
                 self._close()
                 os.kill(self.pid, signal.SIGKILL)
                 return
+            self.answered_at = asyncio.get_running_loop().time()
             received, self._descriptors = Received(answer, self._descriptors), []
             future = self._waiting.get(number)
             if future is not None and not future.done():

@@ -162,30 +162,26 @@ class Attachment:
         return session
 
     def run(self, action: Callable[[Session], Result], deadline: float | None = None) -> Result:
-        """Run `action` with a session. If the broker does not know the session (it was restarted) and nothing was
-        touched, attach again and run `action` once more, unless `deadline` (monotonic seconds) has passed. Raises
-        `TransferFailed` if the broker was lost and tensors were touched."""
+        """Run `action` with a session. If the broker does not know the session (it was restarted) or has lost its stage
+        connection, and nothing was touched, attach again and run `action` once more, unless `deadline` (monotonic
+        seconds) has passed. Raises `TransferFailed` if the broker was lost and tensors were touched."""
         session = self.session(deadline)
         try:
-            return action(session)
-        except BrokerError as error:
-            is_lost = isinstance(error, (NotAttached, BrokerUnavailable)) and error.reason is not Reason.DRAINING
-            if is_lost and error.touched:  # whether or not this process has seen its attachment end by now
-                raise _interrupted(error) from error
-            is_restarted = isinstance(error, NotAttached) or (is_lost and session.is_over)
-            is_late = deadline is not None and time.monotonic() >= deadline
-            if not is_restarted or self._closed or is_late:
-                raise
-        self._discard(session)
-        try:
-            return action(self.session(deadline))
+            return _attempt(action, session)
         except NotAttached as error:
-            # Attaching is not the caller's business, who could only load from disk.
-            raise BrokerUnavailable(
-                f"the broker does not keep this process attached; is it restarted again and again? {error.message}",
-                touched=error.touched,
-                quiesced=error.quiesced,
-            ) from error
+            if _is_over(deadline):
+                raise _unkept("there was no time left to attach again", error) from error
+            is_kept = error.lacks_stage and not session.is_over
+        except BrokerUnavailable as error:
+            if error.reason is Reason.DRAINING or not session.is_over or self._closed or _is_over(deadline):
+                raise
+            is_kept = False
+        if not is_kept:  # else `action` opens another stage connection by itself
+            self._discard(session)
+        try:
+            return _attempt(action, self.session(deadline))
+        except NotAttached as error:
+            raise _unkept("is it restarted again and again?", error) from error
 
     def is_current(self, session: Session | None) -> bool:
         """True if `session` is in use and alive."""
@@ -223,6 +219,26 @@ class Attachment:
                 self._session = None
                 session.connection.leave()
                 KEEPER.ring()
+
+
+def _attempt(action: Callable[[Session], Result], session: Session) -> Result:
+    try:
+        return action(session)
+    except (NotAttached, BrokerUnavailable) as error:
+        if error.touched and error.reason is not Reason.DRAINING:
+            # Whether or not this process has seen its attachment end by now.
+            raise _interrupted(error) from error
+        raise
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
+def _unkept(why: str, error: NotAttached) -> BrokerError:
+    """Attaching is not the caller's business, who could only load from disk."""
+    text = f"the broker does not keep this process attached; {why} {error.message}"
+    return BrokerUnavailable(text, touched=error.touched, quiesced=error.quiesced)
 
 
 def _interrupted(error: BrokerError) -> BrokerError:

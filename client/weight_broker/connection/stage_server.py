@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,6 +51,13 @@ class StagedTensors(Protocol):
         """Copy a part of the content (CopyChunk in attach.proto) and wait for the copy."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    tensors: StagedTensors
+    connection: socket.socket | None
+    """On which the broker has learned of them. Of what is published it forgets them with the connection."""
+
+
 class StagingServer:
     """The staging connection of one session."""
 
@@ -57,34 +65,43 @@ class StagingServer:
         self._path = path
         self._token = token
         self._lock = threading.Lock()
-        self._copied = threading.Condition(self._lock)
-        self._staged: dict[str, StagedTensors] = {}
+        self._changed = threading.Condition(self._lock)
+        """A copy has ended, or the thread."""
+        self._staged: dict[str, _Staged] = {}
         self._copying = ""
         """The stage_id whose tensors are being copied; empty if none are."""
         self._thread: threading.Thread | None = None
         self._socket: socket.socket | None = None
+        self._is_lost = False
+        """The connection has ended, and the thread has still to unmap what it had mapped."""
         self._bell = -1
         _servers.add(self)
 
     def add(self, stage_id: str, tensors: StagedTensors, timeout: float = REQUEST_TIMEOUT_SECONDS) -> None:
-        """The broker may ask for these tensors from now on. Raises `BrokerUnavailable`, `NotAttached`."""
+        """The broker may ask for these tensors from now on, on another connection if the one before has ended. Raises
+        `BrokerUnavailable`, `NotAttached`."""
+        deadline = time.monotonic() + timeout
         with self._lock:
+            while self._thread is not None and self._has_ended():
+                if not self._changed.wait(seconds_until(deadline, timeout)):
+                    raise BrokerUnavailable("the staging connection has ended, and what was copied on it has not yet")
             if self._thread is None:
-                self._start(timeout)
-            self._staged[stage_id] = tensors
+                self._start(seconds_until(deadline, timeout))
+            self._staged[stage_id] = _Staged(tensors, self._socket)
 
     def remove(self, stage_id: str) -> None:
         """No copy of the tensors runs or begins after this returns. Idempotent."""
         with self._lock:
             self._staged.pop(stage_id, None)
             while self._copying == stage_id:
-                self._copied.wait()
+                self._changed.wait()
             if not self._staged:
                 self._ring()
 
     def serves(self, stage_id: str) -> bool:
-        """Whether the broker can ask for these tensors."""
-        return self._thread is not None and stage_id in self._staged
+        """Whether the broker can ask for these tensors, and knows that it can."""
+        staged = self._staged.get(stage_id)
+        return staged is not None and staged.connection is self._socket is not None and not self._is_lost
 
     def close(self) -> None:
         """Stop serving; waits briefly for the thread."""
@@ -98,8 +115,8 @@ class StagingServer:
     def forget(self) -> None:
         """For a forked child: it has no thread and no staged tensors."""
         self._lock = threading.Lock()
-        self._copied = threading.Condition(self._lock)
-        self._staged, self._copying, self._thread = {}, "", None
+        self._changed = threading.Condition(self._lock)
+        self._staged, self._copying, self._thread, self._is_lost = {}, "", None, False
         connected, self._socket = self._socket, None
         if connected is not None:
             connected.close()
@@ -144,6 +161,9 @@ class StagingServer:
             except OSError:
                 packet = b""
             is_lost = not packet or not _answer(connected, self._do(packet, opened))
+        if is_lost:
+            with self._lock:
+                self._is_lost = True
         # Unmapped first: the end of the connection tells the broker that no staging buffer is mapped.
         for bucket_id, holders in opened.items():
             for tensors in holders:
@@ -172,6 +192,16 @@ class StagingServer:
         bell, self._bell = self._bell, -1
         os.close(bell)
         self._thread = self._socket = None
+        self._is_lost = False
+        self._changed.notify_all()
+
+    def _has_ended(self) -> bool:
+        """Whether the broker asks nothing more on the connection, also if the thread does not know yet."""
+        if self._socket is None or self._is_lost:
+            return True
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def _do(self, packet: bytes, opened: dict[str, list[StagedTensors]]) -> pb.StageResponse:
         from weight_broker.v1 import attach_pb2 as pb
@@ -219,20 +249,21 @@ class StagingServer:
     @contextlib.contextmanager
     def _use(self, stage_id: str) -> Iterator[StagedTensors]:
         with self._lock:
-            tensors = self._staged.get(stage_id)
-            if tensors is None:
+            staged = self._staged.get(stage_id)
+            if staged is None:
                 raise ValueError(f"nothing is staged as {stage_id!r}")
             self._copying = stage_id
         try:
-            yield tensors
+            yield staged.tensors
         finally:
             with self._lock:
                 self._copying = ""
-                self._copied.notify_all()
+                self._changed.notify_all()
 
 
 def _serve_stage(path: Path, token: bytes, timeout: float) -> socket.socket:
-    """A connection on which the broker sends requests."""
+    """A connection on which the broker sends requests. Raises `BrokerUnavailable`, `NotAttached`: whether the session
+    is over too, only its own connection says."""
     deadline = time.monotonic() + timeout
     connected = connect_to(path, timeout)
     from weight_broker.v1 import attach_pb2 as pb
@@ -243,7 +274,7 @@ def _serve_stage(path: Path, token: bytes, timeout: float) -> socket.socket:
         connected.send(request.SerializeToString())
         answer = connected.recv(MAX_PACKET_BYTES)
         if not answer:
-            raise NotAttached("the broker closed the staging connection")
+            raise NotAttached.without_stage("the broker closed it")
         response = pb.AttachResponse.FromString(answer)
         if response.WhichOneof("response") == "refused":
             raise decode_refusal(response.refused)
@@ -253,7 +284,10 @@ def _serve_stage(path: Path, token: bytes, timeout: float) -> socket.socket:
         raise BrokerUnavailable(f"the broker does not answer on {path}") from None
     except OSError as error:
         connected.close()
-        raise NotAttached(f"the broker closed the staging connection ({error.strerror or error})") from None
+        raise NotAttached.without_stage(f"the broker closed it ({error.strerror or error})") from None
+    except NotAttached as error:
+        connected.close()
+        raise NotAttached.without_stage(error.message) from error
     except BaseException:
         connected.close()
         raise

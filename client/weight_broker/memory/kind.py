@@ -108,6 +108,21 @@ class Shared(Protocol):
         """Idempotent. Raises `RetractTimeout` while the memory is still mapped: call again."""
 
 
+Piece = tuple[int, int, int]
+"""Host address, device address, size in bytes."""
+
+
+class HostCopies(Protocol):
+    """Copies between device memory and host memory by this process. They return when every byte is there. Raise
+    `DriverError`, `DeadlinePassed`."""
+
+    def to_host(self, pieces: Sequence[Piece], deadline: float | None) -> None:
+        """Waits for the caller's work on the device first."""
+
+    def to_device(self, pieces: Sequence[Piece], deadline: float | None) -> None:
+        """As `to_host`, into the device."""
+
+
 class Sharing(Protocol):
     """Memory that others may have mapped."""
 
@@ -169,6 +184,9 @@ class Kind(Protocol[Described]):
     def destination(self, tensors: Described, terms: Terms) -> Destination:
         """The tensors as the destination of one acquisition. Raises `InvalidArgument` for a tensor that cannot be
         written."""
+
+    def host_copies(self, tensors: Described) -> HostCopies | None:
+        """Copies between the tensors and host memory; None for tensors in host memory. Raises `DriverError`."""
 
     def digests(self, tensors: Described, deadline: float | None = None, *, sampled: bool = False) -> ContentDigests:
         """Digests of the present content, after waiting for the device: of every byte if this host can, or `sampled`,

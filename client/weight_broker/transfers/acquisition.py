@@ -244,7 +244,8 @@ class Acquisition:
             self._is_filled = True
             return None
         self._received = received
-        self._touched = self._touched or received.touched
+        # A source that was lost before may have written; nothing of it does any more.
+        self._touched, self._is_filled = self._touched or self._is_filled or received.touched, False
         for name, seconds in received.seconds.items():
             self._add(name, seconds)
         self._mark = time.monotonic()

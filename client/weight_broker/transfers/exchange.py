@@ -78,13 +78,14 @@ class Exchange:
     def fill(self, request: Request, tensors: Mapping[str, object]) -> Filled | ColdLoadLease:
         """Fills `tensors`, or returns the lease to load them. Raises `BrokerError`."""
         with room.importing():
+            from weight_broker.memory.from_host import destination as destination_of
             from weight_broker.memory.tensors import describe
 
         begun = time.monotonic()
         described = describe(tensors)
         described.require_writable()
         phases = {"describe": time.monotonic() - begun}
-        destination = kind_of(described.device_kind).destination(described, self.terms)
+        destination = destination_of(described, self.terms)
         acquired = self._acquire(request, destination, begun, phases)
         if isinstance(acquired, ColdLoadLease):
             return acquired
@@ -114,17 +115,23 @@ class Exchange:
         group: LoadGroup | None = None,
         timeout: float = PUBLISH_TIMEOUT_SECONDS,
         check: Check | None = None,
+        in_host_memory: bool = False,
     ) -> Publication:
-        """Offers `tensors` as a source, with a `check` only once that has found nothing. Raises `BrokerError`."""
+        """Offers `tensors` as a source, with a `check` only once that has found nothing. `in_host_memory`: as a copy
+        there, also of device memory. Raises `BrokerError`."""
         with room.importing():
             from weight_broker.memory.tensors import describe
+            from weight_broker.memory.to_host import share_copy
 
         deadline = time.monotonic() + checked_seconds("timeout", timeout)
         _check_key(key)
         described = describe(tensors)
         self._require_broker(deadline)
-        prepared = lease.prepared if lease is not None else None
-        shared = kind_of(described.device_kind).share(described, self.terms, deadline, prepared)
+        if in_host_memory:
+            shared = share_copy(described, self.terms, deadline)
+        else:
+            prepared = lease.prepared if lease is not None else None
+            shared = kind_of(described.device_kind).share(described, self.terms, deadline, prepared)
         remaining = max(deadline - time.monotonic(), 0.001)
         if check is None:
             return self.publish_shared(key, shared, lease=lease, group=group, timeout=remaining)

@@ -112,6 +112,8 @@ class Load:
             return outcome
 
         outcome = self._attempt(mapped)
+        if self._lease is not None and like is not None:
+            self._prepare_for(like)
         if outcome is None:
             return None
         self._acquired, self._shared = outcome.tensors.report, outcome.shared
@@ -121,6 +123,11 @@ class Load:
     def has_lease(self) -> bool:
         """Whether all others wait for this process's load from disk."""
         return self._lease is not None
+
+    @property
+    def holds_copy(self) -> bool:
+        """Whether the weights arrived from a copy in host memory, which `publish` shares again."""
+        return self._shared is not None and not self._shared.needs_retraction
 
     def prepare_memory(self, size_bytes: int) -> None:
         """Allocate memory for publishing while the weights are read. Does nothing without a lease."""
@@ -136,13 +143,16 @@ class Load:
             except SURVIVABLE as error:
                 self._refuse(error, "%s will not be published: %s")
 
-    def publish(self, tensors: TensorSource, check: Check | None = None) -> Publication | None:
+    def publish(
+        self, tensors: TensorSource, check: Check | None = None, *, in_host_memory: bool = False
+    ) -> Publication | None:
         """Publish, unless publishing is off or there is no broker; what was read from disk only once `check` has found
-        nothing. Never raises, as the weights are loaded; the report says why there is no publication."""
+        nothing; `in_host_memory` as a copy there. Never raises, as the weights are loaded; the report says why there is
+        no publication."""
         self._publish_begun, self._check = time.monotonic(), check
         if self._is_publishing:
             try:
-                self._publication = self._offer(tensors)
+                self._publication = self._offer(tensors, in_host_memory)
             except Exception as error:  # noqa: BLE001  # the weights are loaded: no failure may undo that
                 self._refuse(error, "%s is loaded but not published: %s")
         self._ended = time.monotonic()
@@ -157,14 +167,6 @@ class Load:
         self._publish_error = _text(error)
         self._logger.warning(text, self._key.model, error, exc_info=not isinstance(error, _EXPECTED))
         self.give_up(f"publishing failed: {self._publish_error}", unpublishable=isinstance(error, WeightsDamaged))
-
-    def discard(self) -> None:
-        """The caller does not use the weights that arrived, and says why itself."""
-        if self._acquired is not None:
-            self._acquired, self._acquire_error = None, "the weights that arrived were not used"
-        shared, self._shared = self._shared, None
-        if shared is not None:
-            shared.close()
 
     def give_up(self, reason: str, *, unpublishable: bool = False) -> None:
         """End the lease, if there is one: the next waiter gets it; if the weights are `unpublishable`, all waiters load
@@ -199,6 +201,10 @@ class Load:
         """Give back the lease and the shared memory. Idempotent."""
         self.give_up(reason)
         self._ended = self._ended or time.monotonic()
+        self._release()
+
+    def _release(self) -> None:
+        """Give back the memory that arrived."""
         shared, self._shared = self._shared, None
         if shared is not None:
             try:
@@ -251,7 +257,9 @@ class Load:
             described = describe(tensors)
             self.prepare_memory(kind_of(described.device_kind).prepared_bytes(described.layout))
 
-    def _offer(self, tensors: TensorSource) -> Publication:
+    def _offer(self, tensors: TensorSource, in_host_memory: bool) -> Publication:
+        if in_host_memory and not self.holds_copy:
+            self._release()
         shared, self._shared = self._shared, None
         if shared is not None:  # verified on arrival: nothing needs to be copied
             return self._exchange.publish_shared(self._key, shared, group=self._group)
@@ -263,7 +271,12 @@ class Load:
         if issubclass(self.failure or type(None), LayoutMismatch):
             self._logger.warning("publishing %s with another layout than the resident one", self._key.model)
         publication = self._exchange.publish(
-            self._key, present, lease=self._lease, group=self._group, check=self._check
+            self._key,
+            present,
+            lease=self._lease,
+            group=self._group,
+            check=self._check,
+            in_host_memory=in_host_memory,
         )
         self._lease = None
         return publication

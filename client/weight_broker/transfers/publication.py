@@ -109,9 +109,7 @@ class Publication:
                 return  # what was never published is not published again
             if self._attachment.is_current(self._session) and self._shared.is_served:
                 return
-            session = self._attachment.session()
-            self._retract_former(session)
-            self._announce(session, time.monotonic() + _RESTORE_TIMEOUT_SECONDS, 0)
+            self._attachment.run(self._announce_again)
             _logger.info("published weight set %s again, as %s", self.key.id, self.id)
         except BrokerError:
             if self._wanted:  # else its client is closing
@@ -130,7 +128,8 @@ class Publication:
 
     def retract(self, timeout: float = 60.0) -> None:
         """Returns when no reader is left. Idempotent. `RetractTimeout`: readers still run after `timeout` seconds; new
-        readers are refused; call again."""
+        readers are refused; call again. `BrokerUnavailable`: the broker lives, but its answer was lost twice; call
+        again."""
         if self._process != os.getpid():
             raise PublicationNotFound(
                 f"publication {self.id} belongs to process {self._process}; only that process can retract it",
@@ -219,17 +218,28 @@ class Publication:
             self._take_back(session, offered, last_word(deadline))
             raise
 
-    def _retract_former(self, session: Session) -> None:
-        """What was published in a session whose connection is lost, if its broker lives. No new reader finds it then;
-        those that run need no answer."""
+    def _announce_again(self, session: Session) -> None:
+        self._retract_former()
+        self._announce(session, time.monotonic() + _RESTORE_TIMEOUT_SECONDS, 0)
+
+    def _retract_former(self) -> None:
+        """What was published in a session whose connection is lost, or on a stage connection that is, if its broker
+        lives and has not ended it. No new reader finds it then; those that run need no answer."""
         from weight_broker.transfers import calls
 
         former = self._session
-        if former is not None and former is not session and not former.has_ended:
+        if former is not None and not former.has_ended:
             with contextlib.suppress(BrokerError):  # another broker does not know it
                 calls.retract(former, self.id, timeout=_UNDO_TIMEOUT_SECONDS)
 
     def _retract(self, session: Session, deadline: float) -> None:
+        try:
+            self._ask_to_retract(session, deadline)
+        except BrokerUnavailable:  # only the connection of the call was cut, perhaps
+            self._ask_to_retract(session, deadline)
+        self._take_back(session, self._regions, last_word(deadline))
+
+    def _ask_to_retract(self, session: Session, deadline: float) -> None:
         from weight_broker.transfers import calls
 
         try:
@@ -239,7 +249,6 @@ class Publication:
         except BrokerUnavailable:
             if not session.is_over:
                 raise
-        self._take_back(session, self._regions, last_word(deadline))
 
     def _take_back(self, session: Session, regions: list[weight_set_pb2.Region], timeout: float) -> None:
         """A session that is over has no regions."""
@@ -296,7 +305,8 @@ def _undo(session: Session, publish: Callable[..., resources_pb2.Publication], t
         publication_id = publish(timeout=timeout).publication_id
         calls.retract(session, publication_id, timeout=seconds_until(deadline))
     except BrokerError as error:
-        if not _is_refusal(error) or isinstance(error, RetractTimeout):
+        # NotAttached: the repetition was refused, which says nothing of the request before it.
+        if not _is_refusal(error) or isinstance(error, (RetractTimeout, NotAttached)):
             session.break_off()
 
 

@@ -255,12 +255,15 @@ class ExplainRequest(google.protobuf.message.Message):
     WEIGHT_SET_ID_FIELD_NUMBER: builtins.int
     LAYOUT_FIELD_NUMBER: builtins.int
     DEVICE_KIND_FIELD_NUMBER: builtins.int
+    TAKES_HOST_MEMORY_FIELD_NUMBER: builtins.int
     weight_set_id: builtins.str
     """By its id."""
     device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType
     """Optional. The kind of memory that would receive; without it the kind in which the weight set is published, or host
     memory.
     """
+    takes_host_memory: builtins.bool
+    """Optional, for device memory. AcquireRequest.takes_host_memory of the acquisition."""
     @property
     def key(self) -> weight_broker.v1.weight_set_pb2.WeightSetKey:
         """By its key."""
@@ -276,9 +279,10 @@ class ExplainRequest(google.protobuf.message.Message):
         weight_set_id: builtins.str = ...,
         layout: weight_broker.v1.weight_set_pb2.Layout | None = ...,
         device_kind: weight_broker.v1.weight_set_pb2.DeviceKind.ValueType = ...,
+        takes_host_memory: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["key", b"key", "layout", b"layout", "weight_set", b"weight_set", "weight_set_id", b"weight_set_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_kind", b"device_kind", "key", b"key", "layout", b"layout", "weight_set", b"weight_set", "weight_set_id", b"weight_set_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_kind", b"device_kind", "key", b"key", "layout", b"layout", "takes_host_memory", b"takes_host_memory", "weight_set", b"weight_set", "weight_set_id", b"weight_set_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["weight_set", b"weight_set"]) -> typing.Literal["key", "weight_set_id"] | None: ...
 
 global___ExplainRequest = ExplainRequest

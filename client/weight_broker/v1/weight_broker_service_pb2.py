@@ -17,59 +17,59 @@ from weight_broker.v1 import resources_pb2 as weight__broker_dot_v1_dot_resource
 from weight_broker.v1 import weight_set_pb2 as weight__broker_dot_v1_dot_weight__set__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,weight_broker/v1/weight_broker_service.proto\x12\x10weight_broker.v1\x1a\x1egoogle/protobuf/duration.proto\x1a weight_broker/v1/resources.proto\x1a!weight_broker/v1/weight_set.proto\"\xa4\x04\n\x0e\x41\x63quireRequest\x12+\n\x03key\x18\x01 \x01(\x0b\x32\x1e.weight_broker.v1.WeightSetKey\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.weight_broker.v1.Layout\x12-\n\tif_absent\x18\x03 \x01(\x0e\x32\x1a.weight_broker.v1.IfAbsent\x12,\n\x04path\x18\x04 \x01(\x0e\x32\x1e.weight_broker.v1.TransferPath\x12\x31\n\x0b\x64\x65vice_kind\x18\x05 \x01(\x0e\x32\x1c.weight_broker.v1.DeviceKind\x12\x11\n\tdevice_id\x18\x06 \x01(\t\x12)\n\x07regions\x18\x07 \x03(\x0b\x32\x18.weight_broker.v1.Region\x12\x35\n\nplacements\x18\x08 \x03(\x0b\x32!.weight_broker.v1.TensorPlacement\x12\x12\n\nrequest_id\x18\t \x01(\t\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\nload_group\x18\x0b \x01(\x0b\x32\x1b.weight_broker.v1.LoadGroup\x12\x33\n\x10\x61ssembly_timeout\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08stage_id\x18\r \x01(\t\"\xf5\x01\n\x07Waiting\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .weight_broker.v1.Waiting.Reason\x12\x38\n\x0f\x63old_load_lease\x18\x02 \x01(\x0b\x32\x1f.weight_broker.v1.ColdLoadLease\"~\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_COLD_LOAD\x10\x01\x12\x17\n\x13REASON_SOURCES_BUSY\x10\x02\x12\x15\n\x11REASON_LOAD_GROUP\x10\x03\x12\x16\n\x12REASON_REGISTERING\x10\x04\"\xeb\x02\n\x07Granted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12-\n\x06source\x18\x02 \x01(\x0b\x32\x1d.weight_broker.v1.Publication\x12/\n\ndata_plane\x18\x03 \x01(\x0e\x32\x1b.weight_broker.v1.DataPlane\x12,\n\x04path\x18\x04 \x01(\x0e\x32\x1e.weight_broker.v1.TransferPath\x12)\n\x07regions\x18\x05 \x03(\x0b\x32\x18.weight_broker.v1.Region\x12\x35\n\nplacements\x18\x06 \x03(\x0b\x32!.weight_broker.v1.TensorPlacement\x12\x31\n\x07\x64igests\x18\x07 \x03(\x0b\x32 .weight_broker.v1.ContentDigests\x12(\n\x06layout\x18\x08 \x01(\x0b\x32\x18.weight_broker.v1.Layout\"H\n\x08Progress\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0bmoved_bytes\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"b\n\x05Moved\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x30\n\x0bphase_times\x18\x03 \x03(\x0b\x32\x1b.weight_broker.v1.PhaseTime\"8\n\x04\x44one\x12\x30\n\x06report\x18\x01 \x01(\x0b\x32 .weight_broker.v1.TransferReport\"D\n\x08\x43oldLoad\x12\x38\n\x0f\x63old_load_lease\x18\x01 \x01(\x0b\x32\x1f.weight_broker.v1.ColdLoadLease\"\xa9\x02\n\x0f\x41\x63quireResponse\x12,\n\x07waiting\x18\x01 \x01(\x0b\x32\x19.weight_broker.v1.WaitingH\x00\x12,\n\x07granted\x18\x02 \x01(\x0b\x32\x19.weight_broker.v1.GrantedH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.weight_broker.v1.ProgressH\x00\x12&\n\x04\x64one\x18\x04 \x01(\x0b\x32\x16.weight_broker.v1.DoneH\x00\x12/\n\tcold_load\x18\x05 \x01(\x0b\x32\x1a.weight_broker.v1.ColdLoadH\x00\x12(\n\x05moved\x18\x06 \x01(\x0b\x32\x17.weight_broker.v1.MovedH\x00\x42\x07\n\x05\x65vent\"\x8d\x01\n\x11TransferSucceeded\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x30\n\x0bphase_times\x18\x02 \x03(\x0b\x32\x1b.weight_broker.v1.PhaseTime\x12\x32\n\x08verified\x18\x03 \x01(\x0e\x32 .weight_broker.v1.DigestCoverage\"\xc4\x01\n\x0eTransferFailed\x12\x35\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32&.weight_broker.v1.TransferFailed.Cause\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"k\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41USE_SOURCE_UNREACHABLE\x10\x01\x12\x19\n\x15\x43\x41USE_DIGEST_MISMATCH\x10\x02\x12\x12\n\x0e\x43\x41USE_RECEIVER\x10\x03\"\xa5\x01\n\x15ReportTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x38\n\tsucceeded\x18\x02 \x01(\x0b\x32#.weight_broker.v1.TransferSucceededH\x00\x12\x32\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32 .weight_broker.v1.TransferFailedH\x00\x42\t\n\x07outcome\"\x18\n\x16ReportTransferResponse\"\x88\x03\n\x0ePublishRequest\x12+\n\x03key\x18\x01 \x01(\x0b\x32\x1e.weight_broker.v1.WeightSetKey\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.weight_broker.v1.Layout\x12\x31\n\x07\x64igests\x18\x03 \x03(\x0b\x32 .weight_broker.v1.ContentDigests\x12)\n\x07regions\x18\x04 \x03(\x0b\x32\x18.weight_broker.v1.Region\x12\x35\n\nplacements\x18\x05 \x03(\x0b\x32!.weight_broker.v1.TensorPlacement\x12\x15\n\rfencing_token\x18\x06 \x01(\x04\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12/\n\nload_group\x18\x08 \x01(\x0b\x32\x1b.weight_broker.v1.LoadGroup\x12.\n\x06staged\x18\t \x01(\x0b\x32\x1e.weight_broker.v1.StagedMemory\"E\n\x0fPublishResponse\x12\x32\n\x0bpublication\x18\x01 \x01(\x0b\x32\x1d.weight_broker.v1.Publication\"(\n\x0eRetractRequest\x12\x16\n\x0epublication_id\x18\x01 \x01(\t\"E\n\x0fRetractResponse\x12\x32\n\x0bpublication\x18\x01 \x01(\x0b\x32\x1d.weight_broker.v1.Publication\"\xb0\x02\n\x11ReportLoadRequest\x12\x15\n\rweight_set_id\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x04\x12=\n\x07give_up\x18\x03 \x01(\x0b\x32*.weight_broker.v1.ReportLoadRequest.GiveUpH\x00\x12<\n\x06\x65xtend\x18\x04 \x01(\x0b\x32*.weight_broker.v1.ReportLoadRequest.ExtendH\x00\x1a/\n\x06GiveUp\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\runpublishable\x18\x02 \x01(\x08\x1a\x35\n\x06\x45xtend\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06\x61\x63tion\"N\n\x12ReportLoadResponse\x12\x38\n\x0f\x63old_load_lease\x18\x01 \x01(\x0b\x32\x1f.weight_broker.v1.ColdLoadLease*a\n\x08IfAbsent\x12\x19\n\x15IF_ABSENT_UNSPECIFIED\x10\x00\x12\x12\n\x0eIF_ABSENT_FAIL\x10\x01\x12\x12\n\x0eIF_ABSENT_WAIT\x10\x02\x12\x12\n\x0eIF_ABSENT_LOAD\x10\x03\x32\xc5\x03\n\x13WeightBrokerService\x12P\n\x07\x41\x63quire\x12 .weight_broker.v1.AcquireRequest\x1a!.weight_broker.v1.AcquireResponse0\x01\x12\x63\n\x0eReportTransfer\x12\'.weight_broker.v1.ReportTransferRequest\x1a(.weight_broker.v1.ReportTransferResponse\x12N\n\x07Publish\x12 .weight_broker.v1.PublishRequest\x1a!.weight_broker.v1.PublishResponse\x12N\n\x07Retract\x12 .weight_broker.v1.RetractRequest\x1a!.weight_broker.v1.RetractResponse\x12W\n\nReportLoad\x12#.weight_broker.v1.ReportLoadRequest\x1a$.weight_broker.v1.ReportLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,weight_broker/v1/weight_broker_service.proto\x12\x10weight_broker.v1\x1a\x1egoogle/protobuf/duration.proto\x1a weight_broker/v1/resources.proto\x1a!weight_broker/v1/weight_set.proto\"\xbf\x04\n\x0e\x41\x63quireRequest\x12+\n\x03key\x18\x01 \x01(\x0b\x32\x1e.weight_broker.v1.WeightSetKey\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.weight_broker.v1.Layout\x12-\n\tif_absent\x18\x03 \x01(\x0e\x32\x1a.weight_broker.v1.IfAbsent\x12,\n\x04path\x18\x04 \x01(\x0e\x32\x1e.weight_broker.v1.TransferPath\x12\x31\n\x0b\x64\x65vice_kind\x18\x05 \x01(\x0e\x32\x1c.weight_broker.v1.DeviceKind\x12\x11\n\tdevice_id\x18\x06 \x01(\t\x12)\n\x07regions\x18\x07 \x03(\x0b\x32\x18.weight_broker.v1.Region\x12\x35\n\nplacements\x18\x08 \x03(\x0b\x32!.weight_broker.v1.TensorPlacement\x12\x12\n\nrequest_id\x18\t \x01(\t\x12*\n\x07timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\nload_group\x18\x0b \x01(\x0b\x32\x1b.weight_broker.v1.LoadGroup\x12\x33\n\x10\x61ssembly_timeout\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08stage_id\x18\r \x01(\t\x12\x19\n\x11takes_host_memory\x18\x0e \x01(\x08\"\xf5\x01\n\x07Waiting\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .weight_broker.v1.Waiting.Reason\x12\x38\n\x0f\x63old_load_lease\x18\x02 \x01(\x0b\x32\x1f.weight_broker.v1.ColdLoadLease\"~\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_COLD_LOAD\x10\x01\x12\x17\n\x13REASON_SOURCES_BUSY\x10\x02\x12\x15\n\x11REASON_LOAD_GROUP\x10\x03\x12\x16\n\x12REASON_REGISTERING\x10\x04\"\xeb\x02\n\x07Granted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12-\n\x06source\x18\x02 \x01(\x0b\x32\x1d.weight_broker.v1.Publication\x12/\n\ndata_plane\x18\x03 \x01(\x0e\x32\x1b.weight_broker.v1.DataPlane\x12,\n\x04path\x18\x04 \x01(\x0e\x32\x1e.weight_broker.v1.TransferPath\x12)\n\x07regions\x18\x05 \x03(\x0b\x32\x18.weight_broker.v1.Region\x12\x35\n\nplacements\x18\x06 \x03(\x0b\x32!.weight_broker.v1.TensorPlacement\x12\x31\n\x07\x64igests\x18\x07 \x03(\x0b\x32 .weight_broker.v1.ContentDigests\x12(\n\x06layout\x18\x08 \x01(\x0b\x32\x18.weight_broker.v1.Layout\"H\n\x08Progress\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x13\n\x0bmoved_bytes\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"b\n\x05Moved\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x30\n\x0bphase_times\x18\x03 \x03(\x0b\x32\x1b.weight_broker.v1.PhaseTime\"8\n\x04\x44one\x12\x30\n\x06report\x18\x01 \x01(\x0b\x32 .weight_broker.v1.TransferReport\"D\n\x08\x43oldLoad\x12\x38\n\x0f\x63old_load_lease\x18\x01 \x01(\x0b\x32\x1f.weight_broker.v1.ColdLoadLease\"\xa9\x02\n\x0f\x41\x63quireResponse\x12,\n\x07waiting\x18\x01 \x01(\x0b\x32\x19.weight_broker.v1.WaitingH\x00\x12,\n\x07granted\x18\x02 \x01(\x0b\x32\x19.weight_broker.v1.GrantedH\x00\x12.\n\x08progress\x18\x03 \x01(\x0b\x32\x1a.weight_broker.v1.ProgressH\x00\x12&\n\x04\x64one\x18\x04 \x01(\x0b\x32\x16.weight_broker.v1.DoneH\x00\x12/\n\tcold_load\x18\x05 \x01(\x0b\x32\x1a.weight_broker.v1.ColdLoadH\x00\x12(\n\x05moved\x18\x06 \x01(\x0b\x32\x17.weight_broker.v1.MovedH\x00\x42\x07\n\x05\x65vent\"\x8d\x01\n\x11TransferSucceeded\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x30\n\x0bphase_times\x18\x02 \x03(\x0b\x32\x1b.weight_broker.v1.PhaseTime\x12\x32\n\x08verified\x18\x03 \x01(\x0e\x32 .weight_broker.v1.DigestCoverage\"\xc4\x01\n\x0eTransferFailed\x12\x35\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32&.weight_broker.v1.TransferFailed.Cause\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"k\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43\x41USE_SOURCE_UNREACHABLE\x10\x01\x12\x19\n\x15\x43\x41USE_DIGEST_MISMATCH\x10\x02\x12\x12\n\x0e\x43\x41USE_RECEIVER\x10\x03\"\xa5\x01\n\x15ReportTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x38\n\tsucceeded\x18\x02 \x01(\x0b\x32#.weight_broker.v1.TransferSucceededH\x00\x12\x32\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32 .weight_broker.v1.TransferFailedH\x00\x42\t\n\x07outcome\"\x18\n\x16ReportTransferResponse\"\x88\x03\n\x0ePublishRequest\x12+\n\x03key\x18\x01 \x01(\x0b\x32\x1e.weight_broker.v1.WeightSetKey\x12(\n\x06layout\x18\x02 \x01(\x0b\x32\x18.weight_broker.v1.Layout\x12\x31\n\x07\x64igests\x18\x03 \x03(\x0b\x32 .weight_broker.v1.ContentDigests\x12)\n\x07regions\x18\x04 \x03(\x0b\x32\x18.weight_broker.v1.Region\x12\x35\n\nplacements\x18\x05 \x03(\x0b\x32!.weight_broker.v1.TensorPlacement\x12\x15\n\rfencing_token\x18\x06 \x01(\x04\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12/\n\nload_group\x18\x08 \x01(\x0b\x32\x1b.weight_broker.v1.LoadGroup\x12.\n\x06staged\x18\t \x01(\x0b\x32\x1e.weight_broker.v1.StagedMemory\"E\n\x0fPublishResponse\x12\x32\n\x0bpublication\x18\x01 \x01(\x0b\x32\x1d.weight_broker.v1.Publication\"(\n\x0eRetractRequest\x12\x16\n\x0epublication_id\x18\x01 \x01(\t\"E\n\x0fRetractResponse\x12\x32\n\x0bpublication\x18\x01 \x01(\x0b\x32\x1d.weight_broker.v1.Publication\"\xb0\x02\n\x11ReportLoadRequest\x12\x15\n\rweight_set_id\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x04\x12=\n\x07give_up\x18\x03 \x01(\x0b\x32*.weight_broker.v1.ReportLoadRequest.GiveUpH\x00\x12<\n\x06\x65xtend\x18\x04 \x01(\x0b\x32*.weight_broker.v1.ReportLoadRequest.ExtendH\x00\x1a/\n\x06GiveUp\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\runpublishable\x18\x02 \x01(\x08\x1a\x35\n\x06\x45xtend\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06\x61\x63tion\"N\n\x12ReportLoadResponse\x12\x38\n\x0f\x63old_load_lease\x18\x01 \x01(\x0b\x32\x1f.weight_broker.v1.ColdLoadLease*a\n\x08IfAbsent\x12\x19\n\x15IF_ABSENT_UNSPECIFIED\x10\x00\x12\x12\n\x0eIF_ABSENT_FAIL\x10\x01\x12\x12\n\x0eIF_ABSENT_WAIT\x10\x02\x12\x12\n\x0eIF_ABSENT_LOAD\x10\x03\x32\xc5\x03\n\x13WeightBrokerService\x12P\n\x07\x41\x63quire\x12 .weight_broker.v1.AcquireRequest\x1a!.weight_broker.v1.AcquireResponse0\x01\x12\x63\n\x0eReportTransfer\x12\'.weight_broker.v1.ReportTransferRequest\x1a(.weight_broker.v1.ReportTransferResponse\x12N\n\x07Publish\x12 .weight_broker.v1.PublishRequest\x1a!.weight_broker.v1.PublishResponse\x12N\n\x07Retract\x12 .weight_broker.v1.RetractRequest\x1a!.weight_broker.v1.RetractResponse\x12W\n\nReportLoad\x12#.weight_broker.v1.ReportLoadRequest\x1a$.weight_broker.v1.ReportLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weight_broker.v1.weight_broker_service_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_IFABSENT']._serialized_start=3437
-  _globals['_IFABSENT']._serialized_end=3534
+  _globals['_IFABSENT']._serialized_start=3464
+  _globals['_IFABSENT']._serialized_end=3561
   _globals['_ACQUIREREQUEST']._serialized_start=168
-  _globals['_ACQUIREREQUEST']._serialized_end=716
-  _globals['_WAITING']._serialized_start=719
-  _globals['_WAITING']._serialized_end=964
-  _globals['_WAITING_REASON']._serialized_start=838
-  _globals['_WAITING_REASON']._serialized_end=964
-  _globals['_GRANTED']._serialized_start=967
-  _globals['_GRANTED']._serialized_end=1330
-  _globals['_PROGRESS']._serialized_start=1332
-  _globals['_PROGRESS']._serialized_end=1404
-  _globals['_MOVED']._serialized_start=1406
-  _globals['_MOVED']._serialized_end=1504
-  _globals['_DONE']._serialized_start=1506
-  _globals['_DONE']._serialized_end=1562
-  _globals['_COLDLOAD']._serialized_start=1564
-  _globals['_COLDLOAD']._serialized_end=1632
-  _globals['_ACQUIRERESPONSE']._serialized_start=1635
-  _globals['_ACQUIRERESPONSE']._serialized_end=1932
-  _globals['_TRANSFERSUCCEEDED']._serialized_start=1935
-  _globals['_TRANSFERSUCCEEDED']._serialized_end=2076
-  _globals['_TRANSFERFAILED']._serialized_start=2079
-  _globals['_TRANSFERFAILED']._serialized_end=2275
-  _globals['_TRANSFERFAILED_CAUSE']._serialized_start=2168
-  _globals['_TRANSFERFAILED_CAUSE']._serialized_end=2275
-  _globals['_REPORTTRANSFERREQUEST']._serialized_start=2278
-  _globals['_REPORTTRANSFERREQUEST']._serialized_end=2443
-  _globals['_REPORTTRANSFERRESPONSE']._serialized_start=2445
-  _globals['_REPORTTRANSFERRESPONSE']._serialized_end=2469
-  _globals['_PUBLISHREQUEST']._serialized_start=2472
-  _globals['_PUBLISHREQUEST']._serialized_end=2864
-  _globals['_PUBLISHRESPONSE']._serialized_start=2866
-  _globals['_PUBLISHRESPONSE']._serialized_end=2935
-  _globals['_RETRACTREQUEST']._serialized_start=2937
-  _globals['_RETRACTREQUEST']._serialized_end=2977
-  _globals['_RETRACTRESPONSE']._serialized_start=2979
-  _globals['_RETRACTRESPONSE']._serialized_end=3048
-  _globals['_REPORTLOADREQUEST']._serialized_start=3051
-  _globals['_REPORTLOADREQUEST']._serialized_end=3355
-  _globals['_REPORTLOADREQUEST_GIVEUP']._serialized_start=3243
-  _globals['_REPORTLOADREQUEST_GIVEUP']._serialized_end=3290
-  _globals['_REPORTLOADREQUEST_EXTEND']._serialized_start=3292
-  _globals['_REPORTLOADREQUEST_EXTEND']._serialized_end=3345
-  _globals['_REPORTLOADRESPONSE']._serialized_start=3357
-  _globals['_REPORTLOADRESPONSE']._serialized_end=3435
-  _globals['_WEIGHTBROKERSERVICE']._serialized_start=3537
-  _globals['_WEIGHTBROKERSERVICE']._serialized_end=3990
+  _globals['_ACQUIREREQUEST']._serialized_end=743
+  _globals['_WAITING']._serialized_start=746
+  _globals['_WAITING']._serialized_end=991
+  _globals['_WAITING_REASON']._serialized_start=865
+  _globals['_WAITING_REASON']._serialized_end=991
+  _globals['_GRANTED']._serialized_start=994
+  _globals['_GRANTED']._serialized_end=1357
+  _globals['_PROGRESS']._serialized_start=1359
+  _globals['_PROGRESS']._serialized_end=1431
+  _globals['_MOVED']._serialized_start=1433
+  _globals['_MOVED']._serialized_end=1531
+  _globals['_DONE']._serialized_start=1533
+  _globals['_DONE']._serialized_end=1589
+  _globals['_COLDLOAD']._serialized_start=1591
+  _globals['_COLDLOAD']._serialized_end=1659
+  _globals['_ACQUIRERESPONSE']._serialized_start=1662
+  _globals['_ACQUIRERESPONSE']._serialized_end=1959
+  _globals['_TRANSFERSUCCEEDED']._serialized_start=1962
+  _globals['_TRANSFERSUCCEEDED']._serialized_end=2103
+  _globals['_TRANSFERFAILED']._serialized_start=2106
+  _globals['_TRANSFERFAILED']._serialized_end=2302
+  _globals['_TRANSFERFAILED_CAUSE']._serialized_start=2195
+  _globals['_TRANSFERFAILED_CAUSE']._serialized_end=2302
+  _globals['_REPORTTRANSFERREQUEST']._serialized_start=2305
+  _globals['_REPORTTRANSFERREQUEST']._serialized_end=2470
+  _globals['_REPORTTRANSFERRESPONSE']._serialized_start=2472
+  _globals['_REPORTTRANSFERRESPONSE']._serialized_end=2496
+  _globals['_PUBLISHREQUEST']._serialized_start=2499
+  _globals['_PUBLISHREQUEST']._serialized_end=2891
+  _globals['_PUBLISHRESPONSE']._serialized_start=2893
+  _globals['_PUBLISHRESPONSE']._serialized_end=2962
+  _globals['_RETRACTREQUEST']._serialized_start=2964
+  _globals['_RETRACTREQUEST']._serialized_end=3004
+  _globals['_RETRACTRESPONSE']._serialized_start=3006
+  _globals['_RETRACTRESPONSE']._serialized_end=3075
+  _globals['_REPORTLOADREQUEST']._serialized_start=3078
+  _globals['_REPORTLOADREQUEST']._serialized_end=3382
+  _globals['_REPORTLOADREQUEST_GIVEUP']._serialized_start=3270
+  _globals['_REPORTLOADREQUEST_GIVEUP']._serialized_end=3317
+  _globals['_REPORTLOADREQUEST_EXTEND']._serialized_start=3319
+  _globals['_REPORTLOADREQUEST_EXTEND']._serialized_end=3372
+  _globals['_REPORTLOADRESPONSE']._serialized_start=3384
+  _globals['_REPORTLOADRESPONSE']._serialized_end=3462
+  _globals['_WEIGHTBROKERSERVICE']._serialized_start=3564
+  _globals['_WEIGHTBROKERSERVICE']._serialized_end=4017
 # @@protoc_insertion_point(module_scope)

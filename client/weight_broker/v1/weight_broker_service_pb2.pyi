@@ -69,6 +69,7 @@ class AcquireRequest(google.protobuf.message.Message):
     LOAD_GROUP_FIELD_NUMBER: builtins.int
     ASSEMBLY_TIMEOUT_FIELD_NUMBER: builtins.int
     STAGE_ID_FIELD_NUMBER: builtins.int
+    TAKES_HOST_MEMORY_FIELD_NUMBER: builtins.int
     if_absent: global___IfAbsent.ValueType
     """Required. What to do if nobody holds it."""
     path: weight_broker.v1.resources_pb2.TransferPath.ValueType
@@ -85,6 +86,10 @@ class AcquireRequest(google.protobuf.message.Message):
     """Required for TRANSFER_PATH_STAGED, optional for TRANSFER_PATH_COPY where device memory can be staged.
     StagedMemory.stage_id of the tensors that receive, on device_id. With regions too, the broker takes the way that its
     cards.path allows, and stages what it cannot map.
+    """
+    takes_host_memory: builtins.bool
+    """Optional, for device memory. The instance also fills its memory itself from host memory: a source in host memory
+    serves where none in device memory does. Granted then has regions, and the instance takes the bytes.
     """
     @property
     def key(self) -> weight_broker.v1.weight_set_pb2.WeightSetKey:
@@ -139,9 +144,10 @@ class AcquireRequest(google.protobuf.message.Message):
         load_group: weight_broker.v1.weight_set_pb2.LoadGroup | None = ...,
         assembly_timeout: google.protobuf.duration_pb2.Duration | None = ...,
         stage_id: builtins.str = ...,
+        takes_host_memory: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "key", b"key", "layout", b"layout", "load_group", b"load_group", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "load_group", b"load_group", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "stage_id", b"stage_id", "timeout", b"timeout"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["assembly_timeout", b"assembly_timeout", "device_id", b"device_id", "device_kind", b"device_kind", "if_absent", b"if_absent", "key", b"key", "layout", b"layout", "load_group", b"load_group", "path", b"path", "placements", b"placements", "regions", b"regions", "request_id", b"request_id", "stage_id", b"stage_id", "takes_host_memory", b"takes_host_memory", "timeout", b"timeout"]) -> None: ...
 
 global___AcquireRequest = AcquireRequest
 

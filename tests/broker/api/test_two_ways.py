@@ -12,7 +12,7 @@ from support.kinds import RecordedEvents, ServingConnections, npu_kind
 from support.received import as_received
 from support.scripted_cards import ScriptedCards
 from weight_broker.digest import FULL_BLOCK_BYTES, ContentDigests, DigestAlgorithm, DigestCoverage
-from weight_broker.errors import InvalidArgument, PublishRefused, TransferFailed
+from weight_broker.errors import InvalidArgument, NotAttached, PublishRefused, TransferFailed
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_broker.v1 import resources_pb2, weight_set_pb2
@@ -133,12 +133,14 @@ def test_a_way_that_the_settings_close_is_refused_with_the_setting(path: str, wa
 
 
 @pytest.mark.parametrize("path", ["auto", "staged"])
-def test_a_stage_needs_its_connection(path: str) -> None:
+def test_a_stage_connection_that_has_ended_is_a_lost_connection_and_no_wrong_argument(path: str) -> None:
     for ways in (["staged"], ["mapped", "staged"]):
-        with pytest.raises(InvalidArgument, match=r"staged\.stage_id.*a name on a stage connection"):
+        with pytest.raises(NotAttached, match="no stage connection") as publishing:
             published(publish(*ways), path)
-        with pytest.raises(InvalidArgument, match=r"^stage_id.*a name on a stage connection"):
+        with pytest.raises(NotAttached, match="no stage connection") as acquiring:
             acquired(acquire(*ways), path)
+        assert publishing.value.lacks_stage
+        assert acquiring.value.lacks_stage
 
 
 def test_where_nothing_is_staged_no_connection_is_needed() -> None:

@@ -398,3 +398,15 @@ class TestKernelsBefore6Point5:
     ) -> None:
         with pytest.raises(NotAttached, match="hostPID: true"):
             peer.open_pidfd(pair[0], peer.PeerCredentials(pid, os.getuid(), os.getgid(), frozenset()))
+
+    def test_a_broker_without_a_descriptor_does_not_blame_the_process(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        credentials = peer.credentials(pair[0])
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            with pytest.raises(BrokerUnavailable, match="LimitNOFILE"):
+                peer.open_pidfd(pair[0], credentials)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)

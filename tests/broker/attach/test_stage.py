@@ -15,7 +15,7 @@ import pytest
 from support.attach_room import AttachRoom
 from support.waiting import eventually
 from weight_broker.connection.stage_server import StagingServer
-from weight_broker.errors import NotAttached
+from weight_broker.errors import BrokerUnavailable, NotAttached
 from weight_broker.v1 import attach_pb2 as pb
 from weight_broker.v1 import weight_set_pb2
 from weight_brokerd.attach.stage import StagingConnections, StagingGone, StagingRefused, StagingSilent
@@ -77,6 +77,12 @@ class Broker(AttachRoom):
         """Ends when the instance has unmapped what it was lent."""
         assert self.staging is not None
         return asyncio.run_coroutine_threadsafe(self.staging.let_go("instance-1"), self.loop)
+
+    def drop(self) -> None:
+        """The broker asks nothing more on the connection."""
+        assert self.staging is not None
+        self.loop.call_soon_threadsafe(self.staging.drop, "instance-1")
+        eventually(lambda: not self.has())
 
     def has(self) -> bool:
         """Whether the instance can be asked."""
@@ -218,6 +224,43 @@ def test_a_forked_child_serves_nothing_and_takes_nothing_from_its_parent(broker:
         os._exit(1 if server.serves("s") else 0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     broker.ask(OPEN).result(60)
+    assert server.serves("s")
+
+
+def test_who_has_lost_the_connection_serves_on_another_one_once_the_last_copy_has_ended(
+    broker: Broker, server: StagingServer
+) -> None:
+    """Also if the thread, which copies, has not seen the loss."""
+    tensors = Tensors()
+    server.add("s", tensors)
+    eventually(broker.has)
+    broker.ask(OPEN).result(60)
+    tensors.may_go_on.clear()
+    copying = broker.ask(COPY)
+    eventually(lambda: tensors.is_copying)
+    broker.drop()
+    with pytest.raises(StagingGone):
+        copying.result(60)
+    with pytest.raises(BrokerUnavailable, match="has ended, and what was copied on it has not"):
+        server.add("t", tensors, timeout=0.1)
+    tensors.may_go_on.set()
+    server.add("t", tensors)
+    assert tensors.done == [("open", "b"), ("copy", "b", 5, True), ("close", "b")]
+    eventually(broker.has)
+    broker.ask(OPEN).result(60)
+    assert server.serves("t")
+
+
+def test_what_the_broker_had_learned_on_a_connection_that_ended_is_not_served_on_the_next_one(
+    broker: Broker, server: StagingServer
+) -> None:
+    """The broker has ended what was published: it must be published again, although there is a connection."""
+    server.add("s", Tensors())
+    eventually(broker.has)
+    broker.drop()
+    server.add("t", Tensors())
+    assert (server.serves("s"), server.serves("t")) == (False, True)
+    server.add("s", Tensors())
     assert server.serves("s")
 
 

@@ -40,7 +40,7 @@ class Core(CoreMachine):
                         or len(publication.readers) == publication.reader_limit
                         or publication.ref in acquisition.failed_sources
                         or acquisition.layout not in (None, publication.layout)
-                        or acquisition.device_kind != publication.device_kind
+                        or publication.device_kind not in {acquisition.device_kind, *acquisition.other_kinds}
                     )
 
     @invariant()
@@ -48,7 +48,7 @@ class Core(CoreMachine):
         for record in self.coordinator.weight_sets:
             loads = [one for one in record.waiting.values() if one.if_absent is IfAbsent.LOAD]
             busy = any(
-                publication.device_kind in {one.device_kind for one in loads}
+                publication.device_kind in {kind for one in loads for kind in (one.device_kind, *one.other_kinds)}
                 and (
                     publication.state is PublicationState.REGISTERING
                     or (

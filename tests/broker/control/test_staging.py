@@ -10,7 +10,7 @@ import pytest
 from support.asynchronous import on_a_loop
 from support.kinds import RecordedEvents, ServingConnections, control_of, npu_kind
 from support.scripted_cards import ScriptedCards
-from weight_broker.errors import PublishRefused, Reason
+from weight_broker.errors import NotAttached, PublishRefused, Reason
 from weight_broker.key import ParallelRank, WeightSetKey
 from weight_broker.layout import Layout, TensorSpec
 from weight_brokerd.attach.peer import PeerCredentials
@@ -18,7 +18,7 @@ from weight_brokerd.cards.messages import ImportRegion
 from weight_brokerd.control.control import Control
 from weight_brokerd.control.mailboxes import AcquisitionEvent, Granted, Mailbox, Moved
 from weight_brokerd.core import decisions as decide
-from weight_brokerd.core.coordinator import STAGE_INSTEAD
+from weight_brokerd.core.answers import STAGE_INSTEAD
 from weight_brokerd.core.model import Acquisition, Arrival, IfAbsent, RankOfGroup, TransferPath
 from weight_brokerd.core.publications import Offer, Publication, PublicationState
 from weight_brokerd.dataplane.plane import Place, StagedBy
@@ -58,7 +58,10 @@ class Scene:
         memory = PublishedMemory(place(name, card, instance_id if both else ""), b"")
         return await self.control.publishing.publish(offer, memory), instance_id
 
-    def acquire(self, name: str, card: str, rank: int = 0, *, group: str = "", both: bool = True) -> Mailbox:
+    def acquire(
+        self, name: str, card: str, rank: int = 0, *, group: str = "", both: bool = True, staged: bool = False
+    ) -> Mailbox:
+        """`both`: the memory is mapped or staged; `staged`: only that; neither: only mapped."""
         instance_id = self.attach(name)
         now = self.control.loop.now()
         of_group = RankOfGroup(group, rank, 2, 50.0) if group else None
@@ -75,7 +78,10 @@ class Scene:
             deadline=now + 60,
             rank=of_group,
         )
-        return self.control.acquiring.begin(acquisition, place(name, card, instance_id if both else ""))
+        destination = place(name, card, instance_id if both or staged else "")
+        if staged:
+            acquisition.path, destination = TransferPath.STAGED, destination.as_staged
+        return self.control.acquiring.begin(acquisition, destination)
 
     def succeed(self, moved: Moved) -> None:
         self.control.acquiring.succeeded(moved.transfer.receiver_instance_id, moved.transfer.transfer_id, ARRIVAL)
@@ -146,7 +152,7 @@ async def test_a_publisher_that_offered_no_stage_is_told_to_ask_again_where_that
 
 
 @on_a_loop
-async def test_a_publication_whose_instance_stops_copying_meanwhile_is_refused() -> None:
+async def test_a_publisher_whose_stage_connection_ends_meanwhile_may_repeat_its_call() -> None:
     host = await scene()
     host.cards.refused = {"source"}
     instance_id = host.attach("holder")
@@ -156,8 +162,41 @@ async def test_a_publication_whose_instance_stops_copying_meanwhile_is_refused()
     )
     await asyncio.sleep(0)
     host.staging.instances.clear()
-    with pytest.raises(PublishRefused, match="507899"):
+    with pytest.raises(NotAttached) as lost:
         await publishing
+    assert lost.value.lacks_stage
+    assert host.control.counts().publications == 0
+    host.control.close()
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["mapped or staged", "staged"])
+@on_a_loop
+async def test_a_receiver_whose_stage_connection_ends_before_a_byte_has_arrived_may_repeat_its_call(both: bool) -> None:
+    host = await scene()
+    await host.publish("source", "npu:0")
+    if both:
+        host.cards.refused = {"receiver"}
+    mailbox = host.acquire("receiver", "npu:1", both=both, staged=not both)
+    host.staging.instances.clear()
+    *_, failed = await events(mailbox, decide.Fail)
+    assert isinstance(failed, decide.Fail)
+    assert isinstance(failed.error, NotAttached)
+    assert (failed.error.lacks_stage, failed.error.touched, failed.error.quiesced) == (True, False, True)
+    host.control.close()
+
+
+@on_a_loop
+async def test_a_receiver_whose_stage_connection_ends_while_it_copies_is_told_that_its_memory_is_touched() -> None:
+    host = await scene()
+    await host.publish("source", "npu:0")
+    host.staging.gate = asyncio.Event()
+    mailbox = host.acquire("receiver", "npu:1", both=False, staged=True)
+    async with asyncio.timeout(10):
+        await host.staging.is_asked_to_copy.wait()
+    host.staging.cut_off()
+    *_, failed = await events(mailbox, decide.Fail)
+    assert isinstance(failed, decide.Fail)
+    assert (failed.error.reason, failed.error.touched) == (Reason.TRANSFER_FAILED, True)
     host.control.close()
 
 

@@ -14,6 +14,7 @@ from weight_broker.errors import (
     IntegrityError,
     LayoutMismatch,
     LeaseLost,
+    NotAttached,
     Reason,
     WeightsNotFound,
 )
@@ -102,6 +103,34 @@ def test_a_transfer_says_what_moves_it_and_a_receiver_that_was_told_otherwise_is
     assert coordinator.transfers.succeeded == {DataPlane.DATASYSTEM: 1}
     assert coordinator.routed(transfer.transfer_id, DataPlane.LOCAL) == []
     assert [*seen, transfer.data_plane] == [DataPlane.LOCAL, DataPlane.DATASYSTEM, DataPlane.DATASYSTEM]
+
+
+def on_a_card(name: str, *, takes_host_memory: bool = True) -> Acquisition:
+    kinds = frozenset({"cpu"}) if takes_host_memory else frozenset[str]()
+    asked = acquisition(name)
+    return replace(asked, device_kind="npu", device_id="npu:0", path=TransferPath.STAGED, other_kinds=kinds)
+
+
+def test_a_card_is_filled_from_host_memory_by_its_own_process(coordinator: Coordinator) -> None:
+    publication = publish(coordinator)
+    decisions = coordinator.acquire(on_a_card("one"), 1.0)
+    transfer = only(decide.Reserve, decisions).transfer
+    assert (transfer.publication, transfer.broker_copies, transfer.path) == (publication, False, TransferPath.COPY)
+
+
+def test_a_card_is_filled_from_host_memory_only_if_it_says_so(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    only(decide.ClaimLease, coordinator.acquire(on_a_card("one", takes_host_memory=False), 1.0))
+
+
+def test_a_card_is_rather_filled_from_a_card(coordinator: Coordinator) -> None:
+    publish(coordinator)
+    offer = Offer(KEY, LAYOUT, "a", "npu", "npu:1", 0, "request-of-a-card")
+    from_a_card, _ = coordinator.publish(offer, 0.0)
+    coordinator.held(from_a_card, 0.0)
+    said = coordinator.explain(Question(KEY.id, None, LAYOUT, "npu", "npu:0", frozenset({"cpu"})))
+    assert said.selection.chosen is from_a_card
+    assert only(decide.Reserve, coordinator.acquire(on_a_card("one"), 1.0)).transfer.publication is from_a_card
 
 
 @pytest.mark.parametrize("if_absent", [IfAbsent.FAIL, IfAbsent.WAIT])
@@ -365,3 +394,14 @@ def test_an_instance_of_another_host_keeps_its_lease_when_one_of_the_same_name_d
     elsewhere = LeaseTable().claim(claim.weight_set_id, Holder("another host", "b"), now=1.0, seconds=60.0)
     coordinator.lease_claimed(claim.weight_set_id, replace(elsewhere, granted=False), 1.0)
     assert not [one for one in coordinator.depart("b", 2.0) if isinstance(one, decide.ReleaseLease)]
+
+
+def test_an_instance_that_departs_during_its_call_is_not_attached_any_more(coordinator: Coordinator) -> None:
+    """Its call was identified before that: a request may be checked for seconds."""
+    coordinator.depart("b", 1.0)
+    with pytest.raises(NotAttached, match="b has departed"):
+        publish(coordinator, "b")
+    with pytest.raises(NotAttached, match="b has departed"):
+        coordinator.acquire(acquisition("one", "b"), 1.0)
+    assert not len(coordinator.acquisitions)
+    assert not list(coordinator.weight_sets)

@@ -19,6 +19,7 @@ from weight_broker import (
     BrokerClient,
     BrokerUnavailable,
     InvalidArgument,
+    NotAttached,
     PublicationNotFound,
     PublishRefused,
     Reason,
@@ -129,6 +130,16 @@ def test_a_publication_whose_end_cannot_be_learned_ends_with_the_session(
     assert set(broker.retractions.queue) <= {"publication-1"}, "a former session's, in case its broker still lives"
 
 
+def test_a_repetition_that_is_refused_does_not_say_what_became_of_the_request_before(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    """Its stage connection had ended meanwhile, for example: the first request may have been carried out."""
+    broker.refusals["Publish"] = [Reason.BROKER_UNAVAILABLE, NotAttached.without_stage()]
+    client.publish(KEY, tensors())
+    while requests(broker, 1) != ["goodbye"]:
+        """Its region is offered before that."""
+
+
 def test_a_publication_that_an_interruption_meets_is_taken_back(
     broker: ScriptedBroker, client: BrokerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +229,26 @@ def test_while_readers_run_it_is_not_retracted_but_can_be_later(broker: Scripted
     broker.refusals["Retract"] = [Reason.RETRACT_TIMEOUT]
     with pytest.raises(RetractTimeout):
         publication.retract(timeout=0.1)
+    assert not publication.is_retracted
+    publication.retract()
+    assert publication.is_retracted
+
+
+def test_an_answer_to_a_retraction_that_was_lost_is_asked_for_again(
+    broker: ScriptedBroker, client: BrokerClient
+) -> None:
+    publication = client.publish(KEY, tensors())
+    broker.refusals["Retract"] = [Reason.BROKER_UNAVAILABLE]
+    publication.retract()
+    assert publication.is_retracted
+    assert broker.retractions.get(timeout=60) == publication.id
+
+
+def test_a_retraction_without_an_answer_is_none(broker: ScriptedBroker, client: BrokerClient) -> None:
+    publication = client.publish(KEY, tensors())
+    broker.refusals["Retract"] = [Reason.BROKER_UNAVAILABLE] * 2
+    with pytest.raises(BrokerUnavailable):
+        publication.retract()
     assert not publication.is_retracted
     publication.retract()
     assert publication.is_retracted

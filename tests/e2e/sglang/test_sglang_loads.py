@@ -108,7 +108,9 @@ def test_after_a_transfer_that_broke_off_the_model_is_made_anew(
 ) -> None:
     first = start_engine(models["untied"])[0].result()
     (engine,) = start_engine(
-        models["untied"], before="from support.vllm_forced import break_transfers; break_transfers()"
+        models["untied"],
+        before="from support.vllm_forced import break_transfers; break_transfers()",
+        extra={"zero_copy": False},
     )
     second = engine.result()
     assert only(second)["source"] == "disk"

@@ -22,6 +22,20 @@ Start = Callable[..., EngineProcess]
 FORCED = "from support.vllm_forced import install; install({role!r})"
 
 
+COPYING: dict[str, Any] = {"model_loader_extra_config": {"zero_copy": False}}
+"""A transfer that takes time and writes to the model's own memory."""
+
+
+PICKY = """
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
+process = Method.process_weights_after_loading
+def picky(self, layer, process=process):
+    assert layer.w13_weight.abs().max() > 0.01, "out of range"
+    process(self, layer)
+Method.process_weights_after_loading = picky
+"""
+
+
 def only(result: dict[str, Any]) -> dict[str, Any]:
     """The report of an engine of one rank."""
     ((report,),) = result["reports"]
@@ -86,7 +100,7 @@ def test_a_broker_that_is_killed_while_an_engine_waits_sends_it_to_the_disk(
     broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
 ) -> None:
     slow = "import time\nfrom weight_broker.integrations.engine.load import Load\n"
-    slow += "Load._offer = lambda self, tensors, refusal: time.sleep(1e6)\n"
+    slow += "Load._offer = lambda *_, **__: time.sleep(1e6)\n"
     start_engine(models["untied"], before=slow)  # it holds the lease and does not get on
     eventually(lambda: broker.host().cold_load_lease_count == 1, within=900, every=0.5)
     waiting = start_engine(models["untied"])
@@ -103,7 +117,7 @@ def test_a_broker_that_is_killed_while_bytes_move_costs_the_publication_alone(
     """In host memory a transfer is between the instances: what is mapped stays, and is verified here."""
     first = start_engine(models["untied"], hold=True).result()
     holding = f"from support.vllm_forced import hold_transfers; hold_transfers({str(tmp_path)!r})"
-    engine = start_engine(models["untied"], before=holding)
+    engine = start_engine(models["untied"], before=holding, **COPYING)
     eventually((tmp_path / "moving").exists, within=900, every=0.1)
     broker.kill()
     (tmp_path / "go").touch()
@@ -119,7 +133,7 @@ def test_a_broker_that_is_killed_while_bytes_move_to_several_ranks_sends_all_to_
     """Whether the other ranks have every byte is the broker's to say."""
     first = start_engine(models["untied"], tensor_parallel_size=2, hold=True).result()
     holding = f"from support.vllm_forced import hold_transfers; hold_transfers({str(tmp_path)!r})"
-    engine = start_engine(models["untied"], tensor_parallel_size=2, in_every_process=holding)
+    engine = start_engine(models["untied"], tensor_parallel_size=2, in_every_process=holding, **COPYING)
     eventually((tmp_path / "moving").exists, within=900, every=0.1)
     broker.kill()
     (tmp_path / "go").touch()
@@ -134,13 +148,24 @@ def test_after_a_transfer_that_broke_off_the_model_is_made_anew(
 ) -> None:
     first = start_engine(models[model], hold=True).result()
     breaking = "from support.vllm_forced import break_transfers; break_transfers()"
-    engine = start_engine(models[model], before=breaking, hold=True)
+    engine = start_engine(models[model], before=breaking, hold=True, **COPYING)
     second = engine.result()
     assert only(second)["source"] == "disk"
     assert "broken off by a test" in only(second)["acquire_error"]
     assert only(second)["publication_id"], "what it read from disk is a source"
     assert second["digest"] == first["digest"]
     assert "the model is created again" in engine.log or model == "moe"
+
+
+def test_post_processing_that_fails_on_dummy_weights_does_not_end_the_engine(
+    broker: BrokerProcess, start_engine: Start, models: dict[str, Path]
+) -> None:
+    plain = start_engine(models["moe"], through_broker=False).result()
+    engine = start_engine(models["moe"], before=PICKY, model_loader_extra_config={"stage": "runtime"})
+    result = engine.result()
+    assert result["digest"] == plain["digest"]
+    assert only(result)["source"] == "disk"
+    assert "does not work on dummy weights (AssertionError: out of range)" in only(result)["not_published"]
 
 
 def test_half_the_ranks_unservable_sends_all_to_the_disk(

@@ -14,7 +14,6 @@ from support.datasystem_worker import require_wheel
 ORDER = Order(seed=154, seats=4, operations=20, fault_rate=0.15, memory="npu")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_under_faults_device_memory_has_no_wrong_byte_and_nothing_is_left(tmp_path: Path) -> None:
     require_wheel()

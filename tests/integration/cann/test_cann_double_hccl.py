@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
@@ -164,6 +168,36 @@ def test_what_was_received_is_read_after_synchronising_only(start_process: Start
     with pytest.raises(AclError, match="in use by 1 tasks"):
         other.process.call(acl.free, destination)
     part(other, one)
+
+
+@contextmanager
+def starved(pid: int) -> Iterator[None]:
+    """All threads of a process but its first run where nothing else wants to, on a processor that is busy."""
+    cpu = min(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            os.sched_setaffinity(busy.pid, {cpu})
+            for thread in map(int, os.listdir(f"/proc/{pid}/task")):
+                if thread != pid:
+                    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+                    os.sched_setaffinity(thread, {cpu})
+            yield
+        finally:
+            busy.kill()
+
+
+def test_what_has_arrived_is_in_use_no_more_at_the_sender(cann_host: CannHost, start_process: StartProcess) -> None:
+    """The card ends the sender's task, however late its host's threads run."""
+    one, other = connect(start_process)
+    destination = other.process.call(acl.malloc, SIZE)
+    with starved(one.process.pid):
+        for _ in range(20):
+            source = one.process.call(acl.malloc, SIZE)
+            with pytest.raises(AclError):  # without waiting for the end
+                send(one, source, SIZE, wait_ms=0)(10)
+            receive(other, destination, SIZE)(30)
+            one.process.call(acl.free, source)
+    assert cann_host.violations() == []
 
 
 def test_a_lost_peer_hangs_the_stream(start_process: StartProcess) -> None:

@@ -115,3 +115,19 @@ def test_a_change_of_the_weights_retracts_the_copy(broker: BrokerProcess) -> Non
     load.finish(model)
     assert published.retract("the weights change", model=model) == 1
     assert broker.publications() == []
+
+
+def test_the_report_says_what_the_start_was_spent_on(broker: BrokerProcess) -> None:
+    load, model = begun(broker)
+    load.finish(model)
+    engines, own = {"make", "post_process"}, {"key", "acquire", "load", "publish"}
+    assert set(load.report.seconds) - {"process"} == engines | own
+    assert min(load.report.seconds.values()) >= 0
+    assert "post_process" in load.report.summary()
+
+
+def test_a_load_in_the_engines_own_way_is_its_load(broker: BrokerProcess) -> None:
+    load = Load(Options(runtime_directory=str(broker.runtime_directory)), Packing())
+    load.without_broker("its load format creates models differently")
+    load.finish(empty_model())
+    assert set(load.report.seconds) == {"load"}

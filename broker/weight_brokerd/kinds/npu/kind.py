@@ -14,7 +14,7 @@ from weight_broker.kinds import MemoryKind
 from weight_brokerd.cards.configuration import CardsConfiguration
 from weight_brokerd.cards.errors import CardError, CardRefused
 from weight_brokerd.cards.events import Hooks
-from weight_brokerd.core.coordinator import STAGE_INSTEAD
+from weight_brokerd.core.answers import STAGE_INSTEAD
 from weight_brokerd.core.publications import Publication
 from weight_brokerd.core.transfers import Transfer
 from weight_brokerd.dataplane.copy import CopyPlane
@@ -163,10 +163,11 @@ class NpuKind:
         try:
             await self._ready_parts().memory.hold(publication_id, place)
         except CardRefused as error:
-            if place.stage is not None and self._places.can_copy(place.stage.instance_id):
-                log.info("memory_staged", publication_id=publication_id, device=place.device_id, error=str(error))
-                return place.as_staged
-            raise refusal(place, error, STAGE_INSTEAD if self._places.may_stage else None) from error
+            if place.stage is None:
+                raise refusal(place, error, STAGE_INSTEAD if self._places.may_stage else None) from error
+            self._places.require_connection(place.stage.instance_id)
+            log.info("memory_staged", publication_id=publication_id, device=place.device_id, error=str(error))
+            return place.as_staged
         except CardError as error:
             raise refusal(place, error) from error
         return place.as_mapped

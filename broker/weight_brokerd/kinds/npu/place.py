@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from weight_broker.errors import InvalidArgument
+from weight_broker.errors import InvalidArgument, NotAttached
 from weight_broker.kinds import MemoryKind
 from weight_broker.v1.weight_set_pb2 import Region
 from weight_brokerd.cards.messages import NOT_SAID, ImportRegion
-from weight_brokerd.core.coordinator import STAGE_INSTEAD
+from weight_brokerd.core.answers import STAGE_INSTEAD
 from weight_brokerd.dataplane.plane import Place, StagedBy
 from weight_brokerd.dataplane.staged import Asker
 from weight_brokerd.kinds.place_request import PlaceRequest, StagingName, device_of, placements_of, regions_of, text
@@ -47,19 +47,15 @@ class NpuPlaces:
             return place
         return Place(place.kind, device_id, place.regions, place.placements, self._staged_by(request.owner, stage))
 
-    def can_copy(self, owner: str) -> bool:
-        """Whether the instance still has a stage connection."""
-        return self._staging.has(owner)
+    def require_connection(self, owner: str) -> None:
+        """Raises `NotAttached` if the instance has no stage connection (any more): it may end at any moment, so that
+        the request is not to blame."""
+        if not self._staging.has(owner):
+            raise NotAttached.without_stage()
 
     def _staged_by(self, owner: str, stage: StagingName) -> StagedBy:
         text(stage.field, stage.stage_id)
-        if not self._staging.has(owner):
-            raise InvalidArgument(
-                stage.field,
-                stage.stage_id,
-                "a name on a stage connection",
-                hint="Open one first: ServeStage in attach.proto.",
-            )
+        self.require_connection(owner)
         return StagedBy(owner, stage.stage_id)
 
     def _refusal(self, request: PlaceRequest) -> Exception:

@@ -34,3 +34,8 @@ def has_experts(model_config: Any) -> bool:
         if max(count) if isinstance(count, list | tuple) and count else count:
             return True
     return False
+
+
+def rewrites_weights(model_config: Any) -> bool:
+    """Whether post-processing rewrites weights of the model on devices, by its engine's configuration of it."""
+    return bool(getattr(model_config, "quantization", None)) or has_experts(model_config)

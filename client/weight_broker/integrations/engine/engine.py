@@ -33,6 +33,8 @@ class Engine(ABC):
     """The engine's name of the kind of device."""
     covered: CoveredWeights
     """What the key covers. `make_key` sets it."""
+    rewrites_weights: bool = False
+    """Whether post-processing is known to rewrite this model's weights on devices: what loading leaves is gone then."""
     shared_as_processed: frozenset[str] = frozenset()
     """Classes of quantization methods whose weights are shared as post-processing leaves them on this platform."""
 

@@ -13,13 +13,13 @@ from torch import nn
 
 import weight_broker.transfers.imports  # noqa: F401
 from weight_broker.client import BrokerClient
-from weight_broker.errors import BrokerError, BrokerUnavailable, TransferFailed
+from weight_broker.errors import BrokerError, BrokerUnavailable
 from weight_broker.integrations.checkpoint import CheckpointError, DamageCheck
 from weight_broker.integrations.engine import completeness, published, stage
 from weight_broker.integrations.engine.completeness import Comparison, is_copied_to_publish
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
-from weight_broker.integrations.engine.report import EngineLoad
+from weight_broker.integrations.engine.report import EngineLoad, process_seconds
 from weight_broker.integrations.engine.tensors import other_state, weight_tensors, without_memory
 from weight_broker.integrations.modules.replacing import viewed_elsewhere
 from weight_broker.load_group import LoadGroup
@@ -57,8 +57,14 @@ class Load:
         self._group: LoadGroup | None = None
         self._load: loading.Load | None = None
         self._comparison = Comparison()
-        self._disk_only = ""
+        self._loaded_key: WeightSetKey | None = None
+        """The key before it was made one of processed weights."""
+        self._disk_only = self._not_runtime = ""
         self._is_runtime = self._keeps_client = False
+        self._mark = time.monotonic()
+        """End of the loader's last step."""
+        self._engines_step = "load"
+        """What the engine does until the loader's next step; without the broker it loads in its own way."""
         self._is_offered = False
         """Whether it is settled what is published, or why nothing is."""
         self._published: tuple[Publication, tuple[str, ...]] | None = None
@@ -74,6 +80,15 @@ class Load:
 
     def prepare(self) -> None:
         """Make the key. Called before the model is created, which changes the engine's configuration."""
+        if not published.reports():
+            with suppress(OSError):
+                self.report.seconds["process"] = process_seconds()
+        try:
+            self._prepare()
+        finally:
+            self._mark = time.monotonic()
+
+    def _prepare(self) -> None:
         with self._timed("key"):
             try:
                 self._key = self._engine.make_key(self._options)
@@ -101,12 +116,18 @@ class Load:
 
     def weights(self, model: nn.Module) -> None:
         """Fill `model`. Raises `Reinitialise` once, if the model must be created again."""
+        self._engines_step = "make"
+        with self._own_step():
+            self._weights(model)
+        self._engines_step = "post_process"
+
+    def _weights(self, model: nn.Module) -> None:
         if not self._disk_only and self._key is not None:
             missing = without_memory(model)
             if missing:
                 self.without_broker(f"{missing[0]} has no memory yet: it is quantized while it is read")
             elif self._is_shared_as_processed(model):
-                self._is_runtime = True
+                self._is_runtime, self._loaded_key = True, self._key
                 self._key = self._engine.runtime_key(self._key)
                 self.report.weight_set_id = self._key.id
                 self._engine.load_dummy_weights(model)
@@ -132,12 +153,24 @@ class Load:
         """Whether the model was created without its weights and awaits processed ones."""
         return self._is_runtime and not self._disk_only
 
+    def dummies_failed(self, error: Exception) -> None:
+        """Post-processing does not work on dummy weights. The model is created again and shared as loading leaves
+        it."""
+        assert self._loaded_key is not None
+        self._is_runtime, self._key = False, self._loaded_key
+        self.report.weight_set_id = self._key.id
+        self._not_runtime = f"post-processing does not work on dummy weights ({type(error).__name__}: {error})"
+        self._logger.warning("the model is created again: %s", self._not_runtime)
+
     def fill(self, model: nn.Module) -> bool:
         """Put processed weights into a processed model. False: create the model again and read from disk."""
+        with self._own_step():
+            return self._fill(model)
+
+    def _fill(self, model: nn.Module) -> bool:
         try:
             tensors = stage.processed_tensors(model)
             if self._filled(tensors):
-                self._check_state(model, tensors)
                 self._comparison.note_before(tensors, contents=False)
                 return True
             self._disk_only = "the broker has no processed weights"
@@ -147,6 +180,10 @@ class Load:
 
     def finish(self, model: nn.Module) -> None:
         """Publish after post-processing, or say in the report why not. Never raises."""
+        with self._own_step():
+            self._finish(model)
+
+    def _finish(self, model: nn.Module) -> None:
         published.note(self.report)
         with self._harmless():
             if self._publishing and not self._is_offered:
@@ -161,16 +198,6 @@ class Load:
         self._close(f"the engine raised {type(error).__name__}")
 
     # Filling
-
-    def _check_state(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-        if torch.equal(tensors[stage.STATE], stage.state_digest(model)):
-            return
-        self.report.source, self.report.source_publication_id = "disk", ""
-        why = TransferFailed("post-processing left other numbers or flags here than where the weights are from")
-        self.report.acquire_error = f"{type(why).__name__}: {why}"
-        self._logger.warning("loading %s from disk: %s", self._engine.model, why)
-        self._begun().discard()
-        self._reinitialise("its objects are in another state than those of the source")
 
     def _filled(self, tensors: dict[str, torch.Tensor]) -> bool:
         """True if the tensors are filled from a peer; False if the model must be read from disk."""
@@ -226,7 +253,8 @@ class Load:
             self._comparison.refused = f"the load did not write {len(names)} parameters ({shown})"
 
     def _fill_or_map(self, load: loading.Load, tensors: dict[str, torch.Tensor]) -> bool:
-        if not self._options.zero_copy or self._is_runtime:  # kernels may have stored addresses of weights
+        # After post-processing kernels may have stored addresses of weights; a device maps no host memory.
+        if not self._options.zero_copy or self._is_runtime or not is_copied_to_publish(tensors):
             return load.fill(tensors)
         if viewed := viewed_elsewhere(tensors):
             self._logger.info("copying the weights instead of mapping them: something has a view of %s", viewed)
@@ -241,7 +269,7 @@ class Load:
     def _note_source(self, acquired: AcquireReport | None) -> None:
         assert acquired is not None
         report = self.report
-        report.source = "peer"
+        report.source, report.path = "peer", acquired.path
         report.source_publication_id = acquired.source_publication_id
         report.source_generation = acquired.source_generation
         report.size_bytes, report.tensor_count = acquired.size_bytes, acquired.tensor_count
@@ -263,7 +291,11 @@ class Load:
         return self._options.publish and self._client is not None and self._key is not None
 
     def _is_shared_as_processed(self, model: nn.Module) -> bool:
-        if self._options.stage == "loaded" or not stage.is_shared_as_processed(model, self._engine.shared_as_processed):
+        if (
+            self._options.stage == "loaded"
+            or self._not_runtime
+            or not stage.is_shared_as_processed(model, self._engine.shared_as_processed)
+        ):
             return False
         return self._options.stage == "runtime" or not is_copied_to_publish(weight_tensors(model))
 
@@ -273,12 +305,21 @@ class Load:
         if not self._publishing:
             return
         tensors = weight_tensors(model)
-        if self._is_runtime or not is_copied_to_publish(tensors):
+        is_copied = is_copied_to_publish(tensors)
+        if self._is_runtime or not (is_copied or self._copies_to_host):
             with self._timed("check"):
                 self._comparison.note_before(tensors, contents=not self._is_runtime)
             return
         with self._harmless():
-            self._offer(tensors, self._comparison.refused or self._stage_refusal())
+            refusal = self._comparison.refused or self._stage_refusal()
+            self._offer(tensors, refusal, in_host_memory=not is_copied)
+
+    @property
+    def _copies_to_host(self) -> bool:
+        """Whether weights on a device are published as a copy in host memory."""
+        if self._options.host_copy == "auto":
+            return self._engine.rewrites_weights or (self._load is not None and self._load.holds_copy)
+        return self._options.host_copy == "always"
 
     def _publish(self, model: nn.Module) -> None:
         """After post-processing."""
@@ -289,7 +330,7 @@ class Load:
         else:
             self._offer(self._comparison.noted(tensors), "")
 
-    def _offer(self, tensors: dict[str, torch.Tensor], refusal: str) -> None:
+    def _offer(self, tensors: dict[str, torch.Tensor], refusal: str, *, in_host_memory: bool = False) -> None:
         self._is_offered = True
         if refusal:
             self.report.not_published = refusal
@@ -299,7 +340,7 @@ class Load:
             return
         with self._timed("publish"):
             load = self._begun()
-            publication = load.publish(tensors, self._check)
+            publication = load.publish(tensors, self._check, in_host_memory=in_host_memory)
         if publication is None:
             self.report.not_published = load.report.publish_error or self.report.acquire_error
             return
@@ -334,7 +375,9 @@ class Load:
 
     def _stage_refusal(self) -> str:
         if self._options.stage == "runtime" and not self._is_runtime:
-            return "no quantization method of this model is on the list of those shared in the stage runtime"
+            return self._not_runtime or (
+                "no quantization method of this model is on the list of those shared in the stage runtime"
+            )
         return ""
 
     def _refusal(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> str:
@@ -344,6 +387,16 @@ class Load:
             if self.report.source == "peer":  # the model was post-processed before it was filled
                 return self._comparison.missing()
             return self._comparison.processed_refusal(model, self._engine, weight_tensors(model))
+
+    @contextmanager
+    def _own_step(self) -> Iterator[None]:
+        """For a step of this loader's: the time since the last one was the engine's."""
+        step = self._engines_step
+        self.report.seconds[step] = self.report.seconds.get(step, 0.0) + time.monotonic() - self._mark
+        try:
+            yield
+        finally:
+            self._mark = time.monotonic()
 
     @contextmanager
     def _harmless(self) -> Iterator[None]:

@@ -12,8 +12,10 @@ from typing import Any
 from weight_broker.errors import InvalidArgument
 
 _FIELD = "model_loader_extra_config"
-_CHOICES = {
+_CHOICES: Mapping[str, tuple[object, ...]] = {
+    "zero_copy": ("auto", True, False),
     "stage": ("auto", "loaded", "runtime"),
+    "host_copy": ("auto", "always", "never"),
     "digest_mode": ("auto", "full", "sampled"),
     "checkpoint_digest": ("sampled", "full"),
     "engine_version": ("compatible", "minor", "exact"),
@@ -39,12 +41,16 @@ class Options:
     """Whether to wait while another instance loads the same weights from disk."""
     publish: bool = True
     """Whether to become a source for others."""
-    zero_copy: bool = False
-    """Whether the weights are copy-on-write views of the resident ones instead of copies; host memory only."""
+    zero_copy: bool | str = "auto"
+    """Whether the weights are copy-on-write views of the resident ones instead of copies; `auto`: wherever the engine
+    lets them be, which is in host memory."""
     strict: bool = False
     """Whether a load that the broker neither served nor ordered from disk fails instead of falling back."""
     stage: str = "auto"
     """Which weights are shared: `loaded` (before post-processing), `runtime` (after it), `auto`: whichever is safe."""
+    host_copy: str = "auto"
+    """Whether weights in device memory are published as a copy in host memory, made before post-processing: `auto` for
+    those that post-processing rewrites, quantized ones and experts."""
     digest_mode: str = "auto"
     """How much of the content is verified on arrival."""
     checkpoint_digest: str = "sampled"
@@ -90,7 +96,7 @@ def _from_json(text: str) -> object:
 def _check(name: str, value: object, kind: str) -> None:
     field_name = f"{_FIELD}[{name!r}]"
     if name in _CHOICES:
-        if value not in _CHOICES[name]:
+        if not any(value is choice or (value == choice and isinstance(value, str)) for choice in _CHOICES[name]):
             raise InvalidArgument(field_name, value, "one of " + ", ".join(map(repr, _CHOICES[name])))
     elif name in _SECONDS:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:

@@ -8,16 +8,16 @@ packed: a test shows for each that an engine filled with packed weights gives th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Set
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 from torch import nn
 
 from weight_broker.integrations.engine.engine import Engine
 from weight_broker.integrations.engine.tensors import hidden_tensors, plain_state, weight_tensors
+from weight_broker.integrations.modules.digests import digest
 
-STATE = "weight_broker.state"
-"""Name of the tensor with the digest of the state that post-processing left besides tensors."""
+_DIGEST_CHARACTERS = 12
 
 
 def is_shared_as_processed(model: nn.Module, methods: Set[str]) -> bool:
@@ -26,22 +26,33 @@ def is_shared_as_processed(model: nn.Module, methods: Set[str]) -> bool:
 
 
 def processed_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weight set after post-processing: tensors that are kept as plain attributes too, and a digest of the rest."""
+    """The weight set after post-processing: tensors that are kept besides parameters and buffers too. The rest of the
+    state is in names of empty tensors: layouts of models with other state differ, so that no such model is filled, and
+    the error names the object."""
     found = weight_tensors(model)
-    kinds = {tensor.device for tensor in found.values()}
+    hidden = dict(hidden_tensors(model))
+    kinds = {tensor.device for tensor in (found or hidden).values()}
     weights = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
-    for name, tensor in hidden_tensors(model):
-        if tensor.device in kinds and tensor.numel() and tensor.untyped_storage().data_ptr() not in weights:
+    state = plain_state(model)
+    for name, tensor in hidden.items():
+        if not tensor.numel() or tensor.untyped_storage().data_ptr() in weights:
+            continue
+        if tensor.device in kinds:
             found.setdefault(name, tensor)
-    found[STATE] = state_digest(model)
-    return found
+        else:
+            state[name] = f"{tensor.dtype} {tuple(tensor.shape)} {digest(name, tensor)}"
+    device = next(iter(kinds), torch.device("cpu"))
+    return found | {name: torch.empty(0, dtype=torch.uint8, device=device) for name in _state_names(state)}
 
 
-def state_digest(model: nn.Module) -> torch.Tensor:
-    """A digest of the numbers, flags and texts that the model's objects hold, as a tensor beside the weights."""
-    text = "\n".join(f"{name}={value}" for name, value in sorted(plain_state(model).items()))
-    device = next((tensor.device for tensor in weight_tensors(model).values()), torch.device("cpu"))
-    return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device=device)
+def _state_names(state: Mapping[str, str]) -> Iterator[str]:
+    """A name with a digest for each object that has state."""
+    by_object: dict[str, list[str]] = {}
+    for name, text in sorted(state.items()):
+        by_object.setdefault(name.rpartition(".")[0], []).append(f"{name}={text}")
+    for owner, lines in by_object.items():
+        found = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_DIGEST_CHARACTERS]
+        yield f"{owner}.state-{found}" if owner else f"state-{found}"
 
 
 def processed_refusal(model: nn.Module, engine: Engine, moved: list[str], vanished_bytes: int) -> str:

@@ -8,19 +8,32 @@ construction alone determines those, so every process has them; a check shows th
 
 from __future__ import annotations
 
-import functools
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-MAX_DEPTH = 3
-_ENGINES = ("vllm", "vllm_ascend", "sglang")
+from weight_broker.errors import InvalidArgument
+from weight_broker.integrations.modules.digests import digest
+from weight_broker.integrations.modules.walk import PLAIN, Walk
+
 _NOT_WEIGHTS = ("kv_cache",)
-_OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_ENGINES = ("vllm", "vllm_ascend", "sglang", "transformers")
+_NO_STATE = (
+    "ascend_config",
+    "compilation",
+    "config",
+    "distributed",
+    "logger",
+    "server_args",
+    "transformers_utils",
+    "v1.core",
+    "v1.engine",
+    "v1.executor",
+    "v1.worker",
+)
+"""Packages of engines whose objects are configurations, groups of processes or workers."""
 
 
 def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -48,74 +61,53 @@ def is_computed(module: nn.Module) -> bool:
 
 
 def hidden_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that are kept as plain attributes of modules, or of the engine's objects in them."""
-    for name, value in _attributes(model):
-        if isinstance(value, torch.Tensor) and not name.endswith(_NOT_WEIGHTS) and not value.is_meta:
+    """Tensors that are kept besides parameters and buffers, anywhere that can be reached from the model."""
+    for name, value in _kept(model):
+        if isinstance(value, torch.Tensor) and not value.is_meta:
             yield name, value
 
 
 def plain_state(model: nn.Module) -> dict[str, str]:
-    """Numbers, flags and texts that the model's objects hold, by name."""
-    return {name: repr(value) for name, value in _attributes(model) if not isinstance(value, torch.Tensor)}
+    """Numbers, flags and texts that the model's objects hold, by name, and digests of state that no tensor has."""
+    return {name: _text(name, value) for name, value in _kept(model) if not isinstance(value, torch.Tensor)}
 
 
 def other_state(model: nn.Module) -> dict[str, str]:
     """The state of the model's objects besides the weight set, by name: numbers, flags, texts, and the type, shape and
     digest of hidden tensors."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in weight_tensors(model).values()}
-    found = plain_state(model)
-    for name, tensor in hidden_tensors(model):
+    found: dict[str, str] = {}
+    for name, value in _kept(model):
+        if not isinstance(value, torch.Tensor):
+            found[name] = _text(name, value)
         # Another view of a weight changes with the weight.
-        if tensor.numel() and tensor.untyped_storage().data_ptr() not in weights:
-            found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {_digest(tensor)}"
+        elif not value.is_meta and value.numel() and value.untyped_storage().data_ptr() not in weights:
+            found[name] = f"{value.dtype} {tuple(value.shape)} {digest(name, value)}"
     return found
 
 
-def _digest(tensor: torch.Tensor) -> int:
-    content = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
-    return zlib.crc32(content.numpy().tobytes())
-
-
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        if is_computed(module):
-            continue
-        for name, value in _kept(module):
-            if name not in _OWN and not (name.startswith("_") and name.endswith("_hooks")):
-                yield from _inside(_join(prefix, name), value, seen, 0)
-
-
-def _kept(owner: object) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, without those that a property has computed and would compute again."""
-    for name, value in vars(owner).items():
-        is_remembered = isinstance(getattr(type(owner), name, None), functools.cached_property)
-        if not (is_remembered and isinstance(value, _PLAIN)):
+def _kept(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for owner, name, value in Walk(model, passes_over=_is_no_state).leaves():
+        if not is_computed(owner) and not set(name.split(".")) & set(_NOT_WEIGHTS):
             yield name, value
 
 
-def _inside(name: str, value: Any, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (torch.Tensor, *_PLAIN)):
-        yield name, value
-    elif isinstance(value, nn.Module | type) or depth == MAX_DEPTH:
-        return
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _inside(f"{name}.{index}", item, seen, depth + 1)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _inside(f"{name}.{key}", item, seen, depth + 1)
-    elif _is_engines(value) and id(value) not in seen:
-        seen.add(id(value))
-        for attribute, item in _kept(value):
-            yield from _inside(f"{name}.{attribute}", item, seen, depth + 1)
-
-
-def _is_engines(value: object) -> bool:
-    """Whether the object is of the engine, has attributes and is no configuration."""
+def _is_no_state(value: object) -> bool:
     package, _, rest = type(value).__module__.partition(".")
-    is_configuration = rest.removeprefix("srt.").startswith(("config", "transformers_utils", "server_args"))
-    return package in _ENGINES and not is_configuration and hasattr(value, "__dict__")
+    if package not in _ENGINES:
+        return False
+    return package == "transformers" or rest.removeprefix("srt.").startswith(_NO_STATE)
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, torch.device):
+        return value.type  # the same on every rank and in every container
+    if isinstance(value, PLAIN):
+        return repr(value)
+    try:
+        return digest(name, value)
+    except InvalidArgument:
+        return type(value).__name__
 
 
 def _join(prefix: str, name: str) -> str:

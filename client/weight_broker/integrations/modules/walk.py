@@ -11,7 +11,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,8 +43,10 @@ Leaf = tuple[str, Any]
 class Walk:
     """One walk over a module. Every object is found once, under its first name."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, passes_over: Callable[[object], bool] = lambda _: False) -> None:
+        """`passes_over`: objects, besides modules, that are not looked into."""
         self._module = module
+        self._passes_over = passes_over
         self._seen: dict[int, object] = {}  # an id is good only while its object lives
 
     def leaves(self) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -105,7 +107,7 @@ class Walk:
             yield from self._inside(name, value.__func__, depth)
         elif isinstance(value, types.FunctionType):
             yield from self._inside(name, _bound(value), depth)
-        elif not type(value).__module__.startswith(_MACHINERY):
+        elif not type(value).__module__.startswith(_MACHINERY) and not self._passes_over(value):
             yield from self._attributes(name, value, depth)
 
     def _attributes(self, name: str, value: Any, depth: int) -> Iterator[Leaf]:

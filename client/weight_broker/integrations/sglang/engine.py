@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from weight_broker.integrations.checkpoint import CoveredWeights
+from weight_broker.integrations.engine.configuration import rewrites_weights
 from weight_broker.integrations.engine.directory import files_read, local_directory
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
@@ -30,6 +31,7 @@ class SglangEngine(Engine):
         super().__init__()
         self.model = str(model_config.model_path)
         self.platform = str(device_config.device_type)
+        self.rewrites_weights = rewrites_weights(model_config)
         self._model_config = model_config
         self._load_config = load_config
         self._download = download

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from weight_broker.integrations.checkpoint import CoveredWeights
+from weight_broker.integrations.engine.configuration import rewrites_weights
 from weight_broker.integrations.engine.directory import files_read
 from weight_broker.integrations.engine.engine import Engine, NotServable
 from weight_broker.integrations.engine.options import Options
@@ -33,6 +34,7 @@ class VllmEngine(Engine):
         super().__init__()
         self.model = str(model_config.model)
         self.platform = platform_name()
+        self.rewrites_weights = rewrites_weights(model_config)
         self.shared_as_processed = SHARED_AS_PROCESSED.get(self.platform, frozenset())
         self._disk_loader = disk_loader
         self._vllm_config = vllm_config

@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from weight_broker.integrations.engine.load import Load, Reinitialise
 from weight_broker.integrations.engine.options import parse
 from weight_broker.integrations.vllm.engine import VllmEngine
+from weight_broker.integrations.vllm.registries import Registries
 
 _logger = logging.getLogger("vllm.weight_broker")
 
@@ -58,7 +59,7 @@ class BrokerModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM may not 
             load.finish(loaded)
             return loaded
         load.prepare()
-        remembered = _Registries(vllm_config)
+        remembered = Registries(vllm_config.compilation_config)
         self._load = load
         try:
             model = self._load_or_none(vllm_config, model_config, options)
@@ -95,24 +96,14 @@ class BrokerModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM may not 
 
     def _load_or_none(self, vllm_config: Any, model_config: Any, options: Any) -> nn.Module | None:
         """None if the model must be created again. Then the exception is gone, whose traceback holds the model."""
+        load = self._load
+        assert load is not None
         try:
             return self._load_model(vllm_config, model_config, options)
         except Reinitialise as again:
             _logger.warning("the model is created again: %s", again)
-            return None
-
-
-class _Registries:
-    """The registries of a model's layers, as they were before the model. vLLM refuses to register a layer twice."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        self._config = vllm_config.compilation_config
-        self._context = dict(getattr(self._config, "static_forward_context", {}))
-        self._experts = list(getattr(self._config, "static_all_moe_layers", []))
-
-    def restore(self) -> None:
-        if hasattr(self._config, "static_forward_context"):
-            self._config.static_forward_context.clear()
-            self._config.static_forward_context.update(self._context)
-        if hasattr(self._config, "static_all_moe_layers"):
-            self._config.static_all_moe_layers[:] = self._experts
+        except Exception as error:  # of any kind: the same post-processing may work on the real weights
+            if not load.is_to_fill:
+                raise
+            load.dummies_failed(error)
+        return None

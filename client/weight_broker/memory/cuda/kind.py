@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from weight_broker.digest import ContentDigests
 from weight_broker.drivers import cuda as cuda_module
 from weight_broker.drivers.cuda import Cuda, CudaError
@@ -11,7 +13,9 @@ from weight_broker.memory.cuda import torch as cuda_torch
 from weight_broker.memory.cuda.export import ExportedAllocations, export_allocations
 from weight_broker.memory.device.describe import DescribedDeviceTensors, Framework
 from weight_broker.memory.device.digest import BlockDigester, HostDigester, TorchDigester, tensor_digests
+from weight_broker.memory.device.host_copies import DriverCopies
 from weight_broker.memory.device.kind import DeviceKind
+from weight_broker.memory.kind import HostCopies
 
 
 class CudaKind(DeviceKind):
@@ -28,6 +32,17 @@ class CudaKind(DeviceKind):
     def identity(self, tensors: DescribedDeviceTensors) -> str:
         """The GPU's UUID."""
         return cuda_module.load().device_id(tensors.device_index)
+
+    def host_copies(self, tensors: DescribedDeviceTensors) -> HostCopies:
+        """By the driver, from and to pageable memory."""
+        cuda = cuda_module.load()
+
+        def synchronize() -> None:
+            if tensors.synchronize is not None:
+                tensors.synchronize()
+            cuda.synchronize()
+
+        return DriverCopies(partial(cuda.on_device, tensors.device_index), synchronize, cuda.read, cuda.write)
 
     def digests(
         self, tensors: DescribedDeviceTensors, deadline: float | None = None, *, sampled: bool = False

@@ -12,7 +12,7 @@ from weight_broker.memory.device.access import CopiedTensors, Exported
 from weight_broker.memory.device.describe import DescribedDeviceTensors, Framework, describe_device
 from weight_broker.memory.device.destination import DeviceDestination
 from weight_broker.memory.device.shared import share
-from weight_broker.memory.kind import Destination, Prepared, Shared, Terms
+from weight_broker.memory.kind import Destination, HostCopies, Prepared, Shared, Terms
 
 
 class DeviceKind(ABC):
@@ -38,6 +38,10 @@ class DeviceKind(ABC):
         self, tensors: DescribedDeviceTensors, deadline: float | None = None, *, sampled: bool = False
     ) -> ContentDigests:
         """Digests of all tensors, full or sampled. Waits for the device. Raises `DeadlinePassed`, `BrokerError`."""
+
+    @abstractmethod
+    def host_copies(self, tensors: DescribedDeviceTensors) -> HostCopies:
+        """Copies between the tensors and host memory. Raises `DriverError`."""
 
     def copied(self, tensors: DescribedDeviceTensors) -> CopiedTensors:
         """The tensors, for staged copies by this process. Raises `PublishRefused`."""

@@ -36,6 +36,8 @@ _LOST_WAKE_SECONDS = 0.02
 
 Piece = tuple[int, int, int]
 """Destination address, source address, size in bytes."""
+Content = tuple[int, int]
+"""Address and size in bytes."""
 Task = Callable[[], object]
 
 # Both are C's memmove; the second one keeps the interpreter lock.
@@ -162,6 +164,19 @@ def copy_and_digest(
     return [combine(algorithm, found) if found else 0 for found in blocks]
 
 
+def digest_all(
+    contents: Sequence[Content], algorithm: DigestAlgorithm, block_bytes: int, *, deadline: float | None = None
+) -> list[int]:
+    """The full digest of each content; 0 for an empty one."""
+    found = [0] * len(contents)
+
+    def digest(index: int) -> None:
+        found[index] = digest_full(*contents[index], algorithm, block_bytes)
+
+    run([partial(digest, index) for index in range(len(contents))], deadline=deadline)
+    return found
+
+
 def digest_full(address: int, size_bytes: int, algorithm: DigestAlgorithm, block_bytes: int) -> int:
     """The full digest of a tensor's content; 0 if there is none."""
     blocks = digest_blocks(address, size_bytes, algorithm, block_bytes)
@@ -178,13 +193,13 @@ def digest_blocks(address: int, size_bytes: int, algorithm: DigestAlgorithm, blo
 
 
 def digest_samples(
-    contents: Iterable[tuple[int, int]],
+    contents: Iterable[Content],
     algorithm: DigestAlgorithm,
     block_bytes: int,
     *,
     deadline: float | None = None,
 ) -> list[int]:
-    """The sampled digest of each content (address, size in bytes); 0 for an empty one."""
+    """The sampled digest of each content; 0 for an empty one."""
     # Not in threads: blocks of a sample are too short for the functions to let go of the interpreter lock.
     function = block_function(algorithm)
     digests: list[int] = []

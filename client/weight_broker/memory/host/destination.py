@@ -6,9 +6,8 @@ import contextlib
 import importlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING
 
 from weight_broker.digest import ContentDigests, DigestCoverage
@@ -50,7 +49,7 @@ class HostDestination(ABC):
         self.close()
         begun = time.monotonic()
         try:
-            self._source = _open(granted, claim, self.layout)
+            self._source = open_source(granted, claim, self.layout)
             opened = time.monotonic() - begun
             received = self.receive(self._source, deadline)
         except BaseException:
@@ -145,19 +144,8 @@ class TensorMapper(HostDestination):
         return Received(source.layout.content_bytes, verified, source.layout, seconds, tensors, touched=False)
 
     def _verify(self, source: SharedWeights, deadline: float) -> DigestCoverage:
-        expected = choose_digests(source.digests, self._digest_mode, len(source.layout))
-        with ExitStack() as mappings:
-            addresses = [
-                mappings.enter_context(Mapping(descriptor, size_bytes)).address
-                for descriptor, size_bytes in source.memfds
-            ]
-            contents = [
-                (addresses[region] + offset, spec.content_bytes) if spec.content_bytes else (0, 0)
-                for spec, (region, offset) in zip(source.layout.tensors, source.placements, strict=True)
-            ]
-            found = _digests_of(contents, expected, deadline)
-        _compare(source.layout, found, expected)
-        return expected.coverage
+        with mapped_contents(source) as contents:
+            return verify_contents(source, contents, self._digest_mode, deadline)
 
 
 def _import(framework: Framework) -> None:
@@ -169,7 +157,30 @@ def _import(framework: Framework) -> None:
         raise InvalidArgument("framework", framework, expected, hint=f"Install {framework}, or use {other}.") from error
 
 
-def _open(granted: pb.Granted, claim: ClaimRegion, layout: Layout | None) -> SharedWeights:
+@contextlib.contextmanager
+def mapped_contents(source: SharedWeights) -> Iterator[list[copying.Content]]:
+    """The content of each tensor, mapped for the length of a block."""
+    with ExitStack() as mappings:
+        addresses = [
+            mappings.enter_context(Mapping(descriptor, size_bytes)).address for descriptor, size_bytes in source.memfds
+        ]
+        yield [
+            (addresses[region] + offset, spec.content_bytes) if spec.content_bytes else (0, 0)
+            for spec, (region, offset) in zip(source.layout.tensors, source.placements, strict=True)
+        ]
+
+
+def verify_contents(
+    source: SharedWeights, contents: Sequence[copying.Content], digest_mode: DigestMode, deadline: float
+) -> DigestCoverage:
+    """Compare mapped contents with what was published. Raises `IntegrityError`, `TransferFailed`, `AcquireTimeout`."""
+    expected = choose_digests(source.digests, digest_mode, len(source.layout))
+    found = _digests_of(contents, expected, deadline)
+    _compare(source.layout, found, expected)
+    return expected.coverage
+
+
+def open_source(granted: pb.Granted, claim: ClaimRegion, layout: Layout | None) -> SharedWeights:
     """The source's memory. Touches nothing."""
     from weight_broker.wire import digests_from_wire, layout_from_wire
 
@@ -206,12 +217,6 @@ def _digests_of(contents: Sequence[tuple[int, int]], like: ContentDigests, deadl
     try:
         if like.coverage is DigestCoverage.SAMPLED:
             return copying.digest_samples(contents, like.algorithm, like.block_bytes, deadline=deadline)
-        found = [0] * len(contents)
-
-        def digest(index: int) -> None:
-            found[index] = copying.digest_full(*contents[index], like.algorithm, like.block_bytes)
-
-        copying.run([partial(digest, index) for index in range(len(contents))], deadline=deadline)
-        return found
+        return copying.digest_all(contents, like.algorithm, like.block_bytes, deadline=deadline)
     except DeadlinePassed as error:
         raise AcquireTimeout("the deadline passed while the mapped tensors were being verified") from error

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -84,10 +84,43 @@ def export(
     behind then.
     """
     described.require_host_memory()
-    placements, size_bytes = _place(described.layout)
+    mode = DigestMode(digest_mode)
+
+    def fill(address: int, offsets: Sequence[int]) -> tuple[ContentDigests, ...]:
+        return _fill(described, address, offsets, mode, deadline)
+
+    return _export(described.layout, fill, deadline, prepared, lambda: require_readable(described, deadline))
+
+
+def export_copy(
+    layout: Layout,
+    copy: Callable[[Sequence[int]], None],
+    *,
+    digest_mode: DigestMode = DigestMode.AUTO,
+    deadline: float | None = None,
+) -> HostRegion:
+    """As `export`, of content that `copy` brings: it gets the address of each tensor's content in the layout's order.
+    Raises what `copy` raises too."""
+    mode = DigestMode(digest_mode)
+
+    def fill(address: int, offsets: Sequence[int]) -> tuple[ContentDigests, ...]:
+        copy([address + offset for offset in offsets])
+        return _digest(_contents(layout, address, offsets), mode, deadline)
+
+    return _export(layout, fill, deadline)
+
+
+def _export(
+    layout: Layout,
+    fill: Callable[[int, Sequence[int]], tuple[ContentDigests, ...]],
+    deadline: float | None,
+    prepared: Prepared | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> HostRegion:
+    placements, size_bytes = _place(layout)
     fd = prepared.take() if prepared is not None else None
     try:
-        require_readable(described, deadline)
+        check()
         if fd is None:
             _require_memory(size_bytes)
             fd = create(size_bytes)
@@ -95,7 +128,7 @@ def export(
             _resize(fd, size_bytes)
         with Mapping(fd, size_bytes, shared=True, writable=True) as region:
             allocate(fd, region, deadline)
-            digests = _fill(described, region.address, placements, DigestMode(digest_mode), deadline)
+            digests = fill(region.address, placements)
         seal(fd)
     except BaseException as error:
         if fd is not None:
@@ -170,10 +203,7 @@ def _fill(
         if not spec.alias_of:
             with_gaps.append(index)
             packing.append(partial(strided.pack, spec, tensor.address, destination, tensor.framework))
-    contents = [
-        (region_address + offset, spec.content_bytes)
-        for spec, offset in zip(described.layout.tensors, offsets, strict=True)
-    ]
+    contents = _contents(described.layout, region_address, offsets)
     digests: list[ContentDigests] = []
     full = mode.exported_full_algorithm()
     if full is None:
@@ -183,9 +213,28 @@ def _fill(
         for index in with_gaps:
             values[index] = copying.digest_full(*contents[index], full, FULL_BLOCK_BYTES)
         digests.append(ContentDigests(full, DigestCoverage.FULL, FULL_BLOCK_BYTES, tuple(values)))
-    sampled = copying.digest_samples(contents, DigestAlgorithm.CRC32, SAMPLE_BLOCK_BYTES, deadline=deadline)
-    digests.append(ContentDigests(DigestAlgorithm.CRC32, DigestCoverage.SAMPLED, SAMPLE_BLOCK_BYTES, tuple(sampled)))
-    return tuple(digests)
+    return (*digests, _sampled(contents, deadline))
+
+
+def _contents(layout: Layout, address: int, offsets: Sequence[int]) -> list[copying.Content]:
+    """Address and size of each tensor's content."""
+    return [(address + offset, size) for offset, size in zip(offsets, layout.content_sizes, strict=True)]
+
+
+def _digest(
+    contents: Sequence[copying.Content], mode: DigestMode, deadline: float | None
+) -> tuple[ContentDigests, ...]:
+    """Digests of content that is there, best first."""
+    full = mode.exported_full_algorithm()
+    if full is None:
+        return (_sampled(contents, deadline),)
+    values = copying.digest_all(contents, full, FULL_BLOCK_BYTES, deadline=deadline)
+    return ContentDigests(full, DigestCoverage.FULL, FULL_BLOCK_BYTES, tuple(values)), _sampled(contents, deadline)
+
+
+def _sampled(contents: Sequence[copying.Content], deadline: float | None) -> ContentDigests:
+    values = copying.digest_samples(contents, DigestAlgorithm.CRC32, SAMPLE_BLOCK_BYTES, deadline=deadline)
+    return ContentDigests(DigestAlgorithm.CRC32, DigestCoverage.SAMPLED, SAMPLE_BLOCK_BYTES, tuple(values))
 
 
 def _require_memory(size_bytes: int) -> None:

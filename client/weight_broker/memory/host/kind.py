@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from functools import partial
 
 from weight_broker.digest import (
     FULL_BLOCK_BYTES,
@@ -63,17 +62,12 @@ class HostKind:
             block_bytes = GLANCE_BLOCK_BYTES if sampled else SAMPLE_BLOCK_BYTES
             values = copying.digest_samples(contents, algorithm, block_bytes, deadline=deadline)
             return ContentDigests(algorithm, DigestCoverage.SAMPLED, block_bytes, tuple(values))
-        return _digest_full(contents, DigestAlgorithm.XXH3_64, deadline)
+        full = DigestAlgorithm.XXH3_64
+        found = copying.digest_all(contents, full, FULL_BLOCK_BYTES, deadline=deadline)
+        return ContentDigests(full, DigestCoverage.FULL, FULL_BLOCK_BYTES, tuple(found))
 
-
-def _digest_full(contents: list[tuple[int, int]], algorithm: DigestAlgorithm, deadline: float | None) -> ContentDigests:
-    found = [0] * len(contents)
-
-    def digest(index: int) -> None:
-        found[index] = copying.digest_full(*contents[index], algorithm, FULL_BLOCK_BYTES)
-
-    copying.run([partial(digest, index) for index in range(len(contents))], deadline=deadline)
-    return ContentDigests(algorithm, DigestCoverage.FULL, FULL_BLOCK_BYTES, tuple(found))
+    def host_copies(self, tensors: DescribedTensors) -> None:
+        """The tensors are in host memory."""
 
 
 def _packed(tensors: DescribedTensors) -> dict[int, ctypes.Array[ctypes.c_char]]:

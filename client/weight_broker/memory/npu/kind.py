@@ -4,16 +4,19 @@ tensors are turned into that."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from weight_broker.digest import ContentDigests
 from weight_broker.drivers import acl as acl_module
-from weight_broker.drivers.acl import AclError, device_id
+from weight_broker.drivers.acl import AclError, MemcpyKind, device_id
 from weight_broker.errors import PublishRefused
 from weight_broker.kinds import MemoryKind
 from weight_broker.memory.device.access import CopiedTensors
 from weight_broker.memory.device.describe import DescribedDeviceTensors, Framework
+from weight_broker.memory.device.host_copies import DriverCopies
 from weight_broker.memory.device.kind import DeviceKind
 from weight_broker.memory.device.tensor import DeviceTensor, Segment, SegmentKind, SegmentProvider
+from weight_broker.memory.kind import HostCopies
 from weight_broker.memory.npu import torch as npu_torch
 from weight_broker.memory.npu.digest import digest_tensors
 from weight_broker.memory.npu.export import ExportedSegments, export_segments
@@ -62,6 +65,22 @@ class NpuKind(DeviceKind):
             return digest_tensors(tensors, deadline=deadline, sampled=sampled)
         except AclError as error:
             raise PublishRefused(f"the driver does not read the tensors: {error}") from error
+
+    def host_copies(self, tensors: DescribedDeviceTensors) -> HostCopies:
+        """By the runtime, from and to pageable memory."""
+        acl = acl_module.load()
+
+        def synchronize() -> None:
+            if tensors.synchronize is not None:
+                tensors.synchronize()
+            acl.synchronize_device()
+
+        return DriverCopies(
+            partial(acl.on_device, tensors.device_index),
+            synchronize,
+            lambda host, device, size: acl.memcpy(host, size, device, size, MemcpyKind.DEVICE_TO_HOST),
+            lambda device, host, size: acl.memcpy(device, size, host, size, MemcpyKind.HOST_TO_DEVICE),
+        )
 
     def copied(self, tensors: DescribedDeviceTensors) -> CopiedTensors:
         """Copies within the card."""
