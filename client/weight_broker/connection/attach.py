@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -32,7 +34,6 @@ PROTOCOL_VERSION = 1
 MAX_PACKET_BYTES = 64 * 1024
 _MAX_DESCRIPTORS = 4
 _LOST = -1
-_BACKLOG_RETRY_SECONDS = 0.005
 
 
 class _Closed(NotAttached):
@@ -270,15 +271,8 @@ def _connect(path: Path, deadline: float) -> socket.socket:
             f"this process cannot open a socket to the broker on {path}: {error.strerror}"
         ) from error
     try:
-        while True:
-            connected.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connected.connect(os.fspath(path))
-                return connected
-            except BlockingIOError:  # the backlog is full: many instances start at once
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(_BACKLOG_RETRY_SECONDS)
+        _connect_in_turn(connected, path, deadline)
+        return connected
     except PermissionError as error:
         connected.close()
         raise not_admitted(path) from error
@@ -288,6 +282,31 @@ def _connect(path: Path, deadline: float) -> socket.socket:
     except BaseException:
         connected.close()
         raise
+
+
+def _connect_in_turn(connected: socket.socket, path: Path, deadline: float) -> None:
+    """Connect; where the backlog is full, as many instances start at once or one process floods it, wait for room. The
+    kernel lets those in order that wait in connect(2); one that asked again and again would never be in time."""
+    while True:
+        connected.settimeout(None)
+        _limit_sending(connected, max(deadline - time.monotonic(), 0.001))
+        try:
+            connected.connect(os.fspath(path))
+            connected.getpeername()
+        except OSError as error:
+            # Python takes a wait that a signal interrupts for a connection.
+            if error.errno != errno.ENOTCONN or time.monotonic() >= deadline:
+                raise
+            continue
+        _limit_sending(connected, 0.0)
+        return
+
+
+def _limit_sending(connected: socket.socket, seconds: float) -> None:
+    """How long connect(2) may block; 0 for ever."""
+    whole = int(seconds)
+    limit = struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:
