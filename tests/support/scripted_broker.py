@@ -77,9 +77,9 @@ class ScriptedBroker(WeightBrokerServiceServicer):
         self._connections.clear()
 
     def drop_attachments(self) -> None:
-        """Closes the attach connections only."""
-        while self._connections:
-            connection = self._connections.pop()
+        """Closes the attach connections that there are, and only them."""
+        dropped, self._connections = self._connections, []
+        for connection in dropped:
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 

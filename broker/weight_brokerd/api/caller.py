@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 import grpc
@@ -12,7 +12,6 @@ from weight_broker.errors import NotAdministrator, NotAttached
 from weight_broker.wire import TOKEN_METADATA_KEY
 from weight_brokerd.attach.server import Session
 from weight_brokerd.control.control import Control
-from weight_brokerd.core.conduct.turns import UNKNOWN
 from weight_brokerd.core.model import Process
 
 
@@ -33,12 +32,12 @@ def identify(control: Control, context: grpc.aio.ServicerContext[Any, Any]) -> S
     raise NotAttached(f"this call needs metadata {TOKEN_METADATA_KEY}; attach to attach.sock first")
 
 
-def process_of(control: Control, metadata: Iterable[tuple[str, str | bytes]] | None) -> Process:
-    """The process that a call is counted for; `UNKNOWN` without a valid token."""
-    for name, value in metadata or ():
+def process_of(control: Control, context: grpc.aio.ServicerContext[Any, Any]) -> Process | None:
+    """The process that attached with the call's token; None without a valid one."""
+    for name, value in context.invocation_metadata() or ():
         if name == TOKEN_METADATA_KEY:
             return control.sessions.process(value if isinstance(value, bytes) else value.encode())
-    return UNKNOWN
+    return None
 
 
 def require_administrator(session: Session, admin_gid: int | None) -> None:

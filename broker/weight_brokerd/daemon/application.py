@@ -15,6 +15,7 @@ from weight_brokerd import __version__
 from weight_brokerd.api.admission.gate import Gate
 from weight_brokerd.api.admission.interceptor import AdmissionInterceptor
 from weight_brokerd.api.errors import ErrorInterceptor
+from weight_brokerd.api.front.front import Front
 from weight_brokerd.api.health import Health, add_reflection
 from weight_brokerd.api.incoming.reception import LARGE_BYTES, Reception
 from weight_brokerd.api.server import SERVICE_NAMES, add_services
@@ -29,7 +30,6 @@ from weight_brokerd.core.conduct.turns import Turns
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits
 from weight_brokerd.daemon import identity
-from weight_brokerd.daemon.connections import Connections
 from weight_brokerd.daemon.lock import RuntimeLock
 from weight_brokerd.daemon.notify import Notifier
 from weight_brokerd.daemon.quotas import ACQUIRE, WATCHES, connections_to_keep, make_quotas
@@ -85,12 +85,10 @@ class Application:
         generations = identity.generation_range(lock.generation_mark())
         lock.write(generations.stop)
         self._quotas = make_quotas(config.limits)
-        self._connections = Connections(
-            directory.grpc_socket,
+        self._front = Front(
             per_process=config.limits.connections_per_process,
             total=connections_to_keep(self._quotas.open_files),
         )
-        self._watching: asyncio.Task[None] | None = None
         self._regions = RegionTable(
             regions_per_instance=config.limits.regions_per_instance,
             quotas=(self._quotas.regions, self._quotas.descriptors),
@@ -155,8 +153,8 @@ class Application:
 
     async def _start(self) -> grpc.aio.Server:
         interceptors: list[grpc.aio.ServerInterceptor] = [
-            ErrorInterceptor(Reception(self._control)),
             self._admission(),
+            ErrorInterceptor(Reception(self._control)),
         ]
         if self._metrics is not None:
             interceptors.insert(0, self._metrics.interceptor())
@@ -169,9 +167,12 @@ class Application:
         add_services(server, self._control, self._config)
         add_reflection(server, SERVICE_NAMES)
         try:
-            with self._directory.binding(self._directory.grpc_socket):
-                server.add_insecure_port(f"unix:{quote(str(self._directory.grpc_socket))}")
+            with self._directory.binding_hidden():
+                server.add_insecure_port(f"unix:{quote(str(self._directory.server_socket))}")
+            self._front.hide(self._directory.server_socket)
             await server.start()
+            with self._directory.binding(self._directory.grpc_socket):
+                self._front.open(self._directory.grpc_socket)
             # Last: an attached process may call at once.
             with self._directory.binding(self._directory.attach_socket):
                 self._attach_server.open(self._directory.attach_socket)
@@ -179,7 +180,6 @@ class Application:
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()
-        self._watching = self._loop.create_task(self._connections.watch())
         self._kinds.start()  # returns at once: a device's driver may take long, and host memory is served meanwhile
         return server
 
@@ -187,7 +187,7 @@ class Application:
         quotas = self._quotas
         turns = Turns[asyncio.Future[None]](process=quotas.process_pace, user=quotas.user_pace)
         streams = {ACQUIRE: quotas.acquires} | dict.fromkeys(WATCHES, quotas.watches)
-        return AdmissionInterceptor(self._control, Gate(turns, self._control.loop.now), streams)
+        return AdmissionInterceptor(self._control, self._front, Gate(turns, self._control.loop.now), streams)
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
         listen = self._config.metrics.listen
@@ -260,9 +260,9 @@ class Application:
         await asyncio.sleep(LAST_WORD_SECONDS)
 
     async def _end(self, server: grpc.aio.Server) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        self._front.stop_accepting()
         await server.stop(STOP_SECONDS)
+        await self._front.close(LAST_WORD_SECONDS)
         self._attach_server.close()
         ending = self._loop.create_task(self._control.end_movements())
         await asyncio.wait({ending}, timeout=STOP_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import select
@@ -185,6 +186,7 @@ def test_a_forked_child_has_no_keeper_and_can_have_its_own(keeper: Keeper) -> No
 
 def test_a_thread_that_could_not_start_is_not_believed_to_run(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     lamp = Lamp()
+    gc.collect()  # what other tests left must not be closed meanwhile
     descriptors = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patched:
         patched.setattr(threading, "_start_new_thread", no_thread)

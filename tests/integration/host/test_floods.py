@@ -196,4 +196,4 @@ def test_the_newest_connections_of_a_process_with_too_many_are_closed(
         assert broker.host().instance_count == 0, "the oldest connection of the process stays"
         publisher = start_instance("another process")
         publisher.call(actions.publish, "model", 1)
-        assert "connections_closed" in broker.log
+        eventually(lambda: "connections_closed" in broker.log)
