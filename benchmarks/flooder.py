@@ -12,7 +12,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,18 @@ async def strangers(flooder: Flooder, ready: Callable[[], None]) -> None:
             flooder.kept.pop(0).close()
 
 
+async def strangers_to_grpc(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """The same on the gRPC socket."""
+    while True:
+        with contextlib.suppress(OSError):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            flooder.kept.append(connection)
+            connection.connect(str(flooder.directory / "broker.sock"))
+        if len(flooder.kept) > 500:
+            ready()
+            flooder.kept.pop(0).close()
+
+
 async def acquires(flooder: Flooder, ready: Callable[[], None]) -> None:
     """10,000 Acquire calls that wait, opened again as soon as one ends."""
     metadata = flooder.metadata()
@@ -191,6 +203,16 @@ async def calls_without_a_token(flooder: Flooder, ready: Callable[[], None]) -> 
     await _get_host(flooder, (), ready)
 
 
+async def half_calls(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """1,000 calls that never send their request, opened again as soon as one ends."""
+    await _half_calls(flooder, flooder.metadata(), ready)
+
+
+async def half_calls_without_a_token(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """The same, by callers that have not attached."""
+    await _half_calls(flooder, (), ready)
+
+
 async def connections(flooder: Flooder, ready: Callable[[], None]) -> None:
     """1,000 gRPC connections, each with a GetHost without end."""
     metadata = flooder.metadata()
@@ -211,6 +233,19 @@ async def _get_host(flooder: Flooder, metadata: Any, ready: Callable[[], None]) 
         await stub.GetHost(inspection.GetHostRequest(), metadata=metadata)
 
     await _again_and_again(call, 64, ready)
+
+
+async def _half_calls(flooder: Flooder, metadata: Any, ready: Callable[[], None]) -> None:
+    method: Any = flooder.channel().stream_unary("/weight_broker.v1.InspectionService/GetHost")
+
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def call() -> None:
+        await method(never(), metadata=metadata)
+
+    await _again_and_again(call, 1000, ready)
 
 
 async def _again_and_again(action: Callable[[], Awaitable[None]], at_once: int, ready: Callable[[], None]) -> None:
@@ -235,10 +270,13 @@ FLOODS: dict[str, Callable[[Flooder, Callable[[], None]], Awaitable[None]]] = {
         packets,
         attachments,
         strangers,
+        strangers_to_grpc,
         acquires,
         watches,
         calls,
         calls_without_a_token,
+        half_calls,
+        half_calls_without_a_token,
         connections,
     )
 }

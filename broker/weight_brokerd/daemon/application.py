@@ -14,6 +14,7 @@ import structlog
 from weight_brokerd import __version__
 from weight_brokerd.api.admission.gate import Gate
 from weight_brokerd.api.admission.interceptor import AdmissionInterceptor
+from weight_brokerd.api.caller import Callers
 from weight_brokerd.api.errors import ErrorInterceptor
 from weight_brokerd.api.front.front import Front
 from weight_brokerd.api.health import Health, add_reflection
@@ -152,9 +153,10 @@ class Application:
     # Start
 
     async def _start(self) -> grpc.aio.Server:
+        callers = Callers(self._control, self._front)
         interceptors: list[grpc.aio.ServerInterceptor] = [
-            self._admission(),
-            ErrorInterceptor(Reception(self._control)),
+            self._admission(callers),
+            ErrorInterceptor(Reception(self._control, callers)),
         ]
         if self._metrics is not None:
             interceptors.insert(0, self._metrics.interceptor())
@@ -183,11 +185,11 @@ class Application:
         self._kinds.start()  # returns at once: a device's driver may take long, and host memory is served meanwhile
         return server
 
-    def _admission(self) -> AdmissionInterceptor:
+    def _admission(self, callers: Callers) -> AdmissionInterceptor:
         quotas = self._quotas
         turns = Turns[asyncio.Future[None]](process=quotas.process_pace, user=quotas.user_pace)
         streams = {ACQUIRE: quotas.acquires} | dict.fromkeys(WATCHES, quotas.watches)
-        return AdmissionInterceptor(self._control, self._front, Gate(turns, self._control.loop.now), streams)
+        return AdmissionInterceptor(callers, Gate(turns, self._control.loop.now), streams)
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
         listen = self._config.metrics.listen

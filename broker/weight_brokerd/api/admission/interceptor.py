@@ -10,10 +10,8 @@ from grpc_health.v1 import health
 
 from weight_broker.errors import BrokerError
 from weight_brokerd.api.admission.gate import Gate
-from weight_brokerd.api.caller import on_end, process_of
+from weight_brokerd.api.caller import Callers, on_end
 from weight_brokerd.api.errors import to_status
-from weight_brokerd.api.front.front import Front
-from weight_brokerd.control.control import Control
 from weight_brokerd.core.conduct.quota import Quota
 from weight_brokerd.core.model import Process
 
@@ -27,10 +25,9 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
     """The outermost but for the metrics. Methods get their requests as streams from the others, so that nothing is read
     while a call waits here. It bounds streams of the broker and of gRPC's own services alike."""
 
-    def __init__(self, control: Control, front: Front, gate: Gate, streams: Mapping[str, Quota]) -> None:
+    def __init__(self, callers: Callers, gate: Gate, streams: Mapping[str, Quota]) -> None:
         """`streams`: how many calls of a method may be open."""
-        self._control = control
-        self._front = front
+        self._callers = callers
         self._gate = gate
         self._streams = streams
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
@@ -80,8 +77,8 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         return await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
     async def _enter(self, context: Context) -> Process:
-        """Wait for the turn of the caller's process. Whoever has no token is known by the connection."""
-        process = process_of(self._control, context) or self._front.process_of(context.peer())
+        """Wait for the turn of the caller's process."""
+        process = self._callers.process(context)
         if process is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection has ended")
         await self._gate.enter(process)
