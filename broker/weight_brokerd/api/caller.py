@@ -49,13 +49,16 @@ class Callers:
 
     def process(self, context: grpc.aio.ServicerContext[Any, Any]) -> Process | None:
         """The process that attached with the call's token, or else the one that has connected; None if its connection
-        has ended."""
+        has ended, or did not come through the front."""
+        connected = self._front.process_of(context.peer())
+        if connected is None:
+            return None
         for name, value in context.invocation_metadata() or ():
             if name == TOKEN_METADATA_KEY:
                 process = self._control.sessions.process(value if isinstance(value, bytes) else value.encode())
                 if process is not None:
                     return process
-        return self._front.process_of(context.peer())
+        return connected
 
 
 def require_administrator(session: Session, admin_gid: int | None) -> None:

@@ -13,13 +13,14 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from weight_broker.errors import BrokerError, Reason, from_reason
 from weight_brokerd.attach.acceptor import CONNECTION_PACE, Acceptor, listen
-from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Session, refusal
+from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Entrances, Session, refusal
 from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd
 from weight_brokerd.attach.strangers import Strangers
 from weight_brokerd.core.conduct.pace import Pace, Paces
@@ -61,8 +62,11 @@ class _Connection:
 class AttachServer:
     """Serves the attach socket on the running event loop."""
 
-    def __init__(self, attendance: Attendance, *, host_id: str, broker_version: str) -> None:
+    def __init__(
+        self, attendance: Attendance, *, host_id: str, broker_version: str, entrances: Entrances | None = None
+    ) -> None:
         self._attendance = attendance
+        self._entrances = entrances
         self._host_id = host_id
         self._broker_version = broker_version
         self._loop = asyncio.get_running_loop()
@@ -98,7 +102,13 @@ class AttachServer:
     def _admit(self, accepted: socket.socket, process: Process) -> None:
         peer = credentials(accepted)
         pidfd = open_pidfd(accepted, peer)
-        conversation = Conversation(self._attendance, peer, host_id=self._host_id, broker_version=self._broker_version)
+        conversation = Conversation(
+            self._attendance,
+            peer,
+            host_id=self._host_id,
+            broker_version=self._broker_version,
+            open_entrance=partial(self._entrances.open, process=process) if self._entrances is not None else None,
+        )
         connection = _Connection(conversation, accepted, pidfd, process)
         too_many = self._strangers.one_too_many(process)
         if too_many is not None:
@@ -203,6 +213,8 @@ class AttachServer:
     def _forget(self, connection: _Connection) -> None:
         self._strangers.discard(connection)
         self._instances.pop(connection.conversation.instance_id, None)
+        if self._entrances is not None:
+            self._entrances.close(connection.conversation.instance_id)
         if connection.hello_timer is not None:
             connection.hello_timer.cancel()
         self._close_socket(connection)

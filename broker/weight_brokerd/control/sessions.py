@@ -16,8 +16,8 @@ from weight_brokerd.core.model import Instance, Process
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.telemetry.audit import audit
 
-DESCRIPTORS_PER_INSTANCE = 3
-"""Its attach connection, its pidfd and its stage connection."""
+DESCRIPTORS_PER_INSTANCE = 4
+"""Its attach connection, its pidfd, its stage connection and its gRPC socket."""
 
 
 class Sessions:

@@ -87,6 +87,7 @@ class Application:
         lock.write(generations.stop)
         self._quotas = make_quotas(config.limits)
         self._front = Front(
+            directory.path,
             per_process=config.limits.connections_per_process,
             total=connections_to_keep(self._quotas.open_files),
         )
@@ -100,7 +101,12 @@ class Application:
         self._metrics = self._make_metrics()
         self._health = Health(SERVICE_NAMES)
         self._control.draining.on_begin(self._health.stop_serving)
-        self._attach_server = AttachServer(self._control.sessions, host_id=self._host_id, broker_version=__version__)
+        self._attach_server = AttachServer(
+            self._control.sessions,
+            host_id=self._host_id,
+            broker_version=__version__,
+            entrances=self._front.entrances,
+        )
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains. Raises `StartError` if it cannot begin."""

@@ -33,10 +33,13 @@ FLOODS = (
     "packets",
     "attachments",
     "strangers",
+    "strangers_to_grpc",
     "acquires",
     "watches",
     "calls",
     "calls_without_a_token",
+    "half_calls",
+    "half_calls_without_a_token",
     "connections",
 )
 

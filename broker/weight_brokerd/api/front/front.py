@@ -16,6 +16,7 @@ from pathlib import Path
 
 import structlog
 
+from weight_brokerd.api.front.entrances import Entrances
 from weight_brokerd.api.front.relay import BUFFER_BYTES, Relay
 from weight_brokerd.attach.acceptor import Acceptor, listen
 from weight_brokerd.attach.peer import process_of
@@ -32,8 +33,9 @@ log = structlog.get_logger("weight_brokerd.api.front")
 class Front:
     """Serves the gRPC socket on the running event loop."""
 
-    def __init__(self, *, per_process: int, total: int) -> None:
-        """How many connections stay open, of one process and in all."""
+    def __init__(self, directory: Path, *, per_process: int, total: int) -> None:
+        """How many connections stay open, of one process and in all. `directory`: where only the broker makes files."""
+        self.entrances = Entrances(directory, self._admit, self._refuse)
         self._connections: Connections[Relay] = Connections(per_process=per_process, total=total)
         self._processes: dict[str, Process] = {}
         self._names: dict[Relay, str] = {}
@@ -62,6 +64,7 @@ class Front:
         """Existing connections stay. Idempotent."""
         if self._acceptor is not None:
             self._acceptor.close()
+        self.entrances.close_all()
 
     async def close(self, seconds: float) -> None:
         """After the server's end: clients have so long to read its last words. Idempotent."""

@@ -39,7 +39,7 @@ class Room:
 async def opened(directory: Path, serve: Serve, *, per_process: int = 8, total: int = 100) -> AsyncIterator[Room]:
     """All descriptors are given back at the end."""
     before = open_descriptors(("socket:",))
-    room = Room(directory / "front.sock", Front(per_process=per_process, total=total))
+    room = Room(directory / "front.sock", Front(directory, per_process=per_process, total=total))
     running: set[asyncio.Task[None]] = set()
 
     async def serving(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -209,7 +209,7 @@ def test_a_process_that_connects_too_often_is_refused_before_the_server_hears_of
 
 def test_a_server_that_is_gone_costs_a_client_its_connection_and_the_front_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
-        front = Front(per_process=8, total=8)
+        front = Front(tmp_path, per_process=8, total=8)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(tmp_path / "server.sock"))
             listener.listen()
