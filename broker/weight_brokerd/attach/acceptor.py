@@ -1,7 +1,7 @@
 """Accepts the connections of a listening unix socket, a few in each turn of the event loop.
 
-A process that connects too often is refused. Refusals take a bounded part of the loop's time, whatever the process
-does: between them the loop does not accept, and a full backlog makes whoever connects wait in the order of the kernel.
+A process that connects too often is refused. Refusals take a bounded part of the loop's time: between them the loop
+does not accept, and a full backlog makes processes wait in connect(2), in the order of the kernel.
 """
 
 from __future__ import annotations

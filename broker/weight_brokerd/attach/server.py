@@ -35,7 +35,7 @@ PACKET_PACE = Pace(per_second=500, burst=4000)
 """Of each process. Packets beyond it wait."""
 
 _BACKLOG = 32
-"""Short: whoever connects behind a flood waits for all of it. Our client waits for room in the order of the kernel."""
+"""Short: a process that connects behind a flood waits for all of it. Clients wait for room in the kernel's order."""
 _SHORTEST_WAIT_SECONDS = 0.01
 _PACES_KEPT = 1024
 _TOO_FAST = refusal(

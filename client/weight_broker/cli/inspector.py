@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Protocol, TypeVar
 import grpc
 
 from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.connection.attach import is_listening
 from weight_broker.connection.channel import decode_error, open_channel
 from weight_broker.errors import BrokerUnavailable, Reason
 from weight_broker.runtime_directory import GRPC_SOCKET, not_admitted, runtime_directory
@@ -66,6 +68,8 @@ class Inspector:
             raise BrokerUnavailable(f"no broker: {socket_path} does not exist")
         if not os.access(socket_path, os.W_OK, effective_ids=True):
             raise not_admitted(socket_path)
+        self._socket_path = socket_path
+        self._is_patient = False
         self._channel = open_channel(socket_path)
         self._stub = InspectionServiceStub(self._channel)
 
@@ -154,7 +158,19 @@ class Inspector:
         try:
             return call(self._timeout)
         except grpc.RpcError as error:
-            raise decode_error(error, on_deadline=Reason.BROKER_UNAVAILABLE) from error
+            if not self._found_no_room(error):
+                raise decode_error(error, on_deadline=Reason.BROKER_UNAVAILABLE) from error
+        self._channel.close()
+        self._is_patient = True
+        self._channel = open_channel(self._socket_path, is_patient=True)
+        self._stub = InspectionServiceStub(self._channel)
+        return self._call(call)
+
+    def _found_no_room(self, error: grpc.RpcError) -> bool:
+        """Whether the broker is there, but a flood of connections fills its backlog: gRPC gives up at once."""
+        if self._is_patient or not isinstance(error, grpc.Call) or error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return False
+        return is_listening(self._socket_path, socket.SOCK_STREAM, self._timeout)
 
 
 def age_seconds(seconds_since_epoch: float) -> float:

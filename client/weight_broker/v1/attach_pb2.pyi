@@ -124,8 +124,8 @@ class Hello(google.protobuf.message.Message):
     client_version: builtins.str
     """Optional. Version of the client."""
     entrance: builtins.bool
-    """Optional. The instance wants a gRPC socket of its own: a descriptor with Welcome, opened with O_PATH, to connect to
-    as /proc/self/fd/N. Without one it uses broker.sock.
+    """Optional. The instance wants a gRPC socket for itself alone: a descriptor with Welcome, opened with O_PATH, to
+    connect to as /proc/self/fd/N. Without one it uses broker.sock.
     """
     def __init__(
         self,

@@ -22,6 +22,7 @@ from support.raw_client import RawClient, connect, exchange, hello
 from support.rpc_errors import refusal_of
 from support.waiting import eventually
 from weight_broker import Reason
+from weight_broker.cli.inspector import Inspector
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import weight_broker_service_pb2 as pb
 
@@ -65,12 +66,15 @@ def test_under_a_flood_every_call_of_an_honest_process_succeeds(
     publisher, reader = start_instance("publisher"), start_instance("reader")
     publisher.call(actions.publish, "model", 1)
     reader.call(actions.prepare)
+    broker.host()
     with flooding(broker, flood):
         for _ in range(3):
             reader.call(actions.prepare)
             assert reader.call(actions.acquire, "model").source_instance_name == "publisher"
             assert reader.call(actions.current) == actions.expected(1)
             assert broker.host().instance_count >= 2
+        with Inspector(broker.runtime_directory) as operator:
+            assert operator.host().pid == broker.pid
         newcomer = start_instance("newcomer")
         newcomer.call(actions.publish, "another model", 2)
         newcomer.call(actions.retract_all)

@@ -1,5 +1,5 @@
 """Which connections are too many: a process has a bounded number, and where there are too many in all, the newest of
-whoever has the most gives way."""
+the process with the most gives way."""
 
 from __future__ import annotations
 
