@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from weight_broker import Reason
 from weight_broker.cli.inspector import Inspector
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import weight_broker_service_pb2 as pb
+from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
 
 Start = Callable[..., InstanceProcess]
 REPOSITORY = Path(__file__).parents[3]
@@ -162,6 +164,56 @@ def test_open_watches_of_a_process_are_bounded(start_broker: Callable[..., Broke
                 again.cancel()
 
         eventually(opens)
+
+
+WATCH_WITHOUT_A_TOKEN = """
+import grpc, sys
+from weight_broker.v1 import inspection_service_pb2 as inspection
+from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
+stub = InspectionServiceStub(grpc.insecure_channel("unix:" + sys.argv[1]))
+assert next(stub.Watch(inspection.WatchRequest(), timeout=60)).snapshot
+"""
+
+
+def test_callers_without_a_token_are_told_apart_by_their_processes(start_broker: Callable[..., BrokerProcess]) -> None:
+    broker = start_broker(WEIGHT_BROKER_LIMITS_WATCHES_PER_PROCESS="1")
+    broker.host()
+    first = broker.inspection.Watch(inspection.WatchRequest(), timeout=120)
+    assert next(first).snapshot
+    refusal = refusal_of(refused(broker.inspection.Watch(inspection.WatchRequest(), timeout=120)))
+    assert refusal is not None
+    assert refusal.metadata["limit"] == "limits.watches_per_process"
+    subprocess.run([sys.executable, "-c", WATCH_WITHOUT_A_TOKEN, str(broker.socket_path)], check=True, timeout=120)
+    first.cancel()
+
+
+def test_the_grpc_server_has_no_way_in_beside_the_counted_one(broker: BrokerProcess) -> None:
+    """Who may look into the broker finds a way, and is not served."""
+    assert {path.name for path in broker.runtime_directory.iterdir() if path.is_socket()} == {
+        "broker.sock",
+        "attach.sock",
+    }
+    descriptors = Path(f"/proc/{broker.pid}/fd")
+    [way] = [path for path in descriptors.iterdir() if "inner.sock" in os.readlink(path)]
+    with grpc.insecure_channel(f"unix:{way}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            InspectionServiceStub(channel).GetHost(inspection.GetHostRequest(), timeout=60)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "did not come through" in (caught.value.details() or "")
+
+
+def test_calls_of_methods_that_do_not_exist_wait_their_turn_too(start_broker: Callable[..., BrokerProcess]) -> None:
+    broker = start_broker(WEIGHT_BROKER_LIMITS_CALLS_PER_SECOND="1")
+    broker.host()
+    with grpc.insecure_channel(
+        f"unix:{broker.socket_path}", options=[("grpc.use_local_subchannel_pool", 1)]
+    ) as channel:
+        method: Any = channel.unary_unary("/weight_broker.v1.InspectionService/NoMethod")
+        calls = [method.future(b"", timeout=120) for _ in range(50)]
+        assert calls[0].exception(120).code() is grpc.StatusCode.UNIMPLEMENTED
+        assert not all(call.done() for call in calls)
+        for call in calls:
+            call.cancel()
 
 
 def test_calls_beyond_the_pace_wait_and_are_not_refused(start_broker: Callable[..., BrokerProcess]) -> None:

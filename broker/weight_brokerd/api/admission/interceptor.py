@@ -80,7 +80,9 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
         """Wait for the turn of the caller's process."""
         process = self._callers.process(context)
         if process is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the connection has ended")
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE, "the connection has ended, or did not come through broker.sock"
+            )
         await self._gate.enter(process)
         return process
 

@@ -207,6 +207,40 @@ def test_a_process_that_connects_too_often_is_refused_before_the_server_hears_of
     run(scenario())
 
 
+def test_the_socket_of_a_process_has_no_path_and_lets_that_process_in_until_it_is_closed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path, echo) as room:
+            way = os.dup(room.front.entrances.open("instance-1", ME))
+            path = f"/proc/self/fd/{way}"
+            assert os.listdir(tmp_path) == ["front.sock"]
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            assert room.front.process_of(room.peers[0]) == ME
+            room.front.entrances.close("instance-1")
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_unix_connection(path)
+            writer.write(b"again")
+            assert await reader.readexactly(5) == b"again", "a connection outlives the socket that it came through"
+            writer.close()
+            os.close(way)
+
+    run(scenario())
+
+
+def test_no_other_process_enters_by_the_socket_of_a_process(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path, echo) as room:
+            way = os.dup(room.front.entrances.open("instance-1", Process(ME.uid, "1")))
+            reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{way}")
+            assert await ends(reader) == b""
+            assert room.peers == []
+            writer.close()
+            os.close(way)
+
+    run(scenario())
+
+
 def test_a_server_that_is_gone_costs_a_client_its_connection_and_the_front_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         front = Front(tmp_path, per_process=8, total=8)
