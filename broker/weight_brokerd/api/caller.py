@@ -47,6 +47,10 @@ class Callers:
         except NotAttached:
             return None
 
+    def require_room(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Raises LIMIT_EXCEEDED for a call over a connection that its process has too many of."""
+        self._front.require_room(context.peer())
+
     def process(self, context: grpc.aio.ServicerContext[Any, Any]) -> Process | None:
         """The process that attached with the call's token, or else the one that has connected; None if its connection
         has ended, or did not come through the front."""

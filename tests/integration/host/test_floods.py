@@ -241,6 +241,38 @@ def is_open(connection: socket.socket) -> bool:
     return False
 
 
+def test_the_calls_of_a_connection_too_many_are_refused_by_name_until_another_ends(
+    start_broker: Callable[..., BrokerProcess],
+) -> None:
+    broker = start_broker(WEIGHT_BROKER_LIMITS_CONNECTIONS_PER_PROCESS="2")
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with contextlib.ExitStack() as stack:
+        channels = [
+            stack.enter_context(grpc.insecure_channel(f"unix:{broker.socket_path}", options=options)) for _ in range(3)
+        ]
+
+        def ask(channel: grpc.Channel) -> int:
+            host = InspectionServiceStub(channel).GetHost(inspection.GetHostRequest(), timeout=60).host
+            return int(host.pid)
+
+        assert [ask(channel) for channel in channels[:2]] == [broker.pid] * 2
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(channels[2])
+        refusal = refusal_of(caught.value)
+        assert refusal is not None
+        assert refusal.metadata["limit"] == "limits.connections_per_process"
+        assert retry_of(caught.value) > 0
+        assert ask(channels[0]) == broker.pid
+        channels[0].close()
+
+        def is_served() -> bool:
+            with contextlib.suppress(grpc.RpcError):
+                return ask(channels[2]) == broker.pid
+            return False
+
+        eventually(is_served)
+
+
 def test_the_newest_connections_of_a_process_with_too_many_are_closed(
     start_broker: Callable[..., BrokerProcess], start_instance: Start
 ) -> None:
@@ -251,7 +283,7 @@ def test_the_newest_connections_of_a_process_with_too_many_are_closed(
         for connection in connections:
             connection.connect(str(broker.socket_path))
             connection.setblocking(False)
-        eventually(lambda: sum(map(is_open, connections)) <= 7)
+        eventually(lambda: sum(map(is_open, connections)) <= 8)
         assert broker.host().instance_count == 0, "the oldest connection of the process stays"
         publisher = start_instance("another process")
         publisher.call(actions.publish, "model", 1)

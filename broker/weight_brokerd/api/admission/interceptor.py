@@ -84,12 +84,19 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):
                 grpc.StatusCode.UNAVAILABLE, "the connection has ended, or did not come through broker.sock"
             )
         await self._gate.enter(process)
+        try:
+            self._callers.require_room(context)
+        except BrokerError as error:
+            await self._refuse(error, process, context)
         return process
 
     async def _take(self, quota: Quota, process: Process, context: Context) -> None:
         try:
             quota.take(process)
         except BrokerError as error:
-            self._gate.charge_refusal(process)
-            await context.abort_with_status(to_status(error))
+            await self._refuse(error, process, context)
         on_end(context, lambda: quota.give_back(process))
+
+    async def _refuse(self, error: BrokerError, process: Process, context: Context) -> None:
+        self._gate.charge_refusal(process)
+        await context.abort_with_status(to_status(error))

@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -21,6 +22,7 @@ from weight_brokerd.api.front.relay import BUFFER_BYTES, Relay
 from weight_brokerd.attach.acceptor import Acceptor, listen
 from weight_brokerd.attach.peer import process_of
 from weight_brokerd.core.conduct.connections import Connections
+from weight_brokerd.core.conduct.quota import Bound, refusal
 from weight_brokerd.core.model import Process
 
 _BACKLOG = 4096
@@ -36,9 +38,10 @@ class Front:
     def __init__(self, directory: Path, *, per_process: int, total: int) -> None:
         """How many connections stay open, of one process and in all. `directory`: where only the broker makes files."""
         self.entrances = Entrances(directory, self._admit, self._refuse)
+        self._bound = Bound("limits.connections_per_process", per_process)
         self._connections: Connections[Relay] = Connections(per_process=per_process, total=total)
-        self._processes: dict[str, Process] = {}
-        self._names: dict[Relay, str] = {}
+        self._relays: dict[str, Relay] = {}
+        """By the name that gRPC knows the peer by."""
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._acceptor: Acceptor | None = None
         self._server = -1
@@ -58,7 +61,15 @@ class Front:
 
     def process_of(self, peer: str) -> Process | None:
         """The process behind a call's peer; None if its connection has ended."""
-        return self._processes.get(peer)
+        relay = self._relays.get(peer)
+        return self._connections.process_of(relay) if relay is not None else None
+
+    def require_room(self, peer: str) -> None:
+        """Raises LIMIT_EXCEEDED for the connection of a process that has too many."""
+        relay = self._relays.get(peer)
+        if relay is not None and self._connections.is_excess(relay):
+            name = self._connections.process_of(relay).name
+            raise refusal(f"process {name} has more than {self._bound.most} gRPC connections", self._bound)
 
     def stop_accepting(self) -> None:
         """Existing connections stay. Idempotent."""
@@ -69,10 +80,10 @@ class Front:
     async def close(self, seconds: float) -> None:
         """After the server's end: clients have so long to read its last words. Idempotent."""
         self.stop_accepting()
-        if self._names:
+        if self._relays:
             self._all_ended.clear()
             await asyncio.wait({self._loop.create_task(self._all_ended.wait())}, timeout=seconds)
-        for relay in list(self._names):
+        for relay in list(self._relays.values()):
             relay.close()
         if self._server >= 0:
             os.close(self._server)
@@ -85,13 +96,12 @@ class Front:
             self._count(process)
             client.close()
             return
-        relay = Relay(client, server, self._buffer, self._forget)
-        self._names[relay] = f"unix-abstract:{name}"
-        self._processes[self._names[relay]] = process
+        relay = Relay(client, server, self._buffer, partial(self._forget, f"unix-abstract:{name}"))
+        self._relays[f"unix-abstract:{name}"] = relay
         self._connections.add(process, relay)
         excess = self._connections.one_too_many()
         if excess is not None:
-            self._count(self._processes[self._names[excess]])
+            self._count(self._connections.process_of(excess))
             excess.close()
 
     def _connect(self, name: str) -> socket.socket | None:
@@ -106,10 +116,9 @@ class Front:
             return None
         return server
 
-    def _forget(self, relay: Relay) -> None:
-        del self._processes[self._names.pop(relay)]
-        self._connections.discard(relay)
-        if not self._names:
+    def _forget(self, peer: str) -> None:
+        self._connections.discard(self._relays.pop(peer))
+        if not self._relays:
             self._all_ended.set()
 
     def _refuse(self, client: socket.socket) -> None:

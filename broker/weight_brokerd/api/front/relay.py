@@ -14,7 +14,7 @@ class Relay:
     the client has all that the server wrote before."""
 
     def __init__(
-        self, client: socket.socket, server: socket.socket, buffer: memoryview, on_end: Callable[[Relay], None]
+        self, client: socket.socket, server: socket.socket, buffer: memoryview, on_end: Callable[[], None]
     ) -> None:
         """Takes both sockets over. `buffer` is used within one turn of the loop only: all relays share it."""
         self._sockets = client, server
@@ -32,7 +32,7 @@ class Relay:
         self._responses.stop()
         for connection in self._sockets:
             connection.close()
-        self._on_end(self)
+        self._on_end()
 
     def _server_closed(self) -> None:
         """What the server wrote before, the reasons of its end among it, is still on its way."""

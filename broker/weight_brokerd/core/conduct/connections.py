@@ -1,5 +1,8 @@
 """Which connections are too many: a process has a bounded number, and where there are too many in all, the newest of
-the process with the most gives way."""
+the process with the most gives way.
+
+A process may open one connection more than it may use: its calls are refused by name. Further ones are closed.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,18 @@ class Connections(Generic[Connection]):
         return len(self._processes)
 
     def has_all(self, process: Process) -> bool:
-        """Whether the process has as many as it may have."""
-        return len(self._users.get(process.uid, {}).get(process, ())) >= self._per_process
+        """Whether the process has as many as it may open."""
+        return len(self._users.get(process.uid, {}).get(process, ())) > self._per_process
+
+    def is_excess(self, connection: Connection) -> bool:
+        """Whether the process has more than it may use, and this is the newest."""
+        process = self._processes[connection]
+        of_process = self._users[process.uid][process]
+        return len(of_process) > self._per_process and next(reversed(of_process)) == connection
+
+    def process_of(self, connection: Connection) -> Process:
+        """Whose it is."""
+        return self._processes[connection]
 
     def add(self, process: Process, connection: Connection) -> None:
         """A process has connected."""

@@ -176,7 +176,7 @@ def test_the_end_of_a_client_is_the_end_of_its_connection_to_the_server(tmp_path
 
 def test_a_process_has_a_bounded_number_of_connections_and_may_replace_one_that_ended(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with opened(tmp_path, echo, per_process=2) as room:
+        async with opened(tmp_path, echo, per_process=1) as room:
             first, second, third = [await room.connect() for _ in range(3)]
             assert await ends(third[0]) == b""
             for reader, writer in (first, second):

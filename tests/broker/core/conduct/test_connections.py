@@ -30,18 +30,30 @@ def open_all(owners: list[Process], *, per_process: int, total: int) -> dict[int
 
 def test_of_a_process_with_too_many_the_oldest_stay() -> None:
     left = open_all([FLOOD] * 10 + [HONEST], per_process=4, total=100)
-    assert list(left) == [0, 1, 2, 3, 10]
+    assert list(left) == [0, 1, 2, 3, 4, 10]
 
 
 def test_a_process_whose_connection_has_ended_may_open_another() -> None:
-    connections: Connections[str] = Connections(per_process=1, total=10)
+    connections: Connections[str] = Connections(per_process=0, total=10)
     connections.add(FLOOD, "first")
+    assert connections.process_of("first") == FLOOD
     assert connections.has_all(FLOOD)
     assert not connections.has_all(FORK)
     connections.discard("first")
     connections.discard("first")
     assert not connections.has_all(FLOOD)
     assert len(connections) == 0
+
+
+def test_the_newest_connection_is_one_too_many_until_an_older_one_ends() -> None:
+    connections: Connections[str] = Connections(per_process=2, total=10)
+    for name in ("first", "second", "third"):
+        assert not connections.has_all(FLOOD)
+        connections.add(FLOOD, name)
+    assert connections.has_all(FLOOD)
+    assert [name for name in ("first", "second", "third") if connections.is_excess(name)] == ["third"]
+    connections.discard("second")
+    assert not connections.is_excess("third")
 
 
 def test_where_there_are_too_many_in_all_the_user_with_the_most_gives_way() -> None:
@@ -61,6 +73,6 @@ def test_what_is_left_keeps_every_bound_and_nothing_is_closed_in_vain(
 ) -> None:
     left = list(open_all(owners, per_process=per_process, total=total).values())
     assert len(left) <= total
-    assert all(left.count(owner) <= per_process for owner in owners)
-    fits = len(owners) <= total and all(owners.count(owner) <= per_process for owner in owners)
+    assert all(left.count(owner) <= per_process + 1 for owner in owners)
+    fits = len(owners) <= total and all(owners.count(owner) <= per_process + 1 for owner in owners)
     assert (left == owners) is fits
