@@ -48,6 +48,11 @@ def process_of(connection: socket.socket) -> Process:
     return Process(uid, str(pid) if pid > 0 else f"connection {os.fstat(connection.fileno()).st_ino}")
 
 
+def is_pid_seen(process: Process) -> bool:
+    """False for a process of `process_of` that stands for one connection."""
+    return process.name.isdigit()
+
+
 def open_pidfd(connection: socket.socket, peer: PeerCredentials) -> int:
     """A pidfd of the peer; the caller closes it. Raises `NotAttached` if there is none or the peer has ended."""
     try:

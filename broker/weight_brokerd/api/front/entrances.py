@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from weight_brokerd.attach.acceptor import Acceptor, listen
+from weight_brokerd.attach.peer import is_pid_seen
 from weight_brokerd.core.model import Process
 
 ENTRANCE_SOCKET = "entry.sock"
@@ -68,9 +69,16 @@ class Entrances:
             self.close(instance_id)
 
     def _admit_owner(self, owner: Process, client: socket.socket, process: Process) -> None:
-        if process == owner:
-            self._admit(client, process)
+        if _is_same(owner, process):
+            self._admit(client, owner)
             return
         with contextlib.suppress(OSError):
             self._refuse(client)
         client.close()
+
+
+def _is_same(owner: Process, process: Process) -> bool:
+    """By the pid, as a process may change its user; by the user where the broker sees no pid."""
+    if is_pid_seen(owner) or is_pid_seen(process):
+        return owner.name == process.name
+    return owner.uid == process.uid

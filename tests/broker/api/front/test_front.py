@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -228,6 +229,34 @@ def test_the_socket_of_a_process_has_no_path_and_lets_that_process_in_until_it_i
     run(scenario())
 
 
+@pytest.mark.parametrize("owner", [ME, Process(ME.uid + 1, ME.name)])
+def test_a_process_that_has_changed_its_user_still_enters_by_its_socket(tmp_path: Path, owner: Process) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path, echo) as room:
+            assert await _entered(room, owner) == owner
+
+    run(scenario())
+
+
+def test_a_process_whose_pid_the_broker_does_not_see_enters_by_its_socket_as_one_of_its_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = itertools.count()
+
+    def unseen(_: socket.socket) -> Process:
+        return Process(ME.uid, f"connection {next(numbers)}")
+
+    monkeypatch.setattr(acceptor, "process_of", unseen)
+
+    async def scenario() -> None:
+        async with opened(tmp_path, echo) as room:
+            owner = Process(ME.uid, "connection of the attach socket")
+            assert await _entered(room, owner) == owner
+            assert await _entered(room, Process(ME.uid + 1, "connection of another user")) is None
+
+    run(scenario())
+
+
 def test_no_other_process_enters_by_the_socket_of_a_process(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with opened(tmp_path, echo) as room:
@@ -256,6 +285,21 @@ def test_a_server_that_is_gone_costs_a_client_its_connection_and_the_front_nothi
         await front.close(0.01)
 
     run(scenario())
+
+
+async def _entered(room: Room, owner: Process) -> Process | None:
+    """Whom this process is counted for if it connects to the socket of `owner`; None if it is not let in."""
+    way = os.dup(room.front.entrances.open(owner.name, owner))
+    reader, writer = await asyncio.open_unix_connection(f"/proc/self/fd/{way}")
+    os.close(way)
+    with contextlib.suppress(ConnectionError):
+        writer.write(b"hello")
+        if await reader.read(5):
+            found = room.front.process_of(room.peers[-1])
+            writer.close()
+            return found
+    writer.close()
+    return None
 
 
 async def _send(writer: asyncio.StreamWriter, content: bytes) -> None:
