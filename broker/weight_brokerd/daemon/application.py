@@ -195,7 +195,9 @@ class Application:
         quotas = self._quotas
         turns = Turns[asyncio.Future[None]](process=quotas.process_pace, user=quotas.user_pace)
         streams = {ACQUIRE: quotas.acquires} | dict.fromkeys(WATCHES, quotas.watches)
-        return AdmissionInterceptor(callers, Gate(turns, self._control.loop.now), streams)
+        gate = Gate(turns, self._control.loop.now)
+        self._front.allowances.overrun = gate.overrun
+        return AdmissionInterceptor(callers, gate, streams)
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
         listen = self._config.metrics.listen

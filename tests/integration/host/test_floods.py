@@ -44,6 +44,8 @@ FLOODS = (
     "half_calls",
     "half_calls_without_a_token",
     "connections",
+    "pings",
+    "resets",
 )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from weight_brokerd.api.front.allowances import Allowances
 from weight_brokerd.api.front.entrances import Entrances
 from weight_brokerd.api.front.relay import BUFFER_BYTES, Relay
 from weight_brokerd.attach.acceptor import Acceptor, listen
@@ -49,6 +50,7 @@ class Front:
         """Connections that were too many, since they were last reported."""
         self._all_ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self.allowances = Allowances(self._loop.time)
 
     def hide(self, server: Path) -> None:
         """Keep the way to the listening socket of the gRPC server, and remove its path."""
@@ -96,8 +98,9 @@ class Front:
             self._count(process)
             client.close()
             return
-        relay = Relay(client, server, self._buffer, partial(self._forget, f"unix-abstract:{name}"))
-        self._relays[f"unix-abstract:{name}"] = relay
+        peer = f"unix-abstract:{name}"
+        relay = Relay(client, server, self._buffer, partial(self._forget, peer), self.allowances.of(process))
+        self._relays[peer] = relay
         self._connections.add(process, relay)
         excess = self._connections.one_too_many()
         if excess is not None:
@@ -106,12 +109,14 @@ class Front:
 
     def _connect(self, name: str) -> socket.socket | None:
         """A connection to the gRPC server; None if there can be none now."""
-        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        except OSError:
+            return None
         try:
             server.bind(f"\0{name}")
             server.connect(f"/proc/self/fd/{self._server}")
-        except OSError as error:
-            log.error("connection_failed", error=str(error))
+        except OSError:
             server.close()
             return None
         return server

@@ -5,8 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from typing import Protocol
 
 BUFFER_BYTES = 128 << 10
+_SHORTEST_PAUSE_SECONDS = 0.01
+
+
+class Allowance(Protocol):
+    """What may be read of a connection now; its process has more of them."""
+
+    def wait(self) -> float:
+        """Seconds until it may send; 0 if it may now."""
+
+    def spend(self, content: memoryview) -> None:
+        """This was read of the connection at once."""
 
 
 class Relay:
@@ -14,13 +26,21 @@ class Relay:
     the client has all that the server wrote before."""
 
     def __init__(
-        self, client: socket.socket, server: socket.socket, buffer: memoryview, on_end: Callable[[], None]
+        self,
+        client: socket.socket,
+        server: socket.socket,
+        buffer: memoryview,
+        on_end: Callable[[], None],
+        allowance: Allowance | None = None,
     ) -> None:
-        """Takes both sockets over. `buffer` is used within one turn of the loop only: all relays share it."""
+        """Takes both sockets over. `buffer` is used within one turn of the loop only: all relays share it. `allowance`:
+        what the client may send; anything if None."""
         self._sockets = client, server
         self._on_end = on_end
-        self._requests = _Pump(client, server, buffer, on_source_end=self.close, on_sink_end=self._server_closed)
-        self._responses = _Pump(server, client, buffer, on_source_end=self.close, on_sink_end=self.close)
+        self._requests = _Pump(
+            client, server, buffer, allowance, on_source_end=self.close, on_sink_end=self._server_closed
+        )
+        self._responses = _Pump(server, client, buffer, None, on_source_end=self.close, on_sink_end=self.close)
         self._has_ended = False
 
     def close(self) -> None:
@@ -47,12 +67,15 @@ class _Pump:
         source: socket.socket,
         sink: socket.socket,
         buffer: memoryview,
+        allowance: Allowance | None,
         *,
         on_source_end: Callable[[], None],
         on_sink_end: Callable[[], None],
     ) -> None:
         self._source, self._sink = source, sink
         self._buffer = buffer
+        self._allowance = allowance
+        self._pause: asyncio.TimerHandle | None = None
         self._on_source_end, self._on_sink_end = on_source_end, on_sink_end
         self._unsent = b""
         self._loop = asyncio.get_running_loop()
@@ -60,20 +83,39 @@ class _Pump:
 
     def stop(self) -> None:
         """Carry nothing more. Idempotent."""
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._source.fileno())
         self._loop.remove_writer(self._sink.fileno())
 
     def _read(self) -> None:
+        if self._must_wait():
+            return
         try:
             count = self._source.recv_into(self._buffer)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             count = 0
-        if count:
-            self._write(self._buffer[:count])
-        else:
+        if not count:
             self._on_source_end()
+            return
+        if self._allowance is not None:
+            self._allowance.spend(self._buffer[:count])
+        self._write(self._buffer[:count])
+
+    def _must_wait(self) -> bool:
+        """Whether the source sends too much: then its bytes stay in the socket for a moment."""
+        seconds = self._allowance.wait() if self._allowance is not None else 0.0
+        if seconds <= 0:
+            return False
+        self._loop.remove_reader(self._source.fileno())
+        self._pause = self._loop.call_later(max(seconds, _SHORTEST_PAUSE_SECONDS), self._go_on)
+        return True
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._source.fileno(), self._read)
 
     def _write(self, content: memoryview) -> None:
         sent = self._send(content)

@@ -49,13 +49,19 @@ class Turns(Generic[Item]):
         """A call was refused. It has cost as much as others, and a process that asks again at once asks in vain."""
         self._of_process.spend(process, now, REFUSAL_COST)
 
-    def remove(self, process: Process, item: Item) -> None:
-        """The call ended while it waited. Nothing happens if it does not wait."""
+    def remove(self, process: Process, item: Item, now: float) -> None:
+        """The call ended while it waited: it has cost as much as one that had its turn. Nothing happens if it does not
+        wait."""
         queue = self._users.get(process.uid, {}).get(process)
         if queue is not None and item in queue:
             queue.remove(item)
             self._waiting -= 1
             self._drop_empty(process)
+            self._spend(process, now)
+
+    def waiting_of(self, process: Process) -> int:
+        """How many calls of the process wait."""
+        return len(self._users.get(process.uid, {}).get(process, ()))
 
     def next(self, now: float) -> Item | None:
         """The call whose turn it is; it does not wait any more. None if no process may ask now."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.sealed_memory import open_descriptors
+from weight_brokerd.api.front import allowances
 from weight_brokerd.api.front.front import Front
 from weight_brokerd.attach import acceptor
 from weight_brokerd.core.conduct.pace import Pace
@@ -122,6 +123,33 @@ def test_all_bytes_arrive_in_order_although_both_ends_are_slow(tmp_path: Path) -
             await sending
             assert bytes(received) == MUCH
             writer.close()
+
+    run(scenario())
+
+
+def test_what_a_process_sends_beyond_its_allowance_arrives_later_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allowances, "FRAME_PACE", Pace(per_second=200, burst=1))
+    waits: list[float] = []
+    wait = allowances.Allowances.wait
+
+    def watched(self: allowances.Allowances, process: Process) -> float:
+        waits.append(wait(self, process))
+        return waits[-1]
+
+    monkeypatch.setattr(allowances.Allowances, "wait", watched)
+
+    async def scenario() -> None:
+        async with opened(tmp_path, echo) as room:
+            reader, writer = await room.connect()
+            received = b""
+            for number in range(20):
+                writer.write(b"%02d" % number)
+                received += await reader.readexactly(2)
+            assert received == b"".join(b"%02d" % number for number in range(20))
+            writer.close()
+            assert any(seconds > 0 for seconds in waits)
 
     run(scenario())
 

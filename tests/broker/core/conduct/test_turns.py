@@ -92,10 +92,10 @@ def test_a_call_that_ends_while_it_waits_is_forgotten() -> None:
     waiting = turns()
     waiting.add(process(1), "one")
     waiting.add(process(1), "two")
-    waiting.remove(process(1), "one")
-    waiting.remove(process(1), "one")
+    waiting.remove(process(1), "one", 0.0)
+    waiting.remove(process(1), "one", 0.0)
     assert order(waiting) == ["two"]
-    waiting.remove(process(1), "two")
+    waiting.remove(process(1), "two", 0.0)
     assert (len(waiting), waiting.seconds_until_next(0.0)) == (0, None)
 
 
