@@ -50,14 +50,14 @@ class Turns(Generic[Item]):
         self._of_process.spend(process, now, REFUSAL_COST)
 
     def remove(self, process: Process, item: Item, now: float) -> None:
-        """The call ended while it waited: it has cost as much as one that had its turn. Nothing happens if it does not
-        wait."""
+        """The call ended while it waited: it has cost its process, but no other of its user, as much as one that had its
+        turn. Nothing happens if it does not wait."""
         queue = self._users.get(process.uid, {}).get(process)
         if queue is not None and item in queue:
             queue.remove(item)
             self._waiting -= 1
             self._drop_empty(process)
-            self._spend(process, now)
+            self._of_process.spend(process, now)
 
     def waiting_of(self, process: Process) -> int:
         """How many calls of the process wait."""

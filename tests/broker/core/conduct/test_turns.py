@@ -62,6 +62,15 @@ def test_who_asks_faster_than_its_pace_waits_and_the_others_do_not() -> None:
     assert order(waiting, now=0.1) == ["flood 2"]
 
 
+def test_calls_that_were_cancelled_while_they_waited_cost_their_process_and_not_their_user() -> None:
+    waiting = turns(Pace(per_second=10, burst=10), Pace(per_second=10, burst=10))
+    for number in range(100):
+        waiting.add(process(1), str(number))
+        waiting.remove(process(1), str(number), 0.0)
+    assert waiting.seconds_until(process(1), 0.0) > 1
+    assert waiting.pass_at_once(process(2), 0.0)
+
+
 def test_who_was_refused_waits_longer_than_who_was_served() -> None:
     waiting = turns(Pace(per_second=10, burst=10))
     waiting.charge_refusal(process(1), 0.0)
