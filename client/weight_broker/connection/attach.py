@@ -285,16 +285,6 @@ class Entrance:
             os.close(self._descriptor)
 
 
-def is_listening(path: Path, kind: socket.SocketKind, timeout: float) -> bool:
-    """Whether the broker accepts connections on a socket, also one whose backlog is full."""
-    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC) as probe:
-        try:
-            _connect_in_turn(probe, path, time.monotonic() + timeout)
-        except OSError:
-            return False
-        return True
-
-
 def connect_to(path: Path, timeout: float) -> socket.socket:
     """A connection to the attach socket, before any request. Raises `BrokerUnavailable`."""
     return _connect(path, time.monotonic() + timeout)

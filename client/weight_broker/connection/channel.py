@@ -44,8 +44,6 @@ _OPTIONS = (
     (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 )
 
-_PATIENCE = (("grpc.service_config", '{"methodConfig": [{"name": [{}], "waitForReady": true}]}'),)
-
 # Reasons for a status without details, which comes from gRPC itself or from a foreign server.
 _REASONS = {
     grpc.StatusCode.UNAVAILABLE: Reason.BROKER_UNAVAILABLE,
@@ -62,13 +60,12 @@ _LATE = {
 }
 
 
-def open_channel(socket_path: str | Path, *, is_patient: bool = False) -> grpc.Channel:
-    """A channel to the unix socket; it connects on first use. Calls of a patient one wait until it is connected. Raises
-    `BrokerUnavailable` if this process lacks what gRPC needs."""
+def open_channel(socket_path: str | Path) -> grpc.Channel:
+    """A channel to the unix socket; it connects on first use. Raises `BrokerUnavailable` if this process lacks what
+    gRPC needs."""
     standard_streams.occupy()
     room.require_for_channel()
-    options = (*_OPTIONS, *(_PATIENCE if is_patient else ()))
-    return grpc.insecure_channel(f"unix:{quote(str(Path(socket_path).absolute()))}", options=options)
+    return grpc.insecure_channel(f"unix:{quote(str(Path(socket_path).absolute()))}", options=_OPTIONS)
 
 
 def decode_error(

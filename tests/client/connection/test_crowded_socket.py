@@ -14,7 +14,7 @@ import pytest
 
 from support.scripted_broker import TOKEN, ScriptedBroker
 from support.waiting import eventually
-from weight_broker.connection.attach import AttachConnection, connect_to, is_listening
+from weight_broker.connection.attach import AttachConnection, connect_to
 from weight_broker.connection.session import Session
 from weight_broker.errors import BrokerUnavailable
 from weight_broker.v1 import attach_pb2
@@ -96,15 +96,6 @@ def test_a_signal_during_the_wait_for_room_is_not_taken_for_a_connection(crowd: 
     with connected:
         assert connected.getpeername() == str(crowd.path)
     assert len(signals) == 3
-
-
-def test_a_socket_without_room_has_a_broker_and_one_that_was_left_behind_has_none(crowd: Crowd) -> None:
-    room = threading.Timer(0.01, crowd.make_room)
-    room.start()
-    assert is_listening(crowd.path, socket.SOCK_SEQPACKET, 60)
-    room.join()
-    crowd.close()
-    assert not is_listening(crowd.path, socket.SOCK_SEQPACKET, 60)
 
 
 @pytest.fixture

@@ -50,8 +50,8 @@ class Turns(Generic[Item]):
         self._of_process.spend(process, now, REFUSAL_COST)
 
     def remove(self, process: Process, item: Item, now: float) -> None:
-        """The call ended while it waited: it has cost its process, but no other of its user, as much as one that had its
-        turn. Nothing happens if it does not wait."""
+        """The call ended while it waited, which costs its process alone as much as a turn. Nothing happens if it does
+        not wait."""
         queue = self._users.get(process.uid, {}).get(process)
         if queue is not None and item in queue:
             queue.remove(item)
