@@ -10,9 +10,10 @@ import contextlib
 import fcntl
 import os
 import resource
+import select
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,18 @@ async def strangers(flooder: Flooder, ready: Callable[[], None]) -> None:
             flooder.kept.pop(0).close()
 
 
+async def strangers_to_grpc(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """The same on the gRPC socket."""
+    while True:
+        with contextlib.suppress(OSError):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            flooder.kept.append(connection)
+            connection.connect(str(flooder.directory / "broker.sock"))
+        if len(flooder.kept) > 500:
+            ready()
+            flooder.kept.pop(0).close()
+
+
 async def acquires(flooder: Flooder, ready: Callable[[], None]) -> None:
     """10,000 Acquire calls that wait, opened again as soon as one ends."""
     metadata = flooder.metadata()
@@ -191,6 +204,16 @@ async def calls_without_a_token(flooder: Flooder, ready: Callable[[], None]) -> 
     await _get_host(flooder, (), ready)
 
 
+async def half_calls(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """1,000 calls that never send their request, opened again as soon as one ends."""
+    await _half_calls(flooder, flooder.metadata(), ready)
+
+
+async def half_calls_without_a_token(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """The same, by callers that have not attached."""
+    await _half_calls(flooder, (), ready)
+
+
 async def connections(flooder: Flooder, ready: Callable[[], None]) -> None:
     """1,000 gRPC connections, each with a GetHost without end."""
     metadata = flooder.metadata()
@@ -211,6 +234,106 @@ async def _get_host(flooder: Flooder, metadata: Any, ready: Callable[[], None]) 
         await stub.GetHost(inspection.GetHostRequest(), metadata=metadata)
 
     await _again_and_again(call, 64, ready)
+
+
+async def pings(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """HTTP/2 pings without end, over 32 gRPC connections."""
+    ping = frame(6, bytes(8))
+    write_without_end(flooder, ready, lambda _: 100 * ping)
+
+
+async def resets(flooder: Flooder, ready: Callable[[], None]) -> None:
+    """Calls that are cancelled at once, without end, over 32 gRPC connections."""
+
+    def calls(first: int) -> bytes:
+        streams = range(2 * first + 1, 2 * (first + 50) + 1, 2)
+        reset = (8).to_bytes(4, "big")
+        return b"".join(frame(1, GET_HOST_HEADERS, stream, flags=4) + frame(3, reset, stream) for stream in streams)
+
+    write_without_end(flooder, ready, lambda round_: calls(50 * round_))
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def frame(kind: int, payload: bytes, stream: int = 0, flags: int = 0) -> bytes:
+    """Of HTTP/2."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def _literal(name: bytes, value: bytes) -> bytes:
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+GET_HOST_HEADERS = (
+    b"\x83\x86"
+    + _literal(b":path", b"/weight_broker.v1.InspectionService/GetHost")
+    + _literal(b":authority", b"localhost")
+    + _literal(b"content-type", b"application/grpc")
+    + _literal(b"te", b"trailers")
+)
+
+
+class HttpConnection:
+    """Writes rounds of frames as fast as the broker reads them, and reads what it answers."""
+
+    def __init__(self, path: Path, frames: Callable[[int], bytes]) -> None:
+        self._frames = frames
+        self._round = 0
+        self._unsent = PREFACE + frame(4, b"")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.connect(str(path))
+        self.socket.setblocking(False)
+
+    def fileno(self) -> int:
+        """Of the socket."""
+        return self.socket.fileno()
+
+    def read(self) -> None:
+        """Raises `OSError` if the broker has closed the connection."""
+        if not self.socket.recv(1 << 16):
+            raise ConnectionResetError
+
+    def write(self) -> None:
+        """Raises `OSError` if the broker has closed the connection."""
+        if not self._unsent:
+            self._unsent = self._frames(self._round)
+            self._round += 1
+        self._unsent = self._unsent[self.socket.send(self._unsent) :]
+
+
+def write_without_end(flooder: Flooder, ready: Callable[[], None], frames: Callable[[int], bytes]) -> None:
+    """Over 32 connections; one that the broker closes is opened again."""
+    path = flooder.directory / "broker.sock"
+    connections = {HttpConnection(path, frames) for _ in range(32)}
+    ready()
+    while True:
+        readable, writable, _ = select.select(connections, connections, [])
+        for connection in {*readable, *writable}:
+            try:
+                if connection in readable:
+                    connection.read()
+                if connection in writable:
+                    connection.write()
+            except BlockingIOError:
+                continue
+            except OSError:
+                connection.socket.close()
+                connections.remove(connection)
+                connections.add(HttpConnection(path, frames))
+
+
+async def _half_calls(flooder: Flooder, metadata: Any, ready: Callable[[], None]) -> None:
+    method: Any = flooder.channel().stream_unary("/weight_broker.v1.InspectionService/GetHost")
+
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def call() -> None:
+        await method(never(), metadata=metadata)
+
+    await _again_and_again(call, 1000, ready)
 
 
 async def _again_and_again(action: Callable[[], Awaitable[None]], at_once: int, ready: Callable[[], None]) -> None:
@@ -235,11 +358,16 @@ FLOODS: dict[str, Callable[[Flooder, Callable[[], None]], Awaitable[None]]] = {
         packets,
         attachments,
         strangers,
+        strangers_to_grpc,
         acquires,
         watches,
         calls,
         calls_without_a_token,
+        half_calls,
+        half_calls_without_a_token,
         connections,
+        pings,
+        resets,
     )
 }
 

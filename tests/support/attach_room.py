@@ -14,6 +14,7 @@ from types import TracebackType
 from weight_broker.errors import BrokerError
 from weight_broker.v1 import attach_pb2 as pb
 from weight_brokerd.attach.server import AttachServer, PeerCredentials, Session
+from weight_brokerd.core.model import Process
 
 HELLO = pb.AttachRequest(hello=pb.Hello(protocol_version=1, name="test", client_version="1"))
 WITHDRAW = pb.AttachRequest(withdraw_region=pb.WithdrawRegion(region_id="region"))
@@ -97,19 +98,38 @@ class RecordingAttendance:
         self.error = error
 
 
+class RecordingEntrances:
+    """Lends `way` for every process."""
+
+    def __init__(self) -> None:
+        self.open_for: dict[str, Process] = {}
+        self.way = -1
+        self.error: OSError | None = None
+
+    def open(self, instance_id: str, process: Process) -> int:
+        if self.error is not None:
+            raise self.error
+        self.open_for[instance_id] = process
+        return self.way
+
+    def close(self, instance_id: str) -> None:
+        self.open_for.pop(instance_id, None)
+
+
 class AttachRoom:
     """The server, in a thread, and who it tells."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.attendance = RecordingAttendance()
+        self.entrances = RecordingEntrances()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
         self.server = asyncio.run_coroutine_threadsafe(self._open(), self.loop).result(60)
 
     async def _open(self) -> AttachServer:
-        server = AttachServer(self.attendance, host_id="host-1", broker_version="1.2.3")
+        server = AttachServer(self.attendance, host_id="host-1", broker_version="1.2.3", entrances=self.entrances)
         server.open(self.path)
         return server
 

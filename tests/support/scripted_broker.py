@@ -42,6 +42,8 @@ class ScriptedBroker(WeightBrokerServiceServicer):
         """Reasons or errors with which the next calls of a method fail."""
         self.regions: dict[tuple[str, int], int] = {}
         """Descriptors to be claimed, by transfer id and index."""
+        self.entrance = -1
+        """A descriptor that goes with Welcome."""
         self.attach_requests: queue.Queue[str] = queue.Queue()
         self.transfer_reports: queue.Queue[pb.ReportTransferRequest] = queue.Queue()
         self.load_reports: queue.Queue[pb.ReportLoadRequest] = queue.Queue()
@@ -84,8 +86,8 @@ class ScriptedBroker(WeightBrokerServiceServicer):
             connection.shutdown(socket.SHUT_WR)
 
     def drop_attachments(self) -> None:
-        """Closes the connections to the attach socket."""
-        dropped, self._connections = self._connections, []  # not those that follow them
+        """Closes the attach connections that there are, and only them."""
+        dropped, self._connections = self._connections, []
         for connection in dropped:
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()
@@ -171,7 +173,7 @@ class ScriptedBroker(WeightBrokerServiceServicer):
         match request.WhichOneof("request"):
             case "hello":
                 welcome = attach_pb2.Welcome(session_token=TOKEN, instance_id="instance-1", host_id="host-1")
-                return attach_pb2.AttachResponse(welcome=welcome), []
+                return attach_pb2.AttachResponse(welcome=welcome), [self.entrance] if self.entrance >= 0 else []
             case "claim_region":
                 claim = request.claim_region
                 descriptor = self.regions.get((claim.transfer_id, claim.region_index))

@@ -79,7 +79,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return None
         method = handler_call_details.method
         if not method.startswith("/weight_broker."):
-            standard: grpc.RpcMethodHandler[Any, Any] = guarded(handler, method.split("/")[1], self._reception)
+            standard: grpc.RpcMethodHandler[Any, Any] = guarded(handler, self._reception)
             return standard
         # No deserializer: gRPC answers bytes that it cannot parse with UNKNOWN and the text of the exception.
         read = partial(self._reception.request, method, handler.request_deserializer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from google.protobuf.message import DecodeError
 from weight_broker.errors import BrokerError, InvalidArgument, NotAttached, Reason
 from weight_broker.v1 import attach_pb2 as pb
 from weight_brokerd.attach.peer import PeerCredentials
+from weight_brokerd.core.model import Process
 from weight_brokerd.processes.packets import MAXIMUM_PACKET_BYTES, Packet
 
 PROTOCOL_VERSION = 1
@@ -62,6 +64,16 @@ class Attendance(Protocol):
         """Takes the connection over: from now on the instance answers on it."""
 
 
+class Entrances(Protocol):
+    """gRPC sockets for one process each."""
+
+    def open(self, instance_id: str, process: Process) -> int:
+        """A descriptor to connect through, lent until the call returns to the event loop. Raises `OSError`."""
+
+    def close(self, instance_id: str) -> None:
+        """The process has gone. Idempotent."""
+
+
 class After(enum.Enum):
     """What follows an answer."""
 
@@ -88,7 +100,17 @@ class Answer:
 class Conversation:
     """One connection, from Hello to Goodbye."""
 
-    def __init__(self, attendance: Attendance, peer: PeerCredentials, *, host_id: str, broker_version: str) -> None:
+    def __init__(
+        self,
+        attendance: Attendance,
+        peer: PeerCredentials,
+        *,
+        host_id: str,
+        broker_version: str,
+        open_entrance: Callable[[str], int] | None = None,
+    ) -> None:
+        """`open_entrance`: see `Entrances.open`."""
+        self._open_entrance = open_entrance
         self._attendance = attendance
         self._peer = peer
         self._host_id = host_id
@@ -116,7 +138,7 @@ class Conversation:
         kind = request.WhichOneof("request")
         if kind == "hello":
             _expect_descriptors(packet, 0)
-            return Answer(self._hello(request.hello))
+            return self._hello(request.hello)
         if kind == "serve_stage":
             _expect_descriptors(packet, 0)
             if self.instance_id:
@@ -143,7 +165,7 @@ class Conversation:
             return Answer(_ACCEPTED, descriptor=lent)
         return Answer(_ACCEPTED, After.DEPART)
 
-    def _hello(self, hello: pb.Hello) -> pb.AttachResponse:
+    def _hello(self, hello: pb.Hello) -> Answer:
         if self.instance_id:
             raise InvalidArgument("hello", "the second one", "one for each connection")
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -160,14 +182,21 @@ class Conversation:
             raise InvalidArgument("hello.client_version", hello.client_version, expected)
         session = self._attendance.attach(self._peer, hello.name, hello.client_version)
         self.instance_id = session.instance_id
-        return pb.AttachResponse(
-            welcome=pb.Welcome(
-                session_token=session.token,
-                instance_id=session.instance_id,
-                host_id=self._host_id,
-                broker_version=self._broker_version,
-            )
+        welcome = pb.Welcome(
+            session_token=session.token,
+            instance_id=session.instance_id,
+            host_id=self._host_id,
+            broker_version=self._broker_version,
         )
+        return Answer(pb.AttachResponse(welcome=welcome), descriptor=self._entrance() if hello.entrance else None)
+
+    def _entrance(self) -> int | None:
+        """None if there is none: the process then uses the socket that all others use."""
+        try:
+            return self._open_entrance(self.instance_id) if self._open_entrance is not None else None
+        except OSError as error:
+            log.warning("entrance_not_opened", instance_id=self.instance_id, error=str(error))
+            return None
 
 
 def refusal(error: BrokerError) -> pb.AttachResponse:

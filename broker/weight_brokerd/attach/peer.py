@@ -7,10 +7,10 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached
+from weight_brokerd.core.model import Process
 from weight_brokerd.processes.start_time import start_time
 
 # Missing from the socket module of Python 3.11; the numbers are those of asm-generic/socket.h.
@@ -45,10 +45,15 @@ def credentials(connection: socket.socket) -> PeerCredentials:
     return PeerCredentials(pid, uid, gid, frozenset({gid, *_supplementary_groups(connection)}))
 
 
-def process_of(connection: socket.socket) -> Hashable:
+def process_of(connection: socket.socket) -> Process:
     """Whom a connection is counted for: the connection alone where the broker cannot see the process."""
     pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return (uid, pid) if pid > 0 else connection
+    return Process(uid, str(pid) if pid > 0 else f"connection {os.fstat(connection.fileno()).st_ino}")
+
+
+def is_pid_seen(process: Process) -> bool:
+    """False for a process of `process_of` that stands for one connection."""
+    return process.name.isdigit()
 
 
 def open_pidfd(connection: socket.socket, peer: PeerCredentials) -> int:

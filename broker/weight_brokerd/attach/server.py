@@ -11,34 +11,31 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from weight_broker.errors import BrokerError, Reason, from_reason
-from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Session, refusal
-from weight_brokerd.attach.peer import OUT_OF_FILES, PeerCredentials, credentials, open_pidfd, process_of
+from weight_brokerd.attach.acceptor import CONNECTION_PACE, Acceptor, listen
+from weight_brokerd.attach.conversation import After, Answer, Attendance, Conversation, Entrances, Session, refusal
+from weight_brokerd.attach.peer import PeerCredentials, credentials, open_pidfd
 from weight_brokerd.attach.strangers import Strangers
 from weight_brokerd.core.conduct.pace import Pace, Paces
+from weight_brokerd.core.model import Process
 from weight_brokerd.processes import packets
 
 __all__ = ["AttachServer", "Attendance", "PeerCredentials", "Session"]
 
 HELLO_SECONDS = 5.0
 """A connection that has not said Hello by then is closed."""
-CONNECTION_PACE = Pace(per_second=100, burst=400)
 PACKET_PACE = Pace(per_second=500, burst=4000)
-"""Of each process. Connections beyond it are refused; packets wait."""
+"""Of each process. Packets beyond it wait."""
 
-_BACKLOG = 128
-_ACCEPTED_AT_ONCE = 256
-"""Of processes that connect too often: an empty backlog lets others connect."""
-_ADMITTED_AT_ONCE = 16
-_PAUSE_WITHOUT_FILES_SECONDS = 1.0
-_PAUSE_IN_A_FLOOD_SECONDS = 0.006
-
+_BACKLOG = 32
+"""Short: a process that connects behind a flood waits for all of it. Clients wait for room in the kernel's order."""
 _SHORTEST_WAIT_SECONDS = 0.01
 _PACES_KEPT = 1024
 _TOO_FAST = refusal(
@@ -51,10 +48,6 @@ _TOO_FAST = refusal(
 log = structlog.get_logger("weight_brokerd.attach")
 
 
-class _TooFast(Exception):
-    """The process connects too often."""
-
-
 @dataclass(slots=True, eq=False)
 class _Connection:
     """One process: first a stranger, then an instance, at last perhaps only a process whose end is awaited."""
@@ -62,105 +55,60 @@ class _Connection:
     conversation: Conversation
     socket: socket.socket | None
     pidfd: int
-    process: Hashable
+    process: Process
     hello_timer: asyncio.TimerHandle | None = None
 
 
 class AttachServer:
     """Serves the attach socket on the running event loop."""
 
-    def __init__(self, attendance: Attendance, *, host_id: str, broker_version: str) -> None:
+    def __init__(
+        self, attendance: Attendance, *, host_id: str, broker_version: str, entrances: Entrances | None = None
+    ) -> None:
         self._attendance = attendance
+        self._entrances = entrances
         self._host_id = host_id
         self._broker_version = broker_version
         self._loop = asyncio.get_running_loop()
-        self._listener: socket.socket | None = None
+        self._acceptor: Acceptor | None = None
         self._strangers: Strangers[_Connection] = Strangers()
-        self._connecting = Paces(CONNECTION_PACE)
         self._asking = Paces(PACKET_PACE)
         self._instances: dict[str, _Connection] = {}
 
     def open(self, path: Path) -> None:
         """Binds and listens. The caller holds the runtime lock and has set the umask; a stale socket is replaced."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-            listener.bind(os.fspath(path))
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-        self._listener = listener
-        self._loop.add_reader(listener.fileno(), self._accept)
+        self._acceptor = Acceptor(listen(path, socket.SOCK_SEQPACKET, _BACKLOG), self._let_in, _refuse)
 
     def close(self) -> None:
         """Closes everything, without events. The socket's file stays. Idempotent."""
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
+        if self._acceptor is not None:
+            self._acceptor.close()
         for connection in [*self._strangers, *self._instances.values()]:
             self._forget(connection)
 
     # A connection's beginning
 
-    def _accept(self) -> None:
-        admitted = too_fast = 0
-        while admitted < _ADMITTED_AT_ONCE and too_fast < _ACCEPTED_AT_ONCE:
-            if self._listener is None:
-                return
-            try:
-                accepted, _address = self._listener.accept()
-            except (BlockingIOError, ConnectionError, InterruptedError):
-                break
-            except OSError as error:
-                if error.errno not in OUT_OF_FILES:
-                    raise
-                # The listener stays readable: without a pause the loop would do nothing but fail to accept.
-                log.error("out_of_files", error=os.strerror(error.errno), hint="raise LimitNOFILE")
-                self._pause_accepting(_PAUSE_WITHOUT_FILES_SECONDS)
-                return
-            if self._let_in(accepted):
-                admitted += 1
-            else:
-                too_fast += 1
-        if too_fast:  # else the loop would do little but refuse
-            self._pause_accepting(_PAUSE_IN_A_FLOOD_SECONDS)
-
-    def _let_in(self, accepted: socket.socket) -> bool:
-        """Admits a connection, or refuses and closes it. False if its process connects too often."""
+    def _let_in(self, accepted: socket.socket, process: Process) -> None:
+        """Admits a connection, or refuses and closes it."""
         try:
-            self._admit(accepted)
-        except _TooFast:  # without a line in the log: a process could fill it
-            with contextlib.suppress(OSError):
-                packets.send(accepted, _TOO_FAST)
-            accepted.close()
-            return False
+            self._admit(accepted, process)
         except (BrokerError, OSError) as error:
             log.warning("attach_refused", why=str(error))
             if isinstance(error, BrokerError):
                 with contextlib.suppress(OSError):
                     packets.send(accepted, refusal(error).SerializeToString())
             accepted.close()
-        return True
 
-    def _pause_accepting(self, seconds: float) -> None:
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener.fileno())
-            self._loop.call_later(seconds, self._resume_accepting)
-
-    def _resume_accepting(self) -> None:
-        if self._listener is not None:
-            self._loop.add_reader(self._listener.fileno(), self._accept)
-
-    def _admit(self, accepted: socket.socket) -> None:
-        accepted.setblocking(False)
-        process = process_of(accepted)
-        self._keep_pace(process)
+    def _admit(self, accepted: socket.socket, process: Process) -> None:
         peer = credentials(accepted)
         pidfd = open_pidfd(accepted, peer)
-        conversation = Conversation(self._attendance, peer, host_id=self._host_id, broker_version=self._broker_version)
+        conversation = Conversation(
+            self._attendance,
+            peer,
+            host_id=self._host_id,
+            broker_version=self._broker_version,
+            open_entrance=partial(self._entrances.open, process=process) if self._entrances is not None else None,
+        )
         connection = _Connection(conversation, accepted, pidfd, process)
         too_many = self._strangers.one_too_many(process)
         if too_many is not None:
@@ -170,20 +118,13 @@ class AttachServer:
         self._loop.add_reader(accepted.fileno(), self._readable, connection)
         self._loop.add_reader(pidfd, self._process_ended, connection)
 
-    def _keep_pace(self, process: Hashable) -> None:
-        now = self._loop.time()
-        if len(self._connecting) > _PACES_KEPT:
-            self._connecting.tidy(now)
-            self._asking.tidy(now)
-        if self._connecting.wait(process, now) > 0:
-            raise _TooFast
-        self._connecting.spend(process, now)
-
     # Its requests
 
     def _must_wait(self, connection: _Connection, attached: socket.socket) -> bool:
         """Whether the process asks too fast: then its packets stay in the socket for a moment."""
         now = self._loop.time()
+        if len(self._asking) > _PACES_KEPT:
+            self._asking.tidy(now)
         wait = self._asking.wait(connection.process, now)
         if wait <= 0:
             self._asking.spend(connection.process, now)
@@ -272,6 +213,8 @@ class AttachServer:
     def _forget(self, connection: _Connection) -> None:
         self._strangers.discard(connection)
         self._instances.pop(connection.conversation.instance_id, None)
+        if self._entrances is not None:
+            self._entrances.close(connection.conversation.instance_id)
         if connection.hello_timer is not None:
             connection.hello_timer.cancel()
         self._close_socket(connection)
@@ -291,3 +234,7 @@ class AttachServer:
             event(*arguments)
         except Exception:  # of any kind: the other processes must stay watched
             log.exception("attendance_failed", arguments=arguments)
+
+
+def _refuse(accepted: socket.socket) -> None:
+    packets.send(accepted, _TOO_FAST)

@@ -11,14 +11,13 @@ from weight_brokerd.attach.server import PeerCredentials, Session
 from weight_brokerd.attach.stage import StagingConnections
 from weight_brokerd.control.loop import Loop
 from weight_brokerd.core.conduct.quota import Quota
-from weight_brokerd.core.conduct.turns import UNKNOWN
 from weight_brokerd.core.decisions import Decisions
 from weight_brokerd.core.model import Instance, Process
 from weight_brokerd.kinds.host.regions import RegionTable
 from weight_brokerd.telemetry.audit import audit
 
-DESCRIPTORS_PER_INSTANCE = 3
-"""Its attach connection, its pidfd and its stage connection."""
+DESCRIPTORS_PER_INSTANCE = 4
+"""Its attach connection, its pidfd, its stage connection and its gRPC socket."""
 
 
 class Sessions:
@@ -109,11 +108,11 @@ class Sessions:
             self._descriptors.give_back(instance.process, DESCRIPTORS_PER_INSTANCE)
             raise
 
-    def process(self, token: bytes) -> Process:
-        """The process of a token; `UNKNOWN` if the token is not valid."""
+    def process(self, token: bytes) -> Process | None:
+        """The process of a token; None if the token is not valid."""
         session = self._sessions.get(token)
         instance = self._loop.coordinator.instances.get(session.instance_id) if session is not None else None
-        return instance.process if instance is not None else UNKNOWN
+        return instance.process if instance is not None else None
 
     def session(self, token: bytes) -> Session:
         """The session of a token; raises `NotAttached`."""

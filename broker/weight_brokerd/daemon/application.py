@@ -15,7 +15,9 @@ import structlog
 from weight_brokerd import __version__
 from weight_brokerd.api.admission.gate import Gate
 from weight_brokerd.api.admission.interceptor import AdmissionInterceptor
+from weight_brokerd.api.caller import Callers
 from weight_brokerd.api.errors import ErrorInterceptor
+from weight_brokerd.api.front.front import Front
 from weight_brokerd.api.health import Health, add_reflection
 from weight_brokerd.api.incoming.reception import LARGE_BYTES, Reception
 from weight_brokerd.api.incoming.turns import Turns as LongWork
@@ -31,7 +33,6 @@ from weight_brokerd.core.conduct.turns import Turns
 from weight_brokerd.core.coordinator import Coordinator
 from weight_brokerd.core.model import Limits
 from weight_brokerd.daemon import identity
-from weight_brokerd.daemon.connections import Connections
 from weight_brokerd.daemon.lock import RuntimeLock
 from weight_brokerd.daemon.notify import Notifier
 from weight_brokerd.daemon.quotas import ACQUIRE, WATCHES, connections_to_keep, make_quotas
@@ -88,12 +89,11 @@ class Application:
         generations = identity.generation_range(lock.generation_mark())
         lock.write(generations.stop)
         self._quotas = make_quotas(config.limits)
-        self._connections = Connections(
-            directory.grpc_socket,
+        self._front = Front(
+            directory.path,
             per_process=config.limits.connections_per_process,
             total=connections_to_keep(self._quotas.open_files),
         )
-        self._watching: asyncio.Task[None] | None = None
         self._regions = RegionTable(
             regions_per_instance=config.limits.regions_per_instance,
             quotas=(self._quotas.regions, self._quotas.descriptors),
@@ -104,7 +104,12 @@ class Application:
         self._metrics = self._make_metrics()
         self._health = Health(SERVICE_NAMES)
         self._control.draining.on_begin(self._health.stop_serving)
-        self._attach_server = AttachServer(self._control.sessions, host_id=self._host_id, broker_version=__version__)
+        self._attach_server = AttachServer(
+            self._control.sessions,
+            host_id=self._host_id,
+            broker_version=__version__,
+            entrances=self._front.entrances,
+        )
 
     async def run(self) -> None:
         """Serves until SIGTERM or SIGINT, then drains. Raises `StartError` if it cannot begin."""
@@ -161,9 +166,10 @@ class Application:
 
     async def _start(self) -> grpc.aio.Server:
         turns = LongWork()
+        callers = Callers(self._control, self._front)
         interceptors: list[grpc.aio.ServerInterceptor] = [
-            ErrorInterceptor(Reception(self._control, turns)),
-            self._admission(),
+            self._admission(callers),
+            ErrorInterceptor(Reception(self._control, callers, turns)),
         ]
         if self._metrics is not None:
             interceptors.insert(0, self._metrics.interceptor())
@@ -176,9 +182,12 @@ class Application:
         add_services(server, self._control, self._config, turns)
         add_reflection(server, SERVICE_NAMES)
         try:
-            with self._directory.binding(self._directory.grpc_socket):
-                server.add_insecure_port(f"unix:{quote(str(self._directory.grpc_socket))}")
+            with self._directory.binding_hidden():
+                server.add_insecure_port(f"unix:{quote(str(self._directory.server_socket))}")
+            self._front.hide(self._directory.server_socket)
             await server.start()
+            with self._directory.binding(self._directory.grpc_socket):
+                self._front.open(self._directory.grpc_socket)
             # Last: an attached process may call at once.
             with self._directory.binding(self._directory.attach_socket):
                 self._attach_server.open(self._directory.attach_socket)
@@ -186,15 +195,16 @@ class Application:
         except (OSError, RuntimeError) as error:
             raise StartError(f"the sockets in {self._directory.path} cannot be bound: {error}") from error
         self._health.start_serving()
-        self._watching = self._loop.create_task(self._connections.watch())
         self._kinds.start()  # returns at once: a device's driver may take long, and host memory is served meanwhile
         return server
 
-    def _admission(self) -> AdmissionInterceptor:
+    def _admission(self, callers: Callers) -> AdmissionInterceptor:
         quotas = self._quotas
         turns = Turns[asyncio.Future[None]](process=quotas.process_pace, user=quotas.user_pace)
         streams = {ACQUIRE: quotas.acquires} | dict.fromkeys(WATCHES, quotas.watches)
-        return AdmissionInterceptor(self._control, Gate(turns, self._control.loop.now), streams)
+        gate = Gate(turns, self._control.loop.now)
+        self._front.allowances.overrun = gate.overrun
+        return AdmissionInterceptor(callers, gate, streams)
 
     def _listen_for_prometheus(self, metrics: Metrics) -> None:
         listen = self._config.metrics.listen
@@ -267,9 +277,9 @@ class Application:
         await asyncio.sleep(LAST_WORD_SECONDS)
 
     async def _end(self, server: grpc.aio.Server) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        self._front.stop_accepting()
         await server.stop(STOP_SECONDS)
+        await self._front.close(LAST_WORD_SECONDS)
         self._attach_server.close()
         ending = self._loop.create_task(self._control.end_movements())
         await asyncio.wait({ending}, timeout=STOP_SECONDS)

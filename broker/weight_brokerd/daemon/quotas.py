@@ -20,8 +20,10 @@ WATCHES = (
 )
 _OWN_DESCRIPTORS = 64
 """Of the daemon itself: sockets, pipes of its processes, libraries."""
-_SHARE_OF_CONNECTIONS = 8
+_SHARE_OF_CONNECTIONS = 4
 """One part in so many is for gRPC connections."""
+_DESCRIPTORS_PER_CONNECTION = 3
+"""The client's, and both ends of the one to the gRPC server."""
 _USER_PACE = 4
 """All processes of a user together may ask so many times faster than one."""
 _BURST_SECONDS = 0.2
@@ -47,7 +49,7 @@ def descriptors_to_lend(open_files: int) -> int:
 
 def connections_to_keep(open_files: int) -> int:
     """How many gRPC connections a broker keeps open."""
-    return max(1, open_files // _SHARE_OF_CONNECTIONS)
+    return max(1, open_files // _SHARE_OF_CONNECTIONS // _DESCRIPTORS_PER_CONNECTION)
 
 
 def make_quotas(limits: LimitSettings, open_files: int | None = None) -> Quotas:

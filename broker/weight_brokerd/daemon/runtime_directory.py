@@ -21,6 +21,8 @@ from weight_brokerd.config.settings import BrokerSettings
 
 _READABLE_BY_OTHERS = 0o006
 _OWNER_ONLY = 0o700
+_SERVER_SOCKET = "inner.sock"
+"""Not longer than the others."""
 
 
 class RuntimeDirectory:
@@ -31,6 +33,8 @@ class RuntimeDirectory:
         self.path = Path(configured) if configured else runtime_directory(serving=True)
         self.grpc_socket = self.path / GRPC_SOCKET
         self.attach_socket = self.path / ATTACH_SOCKET
+        self.server_socket = self.path / _SERVER_SOCKET
+        """Of the gRPC server behind `grpc_socket`, while the broker starts."""
         self._permissions = settings.socket_permissions
         self._group = grp.getgrnam(settings.socket_group).gr_gid if settings.socket_group else None
         self._shared = bool(configured)
@@ -86,9 +90,18 @@ class RuntimeDirectory:
             os.chown(path, -1, self._group)
             path.chmod(self._permissions)
 
+    @contextlib.contextmanager
+    def binding_hidden(self) -> Iterator[None]:
+        """Bind a socket within this block that only this user can connect to."""
+        before = os.umask(0o177)
+        try:
+            yield
+        finally:
+            os.umask(before)
+
     def remove_sockets(self) -> None:
         """Remove the sockets; only for the holder of the lock. The directory and the lock file stay."""
-        for path in (self.grpc_socket, self.attach_socket):
+        for path in (self.grpc_socket, self.attach_socket, self.server_socket):
             path.unlink(missing_ok=True)
 
     def _directory_permissions(self) -> int:

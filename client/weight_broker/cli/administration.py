@@ -13,7 +13,7 @@ import grpc
 from weight_broker.connection.attach import AttachConnection
 from weight_broker.connection.channel import decode_error, open_channel
 from weight_broker.errors import BrokerError, Reason
-from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, runtime_directory
+from weight_broker.runtime_directory import ATTACH_SOCKET, runtime_directory
 from weight_broker.v1.administration_service_pb2_grpc import AdministrationServiceStub
 from weight_broker.wire import TOKEN_METADATA_KEY
 
@@ -51,7 +51,7 @@ def administration(directory: Path | None, command: str) -> Iterator[Administrat
     connection = AttachConnection(directory / ATTACH_SOCKET, f"weight-broker {command}")
     try:
         token = connection.connect(_CONNECT_SECONDS).session_token
-        channel = open_channel(directory / GRPC_SOCKET)
+        channel = open_channel(connection.grpc_socket)
         try:
             yield Administration(channel, token)
         finally:

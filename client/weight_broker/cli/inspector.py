@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -14,9 +15,10 @@ from typing import Protocol, TypeVar
 import grpc
 
 from weight_broker.cli.failure import CommandError, ExitCode
+from weight_broker.connection.attach import AttachConnection
 from weight_broker.connection.channel import decode_error, open_channel
-from weight_broker.errors import BrokerUnavailable, Reason
-from weight_broker.runtime_directory import GRPC_SOCKET, not_admitted, runtime_directory
+from weight_broker.errors import BrokerError, BrokerUnavailable, Reason
+from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, not_admitted, runtime_directory
 from weight_broker.v1 import inspection_service_pb2 as pb
 from weight_broker.v1 import resources_pb2
 from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
@@ -66,6 +68,7 @@ class Inspector:
             raise BrokerUnavailable(f"no broker: {socket_path} does not exist")
         if not os.access(socket_path, os.W_OK, effective_ids=True):
             raise not_admitted(socket_path)
+        self._attached: AttachConnection | None = None
         self._channel = open_channel(socket_path)
         self._stub = InspectionServiceStub(self._channel)
 
@@ -130,6 +133,10 @@ class Inspector:
 
     def close(self) -> None:
         self._channel.close()
+        if self._attached is not None:
+            with contextlib.suppress(BrokerError):
+                self._attached.goodbye()
+            self._attached.close()
 
     def __enter__(self) -> Inspector:
         return self
@@ -154,7 +161,28 @@ class Inspector:
         try:
             return call(self._timeout)
         except grpc.RpcError as error:
-            raise decode_error(error, on_deadline=Reason.BROKER_UNAVAILABLE) from error
+            if not self._found_no_room(error) or not self._attach():
+                raise decode_error(error, on_deadline=Reason.BROKER_UNAVAILABLE) from error
+        return self._call(call)
+
+    def _found_no_room(self, error: grpc.RpcError) -> bool:
+        """Whether a flood of connections may fill the backlog, where gRPC does not wait."""
+        is_unreachable = isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
+        return is_unreachable and self._attached is None
+
+    def _attach(self) -> bool:
+        """Be an instance until the end, for a gRPC socket that no other process can fill. False without a broker."""
+        attached = AttachConnection(self.directory / ATTACH_SOCKET, "weight-broker inspection")
+        try:
+            attached.connect(self._timeout)
+        except BrokerError:
+            attached.close()
+            return False
+        self._channel.close()
+        self._attached = attached
+        self._channel = open_channel(attached.grpc_socket)
+        self._stub = InspectionServiceStub(self._channel)
+        return True
 
 
 def age_seconds(seconds_since_epoch: float) -> float:

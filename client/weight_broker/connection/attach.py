@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from weight_broker.connection import room, standard_streams
 from weight_broker.connection.deadline import REQUEST_TIMEOUT_SECONDS
 from weight_broker.connection.label import name_label
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason, from_reason
-from weight_broker.runtime_directory import not_admitted, refuse_shared
+from weight_broker.runtime_directory import GRPC_SOCKET, not_admitted, refuse_shared
 
 if TYPE_CHECKING:
     from weight_broker.v1.attach_pb2 import AttachRequest, AttachResponse, Refused, Welcome
@@ -32,7 +34,6 @@ PROTOCOL_VERSION = 1
 MAX_PACKET_BYTES = 64 * 1024
 _MAX_DESCRIPTORS = 4
 _LOST = -1
-_BACKLOG_RETRY_SECONDS = 0.005
 
 
 class _Closed(NotAttached):
@@ -52,12 +53,18 @@ class AttachConnection:
         self.name = name_label(name)
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._entrance: Entrance | None = None
         self._goodbye = b""
         # Responses not yet read. A request that was interrupted or timed out leaves its response in the socket; the
         # next request reads and drops it, so that answers never shift against questions.
         self._owed = 0
         # True while a signal's handler that raises (KeyboardInterrupt) would leave `_owed` wrong.
         self._unsure = False
+
+    @property
+    def grpc_socket(self) -> Path:
+        """For the calls of this process, while it is attached."""
+        return self._entrance.path if self._entrance is not None else self.path.parent / GRPC_SOCKET
 
     def connect(self, timeout: float = 2.0) -> Welcome:
         """Attach this process; returns the token and the ids. Raises `BrokerUnavailable`, or what the broker refuses
@@ -72,7 +79,7 @@ class AttachConnection:
         deadline = time.monotonic() + timeout
         self._goodbye = AttachRequest(goodbye=Goodbye()).SerializeToString()
         hello = AttachRequest(
-            hello=Hello(protocol_version=PROTOCOL_VERSION, name=self.name, client_version=__version__)
+            hello=Hello(protocol_version=PROTOCOL_VERSION, name=self.name, client_version=__version__, entrance=True)
         )
         try:
             return self._greet(hello, deadline)
@@ -166,10 +173,11 @@ class AttachConnection:
         self._owed = 0
         self._socket = _connect(self.path, deadline)
         try:
-            response, _ = self._ask(hello, timeout=max(deadline - time.monotonic(), 0.001))
+            response, received = self._ask(hello, timeout=max(deadline - time.monotonic(), 0.001))
         except BaseException:
             self.leave()  # a broker that reads Hello only later must not list this attachment for ever
             raise
+        self._entrance = Entrance.of(received)
         return response.welcome
 
     def _ask(
@@ -255,6 +263,28 @@ class AttachConnection:
             connected.shutdown(socket.SHUT_RDWR)
 
 
+class Entrance:
+    """A gRPC socket of the broker for this process alone: no other can fill its backlog."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Takes the descriptor over."""
+        self._descriptor = descriptor
+        self.path = Path(f"/proc/self/fd/{descriptor}")
+
+    @classmethod
+    def of(cls, received: Sequence[int]) -> Entrance | None:
+        """From the descriptors that came with Welcome; None if there is none that can be used."""
+        if len(received) == 1 and received[0] != _LOST and os.path.exists(f"/proc/self/fd/{received[0]}"):
+            return cls(received[0])
+        _close_all(received)
+        return None
+
+    def __del__(self) -> None:
+        """Nothing connects through it any more."""
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+
+
 def connect_to(path: Path, timeout: float) -> socket.socket:
     """A connection to the attach socket, before any request. Raises `BrokerUnavailable`."""
     return _connect(path, time.monotonic() + timeout)
@@ -270,15 +300,8 @@ def _connect(path: Path, deadline: float) -> socket.socket:
             f"this process cannot open a socket to the broker on {path}: {error.strerror}"
         ) from error
     try:
-        while True:
-            connected.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connected.connect(os.fspath(path))
-                return connected
-            except BlockingIOError:  # the backlog is full: many instances start at once
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(_BACKLOG_RETRY_SECONDS)
+        _connect_in_turn(connected, path, deadline)
+        return connected
     except PermissionError as error:
         connected.close()
         raise not_admitted(path) from error
@@ -288,6 +311,31 @@ def _connect(path: Path, deadline: float) -> socket.socket:
     except BaseException:
         connected.close()
         raise
+
+
+def _connect_in_turn(connected: socket.socket, path: Path, deadline: float) -> None:
+    """Connect; where the backlog is full, as many instances start at once or one process floods it, wait for room. The
+    kernel lets those in order that wait in connect(2); one that asked again and again would never be in time."""
+    while True:
+        connected.settimeout(None)
+        _limit_sending(connected, max(deadline - time.monotonic(), 0.001))
+        try:
+            connected.connect(os.fspath(path))
+            connected.getpeername()
+        except OSError as error:
+            # Python takes a wait that a signal interrupts for a connection.
+            if error.errno != errno.ENOTCONN or time.monotonic() >= deadline:
+                raise
+            continue
+        _limit_sending(connected, 0.0)
+        return
+
+
+def _limit_sending(connected: socket.socket, seconds: float) -> None:
+    """How long connect(2) may block; 0 for ever."""
+    whole = int(seconds)
+    limit = struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _receive_packet(connected: socket.socket) -> tuple[bytes, list[int]]:

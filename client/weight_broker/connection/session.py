@@ -16,7 +16,7 @@ from weight_broker.connection.attach import AttachConnection
 from weight_broker.connection.deadline import seconds_until
 from weight_broker.connection.keeper import KEEPER
 from weight_broker.errors import BrokerError, BrokerUnavailable, NotAttached, Reason, TransferFailed
-from weight_broker.runtime_directory import ATTACH_SOCKET, GRPC_SOCKET, runtime_directory
+from weight_broker.runtime_directory import ATTACH_SOCKET, runtime_directory
 
 if TYPE_CHECKING:
     import grpc
@@ -66,7 +66,7 @@ class Session:
 
             with self._lock:
                 if self._stub is None:
-                    self._channel = open_channel(self._directory / GRPC_SOCKET)
+                    self._channel = open_channel(self.connection.grpc_socket)
                     self._stub = WeightBrokerServiceStub(self._channel)
         return self._stub
 

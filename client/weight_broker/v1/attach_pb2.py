@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from weight_broker.v1 import weight_set_pb2 as weight__broker_dot_v1_dot_weight__set__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dweight_broker/v1/attach.proto\x12\x10weight_broker.v1\x1a!weight_broker/v1/weight_set.proto\"\xd2\x02\n\rAttachRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.weight_broker.v1.HelloH\x00\x12\x35\n\x0coffer_region\x18\x02 \x01(\x0b\x32\x1d.weight_broker.v1.OfferRegionH\x00\x12;\n\x0fwithdraw_region\x18\x03 \x01(\x0b\x32 .weight_broker.v1.WithdrawRegionH\x00\x12\x35\n\x0c\x63laim_region\x18\x04 \x01(\x0b\x32\x1d.weight_broker.v1.ClaimRegionH\x00\x12,\n\x07goodbye\x18\x05 \x01(\x0b\x32\x19.weight_broker.v1.GoodbyeH\x00\x12\x33\n\x0bserve_stage\x18\x06 \x01(\x0b\x32\x1c.weight_broker.v1.ServeStageH\x00\x42\t\n\x07request\"\xa8\x01\n\x0e\x41ttachResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.weight_broker.v1.WelcomeH\x00\x12.\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1a.weight_broker.v1.AcceptedH\x00\x12,\n\x07refused\x18\x03 \x01(\x0b\x32\x19.weight_broker.v1.RefusedH\x00\x42\n\n\x08response\"G\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x03 \x01(\t\"^\n\x07Welcome\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x16\n\x0e\x62roker_version\x18\x04 \x01(\t\"4\n\x0bOfferRegion\x12\x11\n\tregion_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"#\n\x0eWithdrawRegion\x12\x11\n\tregion_id\x18\x01 \x01(\t\"8\n\x0b\x43laimRegion\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x14\n\x0cregion_index\x18\x02 \x01(\r\"\t\n\x07Goodbye\"#\n\nServeStage\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\"\xc8\x01\n\x0cStageRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x33\n\x0bopen_bucket\x18\x02 \x01(\x0b\x32\x1c.weight_broker.v1.OpenBucketH\x00\x12\x31\n\ncopy_chunk\x18\x03 \x01(\x0b\x32\x1b.weight_broker.v1.CopyChunkH\x00\x12\x35\n\x0c\x63lose_bucket\x18\x04 \x01(\x0b\x32\x1d.weight_broker.v1.CloseBucketH\x00\x42\t\n\x07request\"\x89\x01\n\rStageResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12.\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1a.weight_broker.v1.AcceptedH\x00\x12,\n\x07refused\x18\x03 \x01(\x0b\x32\x19.weight_broker.v1.RefusedH\x00\x42\n\n\x08response\"H\n\nOpenBucket\x12(\n\x06\x62ucket\x18\x01 \x01(\x0b\x32\x18.weight_broker.v1.Region\x12\x10\n\x08stage_id\x18\x02 \x01(\t\"\x89\x02\n\tCopyChunk\x12\x11\n\tbucket_id\x18\x01 \x01(\t\x12\x10\n\x08stage_id\x18\x02 \x01(\t\x12\x38\n\tdirection\x18\x03 \x01(\x0e\x32%.weight_broker.v1.CopyChunk.Direction\x12\x16\n\x0e\x63ontent_offset\x18\x04 \x01(\x04\x12\x15\n\rbucket_offset\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"Z\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44IRECTION_TO_BUCKET\x10\x01\x12\x19\n\x15\x44IRECTION_FROM_BUCKET\x10\x02\" \n\x0b\x43loseBucket\x12\x11\n\tbucket_id\x18\x01 \x01(\t\"\n\n\x08\x41\x63\x63\x65pted\"*\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dweight_broker/v1/attach.proto\x12\x10weight_broker.v1\x1a!weight_broker/v1/weight_set.proto\"\xd2\x02\n\rAttachRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.weight_broker.v1.HelloH\x00\x12\x35\n\x0coffer_region\x18\x02 \x01(\x0b\x32\x1d.weight_broker.v1.OfferRegionH\x00\x12;\n\x0fwithdraw_region\x18\x03 \x01(\x0b\x32 .weight_broker.v1.WithdrawRegionH\x00\x12\x35\n\x0c\x63laim_region\x18\x04 \x01(\x0b\x32\x1d.weight_broker.v1.ClaimRegionH\x00\x12,\n\x07goodbye\x18\x05 \x01(\x0b\x32\x19.weight_broker.v1.GoodbyeH\x00\x12\x33\n\x0bserve_stage\x18\x06 \x01(\x0b\x32\x1c.weight_broker.v1.ServeStageH\x00\x42\t\n\x07request\"\xa8\x01\n\x0e\x41ttachResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.weight_broker.v1.WelcomeH\x00\x12.\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1a.weight_broker.v1.AcceptedH\x00\x12,\n\x07refused\x18\x03 \x01(\x0b\x32\x19.weight_broker.v1.RefusedH\x00\x42\n\n\x08response\"Y\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x03 \x01(\t\x12\x10\n\x08\x65ntrance\x18\x04 \x01(\x08\"^\n\x07Welcome\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\x12\x16\n\x0e\x62roker_version\x18\x04 \x01(\t\"4\n\x0bOfferRegion\x12\x11\n\tregion_id\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"#\n\x0eWithdrawRegion\x12\x11\n\tregion_id\x18\x01 \x01(\t\"8\n\x0b\x43laimRegion\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x14\n\x0cregion_index\x18\x02 \x01(\r\"\t\n\x07Goodbye\"#\n\nServeStage\x12\x15\n\rsession_token\x18\x01 \x01(\x0c\"\xc8\x01\n\x0cStageRequest\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x33\n\x0bopen_bucket\x18\x02 \x01(\x0b\x32\x1c.weight_broker.v1.OpenBucketH\x00\x12\x31\n\ncopy_chunk\x18\x03 \x01(\x0b\x32\x1b.weight_broker.v1.CopyChunkH\x00\x12\x35\n\x0c\x63lose_bucket\x18\x04 \x01(\x0b\x32\x1d.weight_broker.v1.CloseBucketH\x00\x42\t\n\x07request\"\x89\x01\n\rStageResponse\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12.\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1a.weight_broker.v1.AcceptedH\x00\x12,\n\x07refused\x18\x03 \x01(\x0b\x32\x19.weight_broker.v1.RefusedH\x00\x42\n\n\x08response\"H\n\nOpenBucket\x12(\n\x06\x62ucket\x18\x01 \x01(\x0b\x32\x18.weight_broker.v1.Region\x12\x10\n\x08stage_id\x18\x02 \x01(\t\"\x89\x02\n\tCopyChunk\x12\x11\n\tbucket_id\x18\x01 \x01(\t\x12\x10\n\x08stage_id\x18\x02 \x01(\t\x12\x38\n\tdirection\x18\x03 \x01(\x0e\x32%.weight_broker.v1.CopyChunk.Direction\x12\x16\n\x0e\x63ontent_offset\x18\x04 \x01(\x04\x12\x15\n\rbucket_offset\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\"Z\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44IRECTION_TO_BUCKET\x10\x01\x12\x19\n\x15\x44IRECTION_FROM_BUCKET\x10\x02\" \n\x0b\x43loseBucket\x12\x11\n\tbucket_id\x18\x01 \x01(\t\"\n\n\x08\x41\x63\x63\x65pted\"*\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -27,33 +27,33 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_ATTACHRESPONSE']._serialized_start=428
   _globals['_ATTACHRESPONSE']._serialized_end=596
   _globals['_HELLO']._serialized_start=598
-  _globals['_HELLO']._serialized_end=669
-  _globals['_WELCOME']._serialized_start=671
-  _globals['_WELCOME']._serialized_end=765
-  _globals['_OFFERREGION']._serialized_start=767
-  _globals['_OFFERREGION']._serialized_end=819
-  _globals['_WITHDRAWREGION']._serialized_start=821
-  _globals['_WITHDRAWREGION']._serialized_end=856
-  _globals['_CLAIMREGION']._serialized_start=858
-  _globals['_CLAIMREGION']._serialized_end=914
-  _globals['_GOODBYE']._serialized_start=916
-  _globals['_GOODBYE']._serialized_end=925
-  _globals['_SERVESTAGE']._serialized_start=927
-  _globals['_SERVESTAGE']._serialized_end=962
-  _globals['_STAGEREQUEST']._serialized_start=965
-  _globals['_STAGEREQUEST']._serialized_end=1165
-  _globals['_STAGERESPONSE']._serialized_start=1168
-  _globals['_STAGERESPONSE']._serialized_end=1305
-  _globals['_OPENBUCKET']._serialized_start=1307
-  _globals['_OPENBUCKET']._serialized_end=1379
-  _globals['_COPYCHUNK']._serialized_start=1382
-  _globals['_COPYCHUNK']._serialized_end=1647
-  _globals['_COPYCHUNK_DIRECTION']._serialized_start=1557
-  _globals['_COPYCHUNK_DIRECTION']._serialized_end=1647
-  _globals['_CLOSEBUCKET']._serialized_start=1649
-  _globals['_CLOSEBUCKET']._serialized_end=1681
-  _globals['_ACCEPTED']._serialized_start=1683
-  _globals['_ACCEPTED']._serialized_end=1693
-  _globals['_REFUSED']._serialized_start=1695
-  _globals['_REFUSED']._serialized_end=1737
+  _globals['_HELLO']._serialized_end=687
+  _globals['_WELCOME']._serialized_start=689
+  _globals['_WELCOME']._serialized_end=783
+  _globals['_OFFERREGION']._serialized_start=785
+  _globals['_OFFERREGION']._serialized_end=837
+  _globals['_WITHDRAWREGION']._serialized_start=839
+  _globals['_WITHDRAWREGION']._serialized_end=874
+  _globals['_CLAIMREGION']._serialized_start=876
+  _globals['_CLAIMREGION']._serialized_end=932
+  _globals['_GOODBYE']._serialized_start=934
+  _globals['_GOODBYE']._serialized_end=943
+  _globals['_SERVESTAGE']._serialized_start=945
+  _globals['_SERVESTAGE']._serialized_end=980
+  _globals['_STAGEREQUEST']._serialized_start=983
+  _globals['_STAGEREQUEST']._serialized_end=1183
+  _globals['_STAGERESPONSE']._serialized_start=1186
+  _globals['_STAGERESPONSE']._serialized_end=1323
+  _globals['_OPENBUCKET']._serialized_start=1325
+  _globals['_OPENBUCKET']._serialized_end=1397
+  _globals['_COPYCHUNK']._serialized_start=1400
+  _globals['_COPYCHUNK']._serialized_end=1665
+  _globals['_COPYCHUNK_DIRECTION']._serialized_start=1575
+  _globals['_COPYCHUNK_DIRECTION']._serialized_end=1665
+  _globals['_CLOSEBUCKET']._serialized_start=1667
+  _globals['_CLOSEBUCKET']._serialized_end=1699
+  _globals['_ACCEPTED']._serialized_start=1701
+  _globals['_ACCEPTED']._serialized_end=1711
+  _globals['_REFUSED']._serialized_start=1713
+  _globals['_REFUSED']._serialized_end=1755
 # @@protoc_insertion_point(module_scope)

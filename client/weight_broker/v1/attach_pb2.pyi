@@ -116,20 +116,26 @@ class Hello(google.protobuf.message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     CLIENT_VERSION_FIELD_NUMBER: builtins.int
+    ENTRANCE_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """Required. Version of this protocol; 1."""
     name: builtins.str
     """Optional. Name for people, at most 128 characters."""
     client_version: builtins.str
     """Optional. Version of the client."""
+    entrance: builtins.bool
+    """Optional. The instance wants a gRPC socket for itself alone: a descriptor with Welcome, opened with O_PATH, to
+    connect to as /proc/self/fd/N. Without one it uses broker.sock.
+    """
     def __init__(
         self,
         *,
         protocol_version: builtins.int = ...,
         name: builtins.str = ...,
         client_version: builtins.str = ...,
+        entrance: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client_version", b"client_version", "name", b"name", "protocol_version", b"protocol_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_version", b"client_version", "entrance", b"entrance", "name", b"name", "protocol_version", b"protocol_version"]) -> None: ...
 
 global___Hello = Hello
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ from support.waiting import eventually
 from weight_broker.errors import BrokerUnavailable, NotAttached, Reason
 from weight_broker.v1 import attach_pb2 as pb
 from weight_brokerd.attach import peer, server, strangers
+from weight_brokerd.core.model import Process
 from weight_brokerd.processes.packets import MAXIMUM_PACKET_BYTES
 
 OFFER = pb.AttachRequest(offer_region=pb.OfferRegion(region_id="region", size_bytes=7))
@@ -79,6 +81,39 @@ def test_the_kernel_says_who_connected(
     for one in attested:
         assert (one.uid, one.gid) == (os.getuid(), os.getgid())
         assert one.groups == {os.getgid(), *os.getgroups()}
+
+
+HELLO_FOR_AN_ENTRANCE = pb.AttachRequest(hello=pb.Hello(protocol_version=1, name="test", entrance=True))
+
+
+def test_a_process_that_asks_for_a_grpc_socket_has_the_way_to_it_until_it_goes(
+    room: AttachRoom, tmp_path: Path
+) -> None:
+    (tmp_path / "way").touch()
+    room.entrances.way = os.open(tmp_path / "way", os.O_PATH)
+    with room.client() as client:
+        client.send(HELLO_FOR_AN_ENTRANCE)
+        response, [descriptor] = client.receive()
+        assert response.welcome.instance_id == "instance-1"
+        assert os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / "way"))
+        os.close(descriptor)
+        assert room.entrances.open_for == {"instance-1": Process(os.getuid(), str(os.getpid()))}
+        assert client.ask(GOODBYE).HasField("accepted")
+        assert client.closed_by_broker()
+        assert room.entrances.open_for == {}
+    os.close(room.entrances.way)
+
+
+def test_a_process_of_an_older_client_gets_no_descriptor_that_it_would_leave_open(room: AttachRoom) -> None:
+    with room.instance():
+        assert room.entrances.open_for == {}
+
+
+def test_a_broker_that_has_no_socket_to_give_attaches_the_process_all_the_same(room: AttachRoom) -> None:
+    room.entrances.error = OSError(errno.ENOSPC, "no space")
+    with room.client() as client:
+        assert client.ask(HELLO_FOR_AN_ENTRANCE).HasField("welcome")
+        assert client.ask(WITHDRAW).HasField("accepted")
 
 
 @pytest.mark.parametrize("request_", [WITHDRAW, CLAIM, GOODBYE])

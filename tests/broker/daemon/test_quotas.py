@@ -24,7 +24,7 @@ def lent(quotas: Quotas, users: int, processes: int) -> int:
 
 @pytest.mark.parametrize("open_files", [256, 1024, 20_000, 65_536])
 def test_however_many_ask_the_broker_keeps_descriptors_for_itself_and_for_connections(open_files: int) -> None:
-    assert lent(make_quotas(LimitSettings(), open_files), users=3, processes=3) <= open_files - 64 - open_files // 8
+    assert lent(make_quotas(LimitSettings(), open_files), users=3, processes=3) <= open_files - 64 - open_files // 4
 
 
 @pytest.mark.parametrize("open_files", [256, 1024, 65_536])

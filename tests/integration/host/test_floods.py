@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from support.raw_client import RawClient, connect, exchange, hello
 from support.rpc_errors import refusal_of
 from support.waiting import eventually
 from weight_broker import Reason
+from weight_broker.cli.inspector import Inspector
 from weight_broker.v1 import inspection_service_pb2 as inspection
 from weight_broker.v1 import weight_broker_service_pb2 as pb
+from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
 
 Start = Callable[..., InstanceProcess]
 REPOSITORY = Path(__file__).parents[3]
@@ -33,11 +36,16 @@ FLOODS = (
     "packets",
     "attachments",
     "strangers",
+    "strangers_to_grpc",
     "acquires",
     "watches",
     "calls",
     "calls_without_a_token",
+    "half_calls",
+    "half_calls_without_a_token",
     "connections",
+    "pings",
+    "resets",
 )
 
 
@@ -62,12 +70,15 @@ def test_under_a_flood_every_call_of_an_honest_process_succeeds(
     publisher, reader = start_instance("publisher"), start_instance("reader")
     publisher.call(actions.publish, "model", 1)
     reader.call(actions.prepare)
+    broker.host()
     with flooding(broker, flood):
         for _ in range(3):
             reader.call(actions.prepare)
             assert reader.call(actions.acquire, "model").source_instance_name == "publisher"
             assert reader.call(actions.current) == actions.expected(1)
             assert broker.host().instance_count >= 2
+        with Inspector(broker.runtime_directory) as operator:
+            assert operator.host().pid == broker.pid
         newcomer = start_instance("newcomer")
         newcomer.call(actions.publish, "another model", 2)
         newcomer.call(actions.retract_all)
@@ -157,6 +168,56 @@ def test_open_watches_of_a_process_are_bounded(start_broker: Callable[..., Broke
         eventually(opens)
 
 
+WATCH_WITHOUT_A_TOKEN = """
+import grpc, sys
+from weight_broker.v1 import inspection_service_pb2 as inspection
+from weight_broker.v1.inspection_service_pb2_grpc import InspectionServiceStub
+stub = InspectionServiceStub(grpc.insecure_channel("unix:" + sys.argv[1]))
+assert next(stub.Watch(inspection.WatchRequest(), timeout=60)).snapshot
+"""
+
+
+def test_callers_without_a_token_are_told_apart_by_their_processes(start_broker: Callable[..., BrokerProcess]) -> None:
+    broker = start_broker(WEIGHT_BROKER_LIMITS_WATCHES_PER_PROCESS="1")
+    broker.host()
+    first = broker.inspection.Watch(inspection.WatchRequest(), timeout=120)
+    assert next(first).snapshot
+    refusal = refusal_of(refused(broker.inspection.Watch(inspection.WatchRequest(), timeout=120)))
+    assert refusal is not None
+    assert refusal.metadata["limit"] == "limits.watches_per_process"
+    subprocess.run([sys.executable, "-c", WATCH_WITHOUT_A_TOKEN, str(broker.socket_path)], check=True, timeout=120)
+    first.cancel()
+
+
+def test_the_grpc_server_has_no_way_in_beside_the_counted_one(broker: BrokerProcess) -> None:
+    """Who may look into the broker finds a way, and is not served."""
+    assert {path.name for path in broker.runtime_directory.iterdir() if path.is_socket()} == {
+        "broker.sock",
+        "attach.sock",
+    }
+    descriptors = Path(f"/proc/{broker.pid}/fd")
+    [way] = [path for path in descriptors.iterdir() if "inner.sock" in os.readlink(path)]
+    with grpc.insecure_channel(f"unix:{way}", options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            InspectionServiceStub(channel).GetHost(inspection.GetHostRequest(), timeout=60)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "did not come through" in (caught.value.details() or "")
+
+
+def test_calls_of_methods_that_do_not_exist_wait_their_turn_too(start_broker: Callable[..., BrokerProcess]) -> None:
+    broker = start_broker(WEIGHT_BROKER_LIMITS_CALLS_PER_SECOND="1")
+    broker.host()
+    with grpc.insecure_channel(
+        f"unix:{broker.socket_path}", options=[("grpc.use_local_subchannel_pool", 1)]
+    ) as channel:
+        method: Any = channel.unary_unary("/weight_broker.v1.InspectionService/NoMethod")
+        calls = [method.future(b"", timeout=120) for _ in range(50)]
+        assert calls[0].exception(120).code() is grpc.StatusCode.UNIMPLEMENTED
+        assert not all(call.done() for call in calls)
+        for call in calls:
+            call.cancel()
+
+
 def test_calls_beyond_the_pace_wait_and_are_not_refused(start_broker: Callable[..., BrokerProcess]) -> None:
     broker = start_broker(WEIGHT_BROKER_LIMITS_CALLS_PER_SECOND="50")
     with RawClient(broker.runtime_directory) as client:
@@ -182,6 +243,38 @@ def is_open(connection: socket.socket) -> bool:
     return False
 
 
+def test_the_calls_of_a_connection_too_many_are_refused_by_name_until_another_ends(
+    start_broker: Callable[..., BrokerProcess],
+) -> None:
+    broker = start_broker(WEIGHT_BROKER_LIMITS_CONNECTIONS_PER_PROCESS="2")
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with contextlib.ExitStack() as stack:
+        channels = [
+            stack.enter_context(grpc.insecure_channel(f"unix:{broker.socket_path}", options=options)) for _ in range(3)
+        ]
+
+        def ask(channel: grpc.Channel) -> int:
+            host = InspectionServiceStub(channel).GetHost(inspection.GetHostRequest(), timeout=60).host
+            return int(host.pid)
+
+        assert [ask(channel) for channel in channels[:2]] == [broker.pid] * 2
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(channels[2])
+        refusal = refusal_of(caught.value)
+        assert refusal is not None
+        assert refusal.metadata["limit"] == "limits.connections_per_process"
+        assert retry_of(caught.value) > 0
+        assert ask(channels[0]) == broker.pid
+        channels[0].close()
+
+        def is_served() -> bool:
+            with contextlib.suppress(grpc.RpcError):
+                return ask(channels[2]) == broker.pid
+            return False
+
+        eventually(is_served)
+
+
 def test_the_newest_connections_of_a_process_with_too_many_are_closed(
     start_broker: Callable[..., BrokerProcess], start_instance: Start
 ) -> None:
@@ -192,8 +285,8 @@ def test_the_newest_connections_of_a_process_with_too_many_are_closed(
         for connection in connections:
             connection.connect(str(broker.socket_path))
             connection.setblocking(False)
-        eventually(lambda: sum(map(is_open, connections)) <= 7)
+        eventually(lambda: sum(map(is_open, connections)) <= 8)
         assert broker.host().instance_count == 0, "the oldest connection of the process stays"
         publisher = start_instance("another process")
         publisher.call(actions.publish, "model", 1)
-        assert "connections_closed" in broker.log
+        eventually(lambda: "connections_closed" in broker.log)

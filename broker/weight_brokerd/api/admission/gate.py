@@ -8,6 +8,9 @@ from collections.abc import Callable
 from weight_brokerd.core.conduct.turns import Turns
 from weight_brokerd.core.model import Process
 
+MOST_WAITING = 256
+"""Calls of one process that wait. Each takes memory and time before its turn; further ones stay in the socket."""
+_OVERRUN_SECONDS = 0.05
 AT_ONCE = 4
 """Calls that begin in one turn of the event loop. What becomes ready meanwhile has its turn after so many."""
 
@@ -36,8 +39,15 @@ class Gate:
         try:
             await turn
         except asyncio.CancelledError:
-            self._turns.remove(process, turn)
+            self._turns.remove(process, turn, self._clock())
             raise
+
+    def overrun(self, process: Process) -> float:
+        """Seconds for which the broker reads nothing of the process, as enough of its calls wait; else 0."""
+        if self._turns.waiting_of(process) > MOST_WAITING:
+            return _OVERRUN_SECONDS
+        seconds = self._turns.seconds_until(process, self._clock())
+        return seconds if seconds > _OVERRUN_SECONDS else 0.0
 
     def charge_refusal(self, process: Process) -> None:
         """A call of the process was refused: its next ones wait longer."""

@@ -19,12 +19,9 @@ layout takes longer than this anyway."""
 class Sender:
     """One process."""
 
-    def __init__(self, refused: asyncio.Lock | None = None) -> None:
-        """`refused` is shared by senders that the broker cannot tell apart."""
-        self.refused = refused or asyncio.Lock()
+    def __init__(self) -> None:
+        self.refused = asyncio.Lock()
         """The queue of its requests that are refused because they are too large."""
-        self.reading = asyncio.Lock()
-        """Held while a request is read."""
         self.small = asyncio.Lock()
         """The queue of its requests without a layout."""
         self.layouts = asyncio.Lock()

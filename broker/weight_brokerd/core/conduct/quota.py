@@ -52,12 +52,12 @@ class Quota:
         """Lend to the process; raises LIMIT_EXCEEDED, and then nothing is lent."""
         has = self._by_process[process]
         if has + count > self._per_process.most:
-            raise self._refusal(f"process {process.name} has {has} {self._things}", count, self._per_process)
+            raise refusal(f"process {process.name} has {has} {self._things}", self._per_process, count, self._remedy)
         if self._by_user[process.uid] + count > self._per_user.most:
             what = f"the processes of user {process.uid} have {self._by_user[process.uid]} {self._things}"
-            raise self._refusal(f"{what}, and a part is kept for other users", count, self._per_user)
+            raise refusal(f"{what}, and a part is kept for other users", self._per_user, count, self._remedy)
         if self._lent + count > self._total.most:
-            raise self._refusal(f"this broker has {self._lent} {self._things}", count, self._total)
+            raise refusal(f"this broker has {self._lent} {self._things}", self._total, count, self._remedy)
         self._add(process, count)
 
     def give_back(self, process: Process, count: int = 1) -> None:
@@ -73,13 +73,15 @@ class Quota:
         if not self._by_user[process.uid]:
             del self._by_user[process.uid]
 
-    def _refusal(self, what: str, count: int, bound: Bound) -> BrokerError:
-        excess = "as many as" if count == 1 else f"and {count} more would be above what"
-        return from_reason(
-            Reason.LIMIT_EXCEEDED,
-            f"{what}, {excess} {bound.setting} allows ({bound.most}); {self._remedy} or raise it",
-            metadata={"limit": bound.setting, "value": str(bound.most), RETRY_SECONDS: _RETRY_AFTER},
-        )
+
+def refusal(what: str, bound: Bound, count: int = 1, remedy: str = "let go of some") -> BrokerError:
+    """The error for `count` things beyond a bound; `what` says how many there are."""
+    excess = "as many as" if count == 1 else f"and {count} more would be above what"
+    return from_reason(
+        Reason.LIMIT_EXCEEDED,
+        f"{what}, {excess} {bound.setting} allows ({bound.most}); {remedy} or raise it",
+        metadata={"limit": bound.setting, "value": str(bound.most), RETRY_SECONDS: _RETRY_AFTER},
+    )
 
 
 def instance_slots(limits: Limits) -> Quota:

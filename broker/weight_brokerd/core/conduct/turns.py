@@ -1,8 +1,6 @@
 """Whose call is next: users take turns, and the processes of a user take turns, each at its own pace.
 
 A process that asks faster than its pace waits; its calls are not refused, since a refusal would only make it ask again.
-Callers whose process the broker does not know share one place in the queue. There the newest calls come first, so that
-one call does not wait behind the thousand of another caller; now and then it is the turn of the oldest.
 """
 
 from __future__ import annotations
@@ -13,13 +11,8 @@ from typing import Generic, TypeVar
 from weight_brokerd.core.conduct.pace import Pace, Paces
 from weight_brokerd.core.model import Process
 
-UNKNOWN = Process(-1, "without a token")
-"""All callers that have not attached."""
 REFUSAL_COST = 10.0
 """In calls."""
-_NEWEST = 4
-"""The newest calls of unknown callers, which have their turns before the others."""
-_OLDEST_EVERY = 32
 _TIDY_AFTER = 1024
 
 Item = TypeVar("Item")
@@ -35,7 +28,6 @@ class Turns(Generic[Item]):
         """Users and their processes that wait, each in the order of their next turns."""
         self._waiting = 0
         self._tidy_above = _TIDY_AFTER
-        self._unknown_served = 0
 
     def __len__(self) -> int:
         return self._waiting
@@ -57,19 +49,24 @@ class Turns(Generic[Item]):
         """A call was refused. It has cost as much as others, and a process that asks again at once asks in vain."""
         self._of_process.spend(process, now, REFUSAL_COST)
 
-    def remove(self, process: Process, item: Item) -> None:
-        """The call ended while it waited. Nothing happens if it does not wait."""
+    def remove(self, process: Process, item: Item, now: float) -> None:
+        """The call ended while it waited, which costs its process alone as much as a turn. Nothing happens if it does
+        not wait."""
         queue = self._users.get(process.uid, {}).get(process)
         if queue is not None and item in queue:
             queue.remove(item)
             self._waiting -= 1
             self._drop_empty(process)
+            self._of_process.spend(process, now)
+
+    def waiting_of(self, process: Process) -> int:
+        """How many calls of the process wait."""
+        return len(self._users.get(process.uid, {}).get(process, ()))
 
     def next(self, now: float) -> Item | None:
         """The call whose turn it is; it does not wait any more. None if no process may ask now."""
         for process in self._ready(now):
-            queue = self._users[process.uid][process]
-            item = queue.popleft() if process != UNKNOWN else self._of_unknown(queue)
+            item = self._users[process.uid][process].popleft()
             self._waiting -= 1
             self._spend(process, now)
             self._to_the_end(process)
@@ -84,16 +81,6 @@ class Turns(Generic[Item]):
         """When `next` has a call; None if none waits."""
         waiting = (process for processes in self._users.values() for process in processes)
         return min((self.seconds_until(process, now) for process in waiting), default=None)
-
-    def _of_unknown(self, queue: deque[Item]) -> Item:
-        """One of the newest in turn, or the oldest: a caller that asks again at once is always the very newest."""
-        self._unknown_served += 1
-        if self._unknown_served % _OLDEST_EVERY == 0:
-            return queue.popleft()
-        index = len(queue) - 1 - min(self._unknown_served % _NEWEST, len(queue) - 1)
-        item = queue[index]
-        del queue[index]
-        return item
 
     def _ready(self, now: float) -> list[Process]:
         """The process whose turn it is, as a list of at most one."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from weight_brokerd.api.admission.gate import AT_ONCE, Gate
+from weight_brokerd.api.admission.gate import AT_ONCE, MOST_WAITING, Gate
 from weight_brokerd.core.conduct.pace import Pace
 from weight_brokerd.core.conduct.turns import Turns
 from weight_brokerd.core.model import Process
@@ -54,6 +54,32 @@ def test_a_process_beyond_its_pace_waits_while_others_pass() -> None:
         await gate.enter(HONEST)
 
     run(scenario, Pace(per_second=0.1, burst=5))
+
+
+def test_nothing_more_is_read_of_a_process_with_many_calls_that_wait() -> None:
+    async def scenario(gate: Gate) -> None:
+        flood = [asyncio.create_task(gate.enter(FLOOD)) for _ in range(MOST_WAITING + 10)]
+        await asyncio.sleep(0)
+        assert gate.overrun(FLOOD) > 0
+        assert gate.overrun(HONEST) == 0
+        for task in flood:
+            task.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+
+    run(scenario, Pace(per_second=1e3, burst=1))
+
+
+def test_calls_that_are_cancelled_while_they_wait_count_as_calls() -> None:
+    async def scenario(gate: Gate) -> None:
+        for _ in range(50):
+            call = asyncio.create_task(gate.enter(FLOOD))
+            await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+        assert gate.overrun(FLOOD) > 1
+        assert gate.overrun(HONEST) == 0
+
+    run(scenario, Pace(per_second=10, burst=2))
 
 
 def test_a_call_that_waited_is_let_in_when_its_time_has_come() -> None:

@@ -3,144 +3,162 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
 
-from weight_brokerd.api.incoming.senders import BYTES_PER_SECOND, PACED_BYTES, Senders, paced
-from weight_brokerd.api.incoming.slots import Slots
+from weight_broker.errors import InvalidArgument
+from weight_brokerd.api.incoming import slots as module
+from weight_brokerd.api.incoming.slots import SLOTS_OF_USER, Slots
 from weight_brokerd.core.model import Process
 
-ONE, OTHER = Process(1, "100"), Process(1, "200")
+
+def process(number: int) -> Process:
+    return Process(1, str(number))
+
+
+def run(scenario: Callable[[Slots], Awaitable[None]]) -> None:
+    async def begin() -> None:
+        await asyncio.wait_for(scenario(Slots(100)), 60)
+
+    asyncio.run(begin())
 
 
 class Readers:
-    """Requests that are read until they are let go."""
+    """Calls that hold a slot until they are told to end."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._end = asyncio.Event()
-        self.read: list[str] = []
-        """Names of the requests whose reading has begun."""
+        self.reading: list[Process] = []
+        self.tasks: list[tuple[Process, asyncio.Task[None]]] = []
+        self._ends: list[tuple[Process, asyncio.Event]] = []
 
-    async def begin(self, name: str, turn: asyncio.Lock | None = None) -> None:
-        async with self._slots.slot(turn):
-            self.read.append(name)
-            await self._end.wait()
+    async def begin(self, reader: Process, count: int = 1) -> None:
+        for _ in range(count):
+            self.tasks.append((reader, asyncio.create_task(self._read(reader))))
+        await self._settle()
 
-    @asynccontextmanager
-    async def reading(self, *requests: tuple[str, asyncio.Lock]) -> AsyncIterator[None]:
-        async with asyncio.TaskGroup() as group:
-            for name, turn in requests:
-                group.create_task(self.begin(name, turn))
-                await idle()
-            yield
-            self._end.set()
+    async def end_one(self, reader: Process) -> None:
+        """One that reads now has its request."""
+        number = next(index for index, (owner, _) in enumerate(self._ends) if owner == reader)
+        self._ends.pop(number)[1].set()
+        await self._settle()
 
+    async def cancel(self, reader: Process) -> None:
+        for owner, task in self.tasks:
+            if owner == reader:
+                task.cancel()
+        await self._settle()
 
-async def idle() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
+    async def _read(self, reader: Process) -> None:
+        async with self._slots.slot(reader):
+            end = asyncio.Event()
+            self.reading.append(reader)
+            self._ends.append((reader, end))
+            try:
+                await end.wait()
+            finally:
+                self.reading.remove(reader)
 
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def within_a_minute() -> None:
-        async with asyncio.timeout(60):
-            await test()
-
-    asyncio.run(within_a_minute())
+    async def _settle(self) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
 
 
 def test_a_process_that_sends_many_requests_waits_for_itself_and_others_do_not() -> None:
-    async def test() -> None:
-        senders = Senders()
-        one, other = senders.of(ONE), senders.of(OTHER)
-        readers = Readers(Slots(2, 100))
-        many = [(f"one {number}", one.reading) for number in range(5)]
-        async with readers.reading(*many, ("other", other.reading)):
-            assert readers.read == ["one 0", "other"]
-        assert sorted(readers.read) == sorted([name for name, _ in many] + ["other"])
+    async def scenario(slots: Slots) -> None:
+        readers = Readers(slots)
+        await readers.begin(process(1), 1000)
+        assert readers.reading == [process(1)]
+        await readers.begin(process(2))
+        assert readers.reading == [process(1), process(2)]
+        await readers.end_one(process(1))
+        assert readers.reading == [process(2), process(1)]
 
-    run(test)
+    run(scenario)
 
 
-def test_few_requests_of_a_user_are_read_at_once_whatever_the_number_of_its_processes() -> None:
-    async def test() -> None:
-        readers = Readers(Slots(2, 100))
-        async with readers.reading(*((str(number), asyncio.Lock()) for number in range(5))):
-            assert readers.read == ["0", "1"]
-        assert len(readers.read) == 5
+def test_few_requests_of_a_user_are_read_at_once_and_its_processes_take_turns() -> None:
+    async def scenario(slots: Slots) -> None:
+        readers = Readers(slots)
+        for number in range(SLOTS_OF_USER):
+            await readers.begin(process(number), 5)
+        newcomer = process(SLOTS_OF_USER)
+        await readers.begin(newcomer)
+        assert len(readers.reading) == SLOTS_OF_USER
+        for number in range(SLOTS_OF_USER):
+            await readers.end_one(process(number))
+        assert newcomer in readers.reading
+        assert len(readers.reading) == SLOTS_OF_USER
 
-    run(test)
+    run(scenario)
+
+
+def test_calls_that_are_cancelled_while_they_wait_or_read_leave_their_slots_to_others() -> None:
+    async def scenario(slots: Slots) -> None:
+        readers = Readers(slots)
+        for number in range(3 * SLOTS_OF_USER):
+            await readers.begin(process(number), 3)
+        for number in range(3 * SLOTS_OF_USER - 1):
+            await readers.cancel(process(number))
+        assert readers.reading == [process(3 * SLOTS_OF_USER - 1)]
+        await readers.cancel(process(3 * SLOTS_OF_USER - 1))
+        await readers.begin(process(1))
+        assert readers.reading == [process(1)]
+
+    run(scenario)
+
+
+def test_a_request_that_does_not_arrive_loses_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READ_SECONDS", 0.01)
+
+    async def scenario(slots: Slots) -> None:
+        with pytest.raises(InvalidArgument, match="incomplete"):
+            async with slots.slot(process(1)):
+                await asyncio.Event().wait()
+        async with slots.slot(process(1)):
+            pass
+
+    run(scenario)
+
+
+def test_whoever_reads_has_less_time_once_another_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "READ_SECONDS", 1e6)
+    monkeypatch.setattr(module, "CONTENDED_SECONDS", 0.01)
+
+    async def scenario(slots: Slots) -> None:
+        readers = Readers(slots)
+        await readers.begin(process(1), 2)
+        with pytest.raises(InvalidArgument, match="incomplete"):
+            await readers.tasks[0][1]
+        await readers.cancel(process(1))
+
+    run(scenario)
 
 
 def test_while_too_much_of_a_user_is_kept_its_next_requests_wait_unread() -> None:
-    async def test() -> None:
-        slots = Slots(2, 100)
+    async def scenario(slots: Slots) -> None:
         readers = Readers(slots)
         with slots.keeping(60):
-            async with asyncio.TaskGroup() as group:
-                with slots.keeping(60):
-                    group.create_task(readers.begin("later"))
-                    await idle()
-                    assert readers.read == []
-                await idle()
-                assert readers.read == ["later"]
-                readers._end.set()
+            with slots.keeping(60):
+                await readers.begin(process(1))
+                assert readers.reading == []
+            await readers.begin(process(2))
+            assert readers.reading == [process(1), process(2)]
+        await readers.cancel(process(1))
+        await readers.cancel(process(2))
 
-    run(test)
+    run(scenario)
 
 
-def test_a_request_that_is_cancelled_while_it_waits_takes_no_turn_and_no_slot() -> None:
-    async def test() -> None:
-        slots, turn = Slots(1, 100), asyncio.Lock()
+def test_a_request_that_is_cancelled_while_there_is_no_room_takes_no_slot() -> None:
+    async def scenario(slots: Slots) -> None:
         readers = Readers(slots)
         with slots.keeping(100):
-            waiting = asyncio.create_task(readers.begin("cancelled", turn))
-            await idle()
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-        async with readers.reading(("next", turn)):
-            assert readers.read == ["next"]
+            await readers.begin(process(1))
+            await readers.cancel(process(1))
+        await readers.begin(process(1))
+        assert readers.reading == [process(1)]
+        await readers.cancel(process(1))
 
-    run(test)
-
-
-def test_a_process_is_known_as_long_as_it_sends_something() -> None:
-    senders = Senders()
-    one = senders.of(ONE)
-    assert senders.of(ONE) is one
-    assert senders.of(OTHER) is not one
-    del one
-    assert len(senders) == 0
-
-
-@pytest.mark.parametrize("fails", [True, False])
-def test_a_large_request_takes_its_time_also_if_it_is_refused_at_once(*, fails: bool) -> None:
-    async def test() -> None:
-        order: list[str] = []
-
-        async def large() -> None:
-            try:
-                async with paced(BYTES_PER_SECOND // 2):
-                    if fails:
-                        raise ValueError
-            except ValueError:
-                pass
-            order.append("large")
-
-        async def small() -> None:
-            async with paced(PACED_BYTES):
-                pass
-            order.append("small")
-
-        async def meanwhile() -> None:
-            await asyncio.sleep(0.1)
-            order.append("meanwhile")
-
-        await asyncio.gather(large(), small(), meanwhile())
-        assert order == ["small", "meanwhile", "large"]
-
-    run(test)
+    run(scenario)

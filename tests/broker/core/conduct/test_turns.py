@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weight_brokerd.core.conduct.pace import Pace, Paces
-from weight_brokerd.core.conduct.turns import UNKNOWN, Turns
+from weight_brokerd.core.conduct.turns import Turns
 from weight_brokerd.core.model import Process
 
 FAST = Pace(per_second=1e6, burst=1e6)
@@ -52,34 +51,6 @@ def test_the_calls_of_one_process_keep_their_order() -> None:
     assert order(waiting) == ["0", "1", "2", "3", "4"]
 
 
-@pytest.mark.parametrize("served_before", range(4))
-def test_one_call_of_an_unknown_caller_has_its_turn_soon_although_others_ask_again_at_once(served_before: int) -> None:
-    waiting = turns()
-    for number in range(1000):
-        waiting.add(UNKNOWN, f"flood {number}")
-    for number in range(served_before):
-        waiting.next(0.0)
-        waiting.add(UNKNOWN, f"again {number}")
-    waiting.add(UNKNOWN, "honest")
-    seen: list[str | None] = []
-    while "honest" not in seen:
-        waiting.add(UNKNOWN, f"once more {len(seen)}")
-        seen.append(waiting.next(0.0))
-        assert len(seen) <= 8
-
-
-def test_of_unknown_callers_the_oldest_has_its_turn_although_newer_ones_keep_coming() -> None:
-    waiting = turns()
-    for number in range(10):
-        waiting.add(UNKNOWN, f"old {number}")
-    seen: list[str | None] = []
-    while not {f"old {number}" for number in range(10)} <= set(seen):
-        for number in range(2):
-            waiting.add(UNKNOWN, f"new {len(seen)} {number}")
-        seen.append(waiting.next(0.0))
-        assert len(seen) <= 10 * 32
-
-
 def test_who_asks_faster_than_its_pace_waits_and_the_others_do_not() -> None:
     waiting = turns(Pace(per_second=10, burst=2))
     for number in range(5):
@@ -89,6 +60,15 @@ def test_who_asks_faster_than_its_pace_waits_and_the_others_do_not() -> None:
     waiting.add(process(2), "honest")
     assert order(waiting) == ["honest"]
     assert order(waiting, now=0.1) == ["flood 2"]
+
+
+def test_calls_that_were_cancelled_while_they_waited_cost_their_process_and_not_their_user() -> None:
+    waiting = turns(Pace(per_second=10, burst=10), Pace(per_second=10, burst=10))
+    for number in range(100):
+        waiting.add(process(1), str(number))
+        waiting.remove(process(1), str(number), 0.0)
+    assert waiting.seconds_until(process(1), 0.0) > 1
+    assert waiting.pass_at_once(process(2), 0.0)
 
 
 def test_who_was_refused_waits_longer_than_who_was_served() -> None:
@@ -121,10 +101,10 @@ def test_a_call_that_ends_while_it_waits_is_forgotten() -> None:
     waiting = turns()
     waiting.add(process(1), "one")
     waiting.add(process(1), "two")
-    waiting.remove(process(1), "one")
-    waiting.remove(process(1), "one")
+    waiting.remove(process(1), "one", 0.0)
+    waiting.remove(process(1), "one", 0.0)
     assert order(waiting) == ["two"]
-    waiting.remove(process(1), "two")
+    waiting.remove(process(1), "two", 0.0)
     assert (len(waiting), waiting.seconds_until_next(0.0)) == (0, None)
 
 
