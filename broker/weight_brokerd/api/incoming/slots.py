@@ -84,6 +84,8 @@ class Slots:
 
     def _release(self, process: Process) -> None:
         self._reading.discard(process)
+        if process in self._waiting:  # those that have read nothing come first
+            self._waiting[process] = self._waiting.pop(process)
         for waiting in list(self._waiting):
             if self._has_one_for(waiting):
                 self._give_next(waiting)
