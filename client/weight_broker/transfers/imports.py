@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 
 import weight_broker.connection.channel
+import weight_broker.memory.from_host
 import weight_broker.memory.host.destination
 import weight_broker.memory.tensors
 import weight_broker.transfers.acquisition

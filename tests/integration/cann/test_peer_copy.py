@@ -73,6 +73,7 @@ def test_what_a_card_refuses_the_datasystem_moves_in_the_same_transfer(device_ho
         filled = second.call(instance.acquire, "model")
         assert (filled.error, filled.data_plane, filled.path) == ("", "datasystem", "copy")
     same(scene, second, first)
+    eventually(lambda: "transfer_rerouted" in scene.broker.log and "peer_copy_refused" in scene.broker.log)
     assert scene.broker.log.count("transfer_rerouted") == 1, "the broker knows it the second time"
     assert scene.broker.log.count("peer_copy_refused") == 1
     assert third.call(instance.acquire, "model").data_plane == "peer_copy"
