@@ -180,8 +180,8 @@ def test_a_call_that_waits_keeps_nothing_of_its_request(broker: BrokerProcess) -
         calls = [acquire(wire + ballast, metadata=client.metadata, timeout=300) for _ in range(8)]
         for call in calls:
             next(call)  # the lease, or that it waits
-        # Some of what was freed stays with the allocator.
-        eventually(lambda: resident_bytes(broker) - before < 5 * len(ballast))
+        # Some of what was freed stays with the allocator. A request that is kept takes nearly twice its size.
+        eventually(lambda: resident_bytes(broker) - before < len(calls) * len(ballast))
         for call in calls:
             call.cancel()
 
