@@ -71,8 +71,8 @@ def test_who_reports_damage_falsely_cannot_become_the_only_source(broker: Broker
     reporter.call(actions.publish, "model", 2)
     contradiction = named(broker, "contradict_publication")[0]
     assert contradiction["pid"] == reporter.pid
-    publishers[0].call(actions.retract_all)
     eventually(lambda: len(judged(broker)) == 2)
+    publishers[0].call(actions.retract_all)
     reader.call(actions.prepare)
     for _ in range(2):
         assert reader.call(actions.acquire, "model").source_instance_name == "publisher-1"
