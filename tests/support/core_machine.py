@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
 
 from support.core_outcomes import concerns, outcome_of
+from support.core_values import DATA_PLANES, DEVICES, KEYS, LAYOUTS, LEASE_SECONDS, OTHER_KINDS, WAIT_SECONDS
 from weight_broker.errors import BrokerError, InvalidArgument, PublicationNotFound, Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.kinds import TRAITS, MemoryKind
-from weight_broker.layout import Layout, TensorSpec
+from weight_broker.layout import Layout
 from weight_brokerd.control.executor import Executor
 from weight_brokerd.core import decisions as decide
 from weight_brokerd.core.answers import Question
@@ -20,7 +21,6 @@ from weight_brokerd.core.model import (
     Acquisition,
     Arrival,
     ColdLoadLease,
-    DataPlane,
     FailureCause,
     Finding,
     IfAbsent,
@@ -33,19 +33,6 @@ from weight_brokerd.core.publications import Offer, Publication
 from weight_brokerd.core.sources import Holder
 from weight_brokerd.core.transfers import Transfer, TransferState
 from weight_brokerd.directory.lease_table import LeaseTable
-
-KEYS = [WeightSetKey("model-a"), WeightSetKey("model-b")]
-LAYOUTS = [
-    Layout([TensorSpec("weight", "bfloat16", (4,), (1,), 8)]),
-    Layout([TensorSpec("weight", "bfloat16", (8,), (1,), 16)]),
-]
-DEVICES = [("cpu", ""), ("npu", "npu:0"), ("npu", "npu:1")]
-"""Kinds of memory and cards: host memory is copied by its receiver, device memory by the broker."""
-OTHER_KINDS = [frozenset[str](), frozenset({"cpu"})]
-"""Memory besides its own from which a receiver fills itself."""
-data_planes = st.sampled_from([plane for plane in DataPlane if plane.is_known])
-LEASE_SECONDS = 60.0
-WAIT_SECONDS = 300.0
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -271,7 +258,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.reserving.remove(transfer)
             is_known = transfer.transfer_id in self.coordinator.transfers.running
             if works:
-                decisions = self.coordinator.reserved(transfer.transfer_id, data.draw(data_planes))
+                decisions = self.coordinator.reserved(transfer.transfer_id, data.draw(DATA_PLANES))
             else:
                 decisions = self.coordinator.not_reserved(transfer.transfer_id, "test", self.now)
             assert is_known or not decisions, "the answer comes too late and changes nothing"

@@ -37,6 +37,18 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * ITEM_SIZES[self.dtype] + self.padding
 
 
+MIXED = [
+    Tensor("a.weight", (1024, 1536)),
+    Tensor("b.weight", (700, 333), "float16"),
+    Tensor("c.bias", (77,), "float32"),
+    Tensor("d.scale", ()),
+    Tensor("e.empty", (0, 4)),
+    Tensor("f.int8", (3, 5), "int8", padding=512 - 15),
+    Tensor("g.tied", (1024, 1536), alias_of="a.weight"),
+]
+"""Sizes, types and formats of all sorts."""
+
+
 class Outcome(NamedTuple):
     """How a call ended, for another process to look at."""
 

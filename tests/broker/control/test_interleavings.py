@@ -11,7 +11,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from support.core_machine import KEYS, LAYOUTS, CoreMachine
+from support.core_machine import CoreMachine
+from support.core_values import KEYS, LAYOUTS
 from weight_broker.errors import Reason
 from weight_broker.key import WeightSetKey
 from weight_broker.layout import Layout

@@ -9,7 +9,7 @@ import pytest
 from doubles.cann.control import card_name
 from support import device_instance as instance
 from support.device_host import DeviceHost, cards, published_on, wait_until_idle
-from support.device_instance import Tensor
+from support.device_instance import MIXED, Tensor
 from support.raw_client import RawClient, publish_request
 from weight_broker import BrokerClient, Reason, WeightsNotFound
 from weight_broker.connection.channel import decode_error
@@ -20,16 +20,6 @@ from weight_broker.wire import key_to_wire
 KIB, MIB = 1 << 10, 1 << 20
 
 pytestmark = pytest.mark.timeout(120)
-
-MIXED = [
-    Tensor("a.weight", (1024, 1536)),
-    Tensor("b.weight", (700, 333), "float16"),
-    Tensor("c.bias", (77,), "float32"),
-    Tensor("d.scale", ()),
-    Tensor("e.empty", (0, 4)),
-    Tensor("f.int8", (3, 5), "int8", padding=512 - 15),
-    Tensor("g.tied", (1024, 1536), alias_of="a.weight"),
-]
 
 
 @pytest.mark.parametrize("chunks", [False, True], ids=["plain allocations", "chunks"])

@@ -7,20 +7,10 @@ import pytest
 from doubles.cann.control import Fault
 from support import device_instance as instance
 from support.device_host import DeviceHost, wait_until_idle
-from support.device_instance import Tensor
+from support.device_instance import MIXED
 from support.device_scene import SLOW, Scene
 
 pytestmark = pytest.mark.timeout(120)
-
-MIXED = [
-    Tensor("a.weight", (1024, 1536)),
-    Tensor("b.weight", (700, 333), "float16"),
-    Tensor("c.bias", (77,), "float32"),
-    Tensor("d.scale", ()),
-    Tensor("e.empty", (0, 4)),
-    Tensor("f.int8", (3, 5), "int8", padding=512 - 15),
-    Tensor("g.tied", (1024, 1536), alias_of="a.weight"),
-]
 
 
 @pytest.mark.parametrize("digest_mode", ["auto", "full"])

@@ -7,22 +7,13 @@ import pytest
 from doubles.cann.control import Fault
 from support import device_instance as instance
 from support.device_host import DeviceHost, wait_until_idle
-from support.device_instance import Tensor
+from support.device_instance import MIXED, Tensor
 from support.waiting import eventually
 
 KIB, MIB = 1 << 10, 1 << 20
 
 pytestmark = pytest.mark.timeout(180)
 
-MIXED = [
-    Tensor("a.weight", (1024, 1536)),
-    Tensor("b.weight", (700, 333), "float16"),
-    Tensor("c.bias", (77,), "float32"),
-    Tensor("d.scale", ()),
-    Tensor("e.empty", (0, 4)),
-    Tensor("f.int8", (3, 5), "int8", padding=512 - 15),
-    Tensor("g.tied", (1024, 1536), alias_of="a.weight"),
-]
 LARGE = [*MIXED, Tensor("h.large", (9 * MIB + 333,), "int8"), *(Tensor(f"i.{i:03}", (i + 1, 7)) for i in range(300))]
 """Several chunks of 2 MiB; tensors across their edges, and many in one."""
 SMALL_BUFFER = {"WEIGHT_BROKER_CARDS_STAGING_BYTES": str(4 * MIB)}
